@@ -1,0 +1,30 @@
+"""Mistakes a user can mend. The message is one line: what is wrong, where, and what to do next."""
+
+
+class LigatureError(Exception):
+    """Stops a command with one line on stderr and `exit_code`, without a traceback."""
+
+    exit_code = 1
+
+
+class RecipeError(LigatureError):
+    """A recipe or an option that cannot be run: unknown key, wrong type, impossible combination."""
+
+    exit_code = 2
+
+
+class DataError(LigatureError):
+    """Images, captions or shards that are missing, broken or too often unreadable."""
+
+
+class CheckpointError(LigatureError):
+    """A checkpoint that is missing, incomplete, altered or of another shape."""
+
+
+class Interrupted(LigatureError):
+    """The run stopped at a step boundary because it was asked to, its state saved: start it again to go on.
+
+    The code is `EX_TEMPFAIL`, which launchers read as 'requeue me'.
+    """
+
+    exit_code = 75

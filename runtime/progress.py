@@ -1,0 +1,96 @@
+"""Progress with rate and time left: a live bar on a terminal, a plain line now and then elsewhere (logs, SLURM)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PLAIN_INTERVAL = 15.0
+"""Seconds between two plain lines."""
+
+
+def spell_duration(seconds: float) -> str:
+    """`3725` -> `1:02:05`, `65` -> `1:05`."""
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Progress:
+    """Counts finished units of work. Make one with `progress(...)`."""
+
+    def __init__(self, title: str, total: int, unit: str, done: int) -> None:
+        self.title, self.total, self.unit, self.done = title, total, unit, done
+        self.note = ""
+        self._first, self._began = done, time.monotonic()
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        """`count` more units are done; `note` (losses, say) stays beside the bar until replaced."""
+        self.done += count
+        self.note = self.note if note is None else note
+        self.show()
+
+    def rate(self) -> float:
+        """Units a second since this process began counting."""
+        return (self.done - self._first) / max(time.monotonic() - self._began, 1e-9)
+
+    def time_left(self) -> str:
+        rate = self.rate()
+        return spell_duration((self.total - self.done) / rate) if rate > 0 else "?"
+
+    def show(self) -> None:
+        """Nothing: ranks other than the first stay silent."""
+
+
+class PlainProgress(Progress):
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self._shown = self._began
+
+    def show(self) -> None:
+        now = time.monotonic()
+        if self.done >= self.total or now - self._shown >= PLAIN_INTERVAL:
+            self._shown = now
+            line = f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {self.rate():,.1f}/s, {self.time_left()} left"
+            print(f"{line}  {self.note}".rstrip(), file=sys.stderr, flush=True)
+
+
+class BarProgress(Progress):
+    def __init__(self, *args) -> None:
+        from rich import progress as rich
+
+        super().__init__(*args)
+        columns = (rich.TextColumn("{task.description}"), rich.BarColumn(bar_width=24), rich.MofNCompleteColumn())
+        tail = (rich.TextColumn("{task.fields[rate]}"), rich.TimeElapsedColumn(), rich.TextColumn("{task.fields[left]} left"))
+        from rich.console import Console
+
+        self._bar = rich.Progress(*columns, *tail, rich.TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+        self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, rate="", left="?", note="")
+        self._bar.start()
+
+    def show(self) -> None:
+        rate = f"{self.rate():,.1f} {self.unit}/s"
+        self._bar.update(self._task, completed=self.done, rate=rate, left=self.time_left(), note=self.note)
+
+    def stop(self) -> None:
+        self._bar.stop()
+
+
+@contextmanager
+def progress(title: str, total: int, unit: str = "samples", done: int = 0, silent: bool = False) -> Iterator[Progress]:
+    """Show how far a piece of work is. `done` units were finished by an earlier process and do not count for the rate.
+
+    `silent` is for ranks other than the first.
+    """
+    if silent:
+        yield Progress(title, total, unit, done)
+    elif sys.stderr.isatty():
+        bar = BarProgress(title, total, unit, done)
+        try:
+            yield bar
+        finally:
+            bar.stop()
+    else:
+        yield PlainProgress(title, total, unit, done)
