@@ -1,0 +1,1 @@
+"""Recipes (YAML) that ship with Ligature, by stage: `data/`, `pretrain/`, `finetune/`, `launch/`."""

@@ -1,0 +1,212 @@
+"""The pretraining recipe: dataclasses that describe a run and import nothing heavy. `configs/pretrain/` holds recipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data_tools.config import DataConfig
+from runtime.errors import RecipeError
+
+
+@dataclass
+class ImageEncoderConfig:
+    """A timm Vision Transformer. Sizes left out are the architecture's own."""
+
+    architecture: str = "vit_base_patch16_224"
+    """Any timm ViT with a class token."""
+    image_size: int = 256
+    """Pixels a side. Position embeddings of starting weights are interpolated to it."""
+    patch: int | None = None
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    drop_path: float = 0.0
+    """Share of residual branches left out in training (stochastic depth)."""
+    weights: str = "none"
+    """Starting weights: `none` (random), `timm` (the architecture's own, downloaded), or a safetensors or .pth file."""
+
+
+@dataclass
+class TextEncoderConfig:
+    """BERT layers on words alone; the fusion encoder goes on from them."""
+
+    width: int = 768
+    layers: int = 6
+    heads: int = 12
+    feed_forward: int = 3072
+    dropout: float = 0.1
+    positions: int = 512
+    """Longest text there is a position embedding for."""
+    weights: str = "none"
+    """Starting weights: `none` (random), or a BERT's folder or name on the hub. Its layers after `layers` start the fusion encoder."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise RecipeError(f"model.text.width {self.width} does not divide into model.text.heads {self.heads}")
+
+
+@dataclass
+class FusionEncoderConfig:
+    """BERT layers in which words attend to image tokens; width, heads and dropout are the text encoder's."""
+
+    kind: Literal["cross_attention"] = "cross_attention"
+    layers: int = 6
+
+
+@dataclass
+class ModelConfig:
+    image: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    fusion: FusionEncoderConfig = field(default_factory=FusionEncoderConfig)
+    feature_dim: int = 256
+    """Width of the projected, unit-norm features."""
+    codewords: int = 4000
+    """Rows of the codebook; 0 for a model without one."""
+    temperature: float = 0.07
+    """Starting temperature of the contrastive losses; learned, within [0.001, 0.5]."""
+
+
+@dataclass
+class ContrastiveConfig:
+    """Image-text contrastive loss against teacher keys and queue (ALBEF Eq. 1-2, 6; CODIS L_ica)."""
+
+    weight: float = 1.0
+    intra_modal: bool = True
+    """Image-image and text-text terms beside the two cross-modal ones; the terms are averaged."""
+
+
+@dataclass
+class MatchingConfig:
+    """Image-text matching with hard negatives (ALBEF Eq. 4)."""
+
+    weight: float = 1.0
+    pool: int | None = None
+    """Negatives are drawn among this many neighbours in the global batch's order (a divisor of the micro-batch), so that
+    losses do not depend on how the batch is split. None: among the micro-batch."""
+
+
+@dataclass
+class MaskedLanguageConfig:
+    """Masked language modelling given the image (ALBEF Eq. 3, 7)."""
+
+    weight: float = 1.0
+    share: float = 0.15
+    """Share of the words to predict; of them 80 % are masked, 10 % replaced, 10 % kept."""
+
+
+@dataclass
+class CodebookConfig:
+    """Codebook with transport plans as targets (CODIS L_code, Eq. 2)."""
+
+    weight: float = 1.0
+    temperature: float = 0.1
+    pairing: Literal["cross", "self"] = "cross"
+    """`cross`: the text predicts the image's plan and the other way (Eq. 2); `self`: each its own (the slides' last sum)."""
+    features: Literal["teacher", "student"] = "teacher"
+    """Whose features the plan is solved from (the slides' ablation)."""
+
+
+@dataclass
+class ObjectivesConfig:
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    matching: MatchingConfig = field(default_factory=MatchingConfig)
+    masked_language: MaskedLanguageConfig = field(default_factory=MaskedLanguageConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+
+
+@dataclass
+class TransportConfig:
+    """How plans are solved; `pretrain/transport.py`."""
+
+    beta: float = 0.5
+    outer_steps: int = 50
+    inner_steps: int = 1
+    samples: Literal["batch", "batch+queue"] = "batch"
+    """Features the plan is solved over: the global batch's, or the queue's as well (sharper targets: at most samples / codewords)."""
+
+
+@dataclass
+class TeacherConfig:
+    ema_momentum: float = 0.995
+    distill_weight: float = 0.4
+    """Share of the teacher's soft targets (ALBEF's alpha); ramps up from 0 over the first epoch."""
+    queue: int = 65536
+    """Past image-text pairs kept as keys."""
+    second_view: bool = True
+    """The teacher sees another augmentation of the image than the student (CODIS); off: the same one (ALBEF)."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, linear warm-up, then a cosine; both by step."""
+
+    lr: float = 1e-4
+    min_lr: float = 1e-5
+    warmup_steps: int = 2000
+    weight_decay: float = 0.02
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    clip_norm: float = 0.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+
+
+@dataclass
+class TrainingConfig:
+    global_batch: int = 512
+    """Samples a step over all ranks. Micro-batch and accumulation follow from the world the run finds itself in."""
+    micro_batch: int = 64
+    """Most samples a device takes at once."""
+    epochs: float = 30.0
+    steps: int | None = None
+    """Number of steps; stated, it overrides `epochs`."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    zero_stage: Literal[0, 1, 2] = 1
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: int = 10
+    validate_every: int = 1000
+    """Steps between two measurements of R@K on `data.validation`."""
+    checkpoint_every: int = 1000
+    keep_last: int = 2
+    """Newest checkpoints to keep; the best by validation is kept beside them."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch", "micro_batch", "log_every", "validate_every", "checkpoint_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"training.{name} is {getattr(self, name)}; it must be 1 or more")
+
+
+@dataclass
+class PretrainRecipe:
+    """A whole pretraining run."""
+
+    name: str = "codis"
+    """Names the run folder: the same name is the same run, and goes on where it stopped."""
+    runs: str = "runs"
+    """Folder of run folders."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    transport: TransportConfig = field(default_factory=TransportConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        if self.objectives.codebook.weight and not self.model.codewords:
+            raise RecipeError("objectives.codebook.weight is set but model.codewords is 0; set the weight to 0 or give the model codewords")
+        if not self.model.fusion.layers and (self.objectives.matching.weight or self.objectives.masked_language.weight):
+            raise RecipeError("model.fusion.layers is 0, but matching and masked_language need the fusion encoder; set their weights to 0")
+        if self.data.caption_tokens > self.model.text.positions:
+            raise RecipeError(f"data.caption_tokens {self.data.caption_tokens} is more than model.text.positions {self.model.text.positions}")
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise RecipeError(f"name is {self.name!r}; it becomes a folder's name, so it has no slash and does not begin with a dot")
+
+
+def divide_batch(global_batch: int, micro_batch: int, world: int) -> tuple[int, int]:
+    """(micro-batch, accumulation steps) of a rank: the largest micro-batch not above `micro_batch` that divides its share."""
+    if global_batch % world:
+        raise RecipeError(f"training.global_batch {global_batch} does not divide over {world} ranks; use a multiple of {world}")
+    local = global_batch // world
+    micro = next(size for size in range(min(local, micro_batch), 0, -1) if local % size == 0)
+    return micro, local // micro

@@ -1,0 +1,96 @@
+"""The whole model: three encoders, two projections, the matching and MLM heads, the codebook and the temperature."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pretrain.config import ModelConfig
+from pretrain.model.bert_layers import start_weights
+from pretrain.model.fusion_encoder import FusionEncoder
+from pretrain.model.image_encoder import ImageEncoder
+from pretrain.model.text_encoder import TextEncoder
+
+
+class Temperature(nn.Module):
+    """A learned temperature within bounds, as a smooth function of its parameter: nothing to clamp, no dead gradient.
+
+    The parameter has shape (1,) (DeepSpeed refuses 0-d ones) and takes no weight decay.
+    """
+
+    low, high = 0.001, 0.5
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        share = math.log(start / self.low) / math.log(self.high / self.low)
+        self.logit = nn.Parameter(torch.tensor([math.log(share / (1 - share))]))
+
+    def forward(self) -> Tensor:
+        """The temperature, shape (1,), float32."""
+        return self.low * (self.high / self.low) ** torch.sigmoid(self.logit.float())
+
+
+class MaskedLanguageHead(nn.Module):
+    """BERT's prediction head; its output weights are the word embeddings."""
+
+    def __init__(self, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+        self.apply(start_weights)
+
+    def forward(self, states: Tensor, words: Tensor) -> Tensor:
+        """states: (masked words, width); words: (vocabulary, width) -> logits (masked words, vocabulary)."""
+        return functional.linear(self.norm(functional.gelu(self.dense(states))), words, self.bias)
+
+
+@dataclass
+class TextBatch:
+    """Token ids (texts, words) int64 and their mask (texts, words) bool, True where a word is."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+class AlignmentModel(nn.Module):
+    """CODIS's student (and, without matching head, codebook and temperature, its teacher)."""
+
+    def __init__(self, config: ModelConfig, vocabulary: int) -> None:
+        super().__init__()
+        width = config.text.width
+        self.config = config
+        self.image_encoder = ImageEncoder(config.image)
+        self.text_encoder = TextEncoder(config.text, vocabulary)
+        self.fusion_encoder = FusionEncoder(config.fusion, config.text, self.image_encoder.width)
+        self.image_projection = nn.Linear(self.image_encoder.width, config.feature_dim)
+        self.text_projection = nn.Linear(width, config.feature_dim)
+        self.masked_language_head = MaskedLanguageHead(width, vocabulary)
+        self.matching_head = nn.Linear(width, 2)
+        self.temperature = Temperature(config.temperature)
+        self.codebook = nn.Parameter(torch.randn(config.codewords, config.feature_dim) / config.feature_dim**0.5) if config.codewords else None
+
+    def image_features(self, image_tokens: Tensor) -> Tensor:
+        """(images, tokens, width) -> unit-norm features (images, feature_dim), float32, from the class token."""
+        return functional.normalize(self.image_projection(image_tokens[:, 0]).float(), dim=-1)
+
+    def text_features(self, text_states: Tensor) -> Tensor:
+        """(texts, words, width) -> unit-norm features (texts, feature_dim), float32, from [CLS]."""
+        return functional.normalize(self.text_projection(text_states[:, 0]).float(), dim=-1)
+
+    def matching_logits(self, fused_states: Tensor) -> Tensor:
+        """(pairs, words, width) -> (pairs, 2): no match, match."""
+        return self.matching_head(fused_states[:, 0]).float()
+
+    def masked_language_logits(self, states: Tensor) -> Tensor:
+        """States of masked words alone (masked words, width) -> (masked words, vocabulary)."""
+        return self.masked_language_head(states, self.text_encoder.words.weight).float()
+
+    def codewords(self) -> Tensor:
+        """The codebook with unit-norm rows (codewords, feature_dim), float32: normalised here, never in place."""
+        assert self.codebook is not None, "this model was made without a codebook"
+        return functional.normalize(self.codebook.float(), dim=-1)

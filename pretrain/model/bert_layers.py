@@ -1,0 +1,93 @@
+"""BERT's layer (Devlin et al. 2019), with an optional cross-attention to image tokens as in ALBEF's fusion layers.
+
+Our own rather than `transformers`': keys and values of the image tokens are computed once and shared by all the texts that
+are fused with an image (matched, negative and masked), which a ready-made decoder layer does not allow, and the parameters'
+names stay ours when `transformers` changes its internals.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of image tokens for one layer: (images, heads, tokens, width / heads) each."""
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention, its residual and its layer norm after it."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        query, key, value = (split_heads(part, self.heads) for part in self.query_key_value(states).chunk(3, dim=-1))
+        attended = attend(query, key, value, mask[:, None, None, :], self.dropout if self.training else 0.0)
+        return self.norm(states + functional.dropout(self.output(attended), self.dropout, self.training))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of words to image tokens, its residual and its layer norm after it."""
+
+    def __init__(self, width: int, image_width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(image_width, 2 * width)
+        self.output = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+
+    def keys_values(self, image_tokens: Tensor) -> KeysValues:
+        key, value = self.key_value(image_tokens).chunk(2, dim=-1)
+        return split_heads(key, self.heads), split_heads(value, self.heads)
+
+    def forward(self, states: Tensor, image: KeysValues) -> Tensor:
+        query = split_heads(self.query(states), self.heads)
+        attended = attend(query, *image, None, self.dropout if self.training else 0.0)
+        return self.norm(states + functional.dropout(self.output(attended), self.dropout, self.training))
+
+
+class BertLayer(nn.Module):
+    """Self-attention, cross-attention where `image_width` is given, and the feed-forward part."""
+
+    def __init__(self, width: int, heads: int, feed_forward: int, dropout: float, image_width: int | None = None) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.self_attention = SelfAttention(width, heads, dropout)
+        self.cross_attention = CrossAttention(width, image_width, heads, dropout) if image_width else None
+        self.intermediate = nn.Linear(width, feed_forward)
+        self.output = nn.Linear(feed_forward, width)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+
+    def forward(self, states: Tensor, mask: Tensor, image: KeysValues | None = None) -> Tensor:
+        """states: (texts, words, width); mask: (texts, words) bool, True where a word is; image: keys and values per text."""
+        states = self.self_attention(states, mask)
+        if self.cross_attention is not None:
+            assert image is not None, "a layer with cross-attention needs image tokens"
+            states = self.cross_attention(states, image)
+        widened = functional.gelu(self.intermediate(states))
+        return self.norm(states + functional.dropout(self.output(widened), self.dropout, self.training))
+
+
+def split_heads(states: Tensor, heads: int) -> Tensor:
+    """(batch, tokens, width) -> (batch, heads, tokens, width / heads)."""
+    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Scaled dot-product attention; mask broadcasts to (batch, heads, queries, keys), True where to look. Heads are merged."""
+    return functional.scaled_dot_product_attention(query, key, value, mask, dropout).transpose(1, 2).flatten(2)
+
+
+def start_weights(module: nn.Module) -> None:
+    """BERT's initialisation: normal with deviation 0.02, no bias."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+

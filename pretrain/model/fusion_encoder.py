@@ -1,0 +1,34 @@
+"""The fusion encoder: BERT layers in which words attend to image tokens (CODIS, ALBEF section 3.1)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from pretrain.config import FusionEncoderConfig, TextEncoderConfig
+from pretrain.model.bert_layers import BertLayer, KeysValues, start_weights
+
+
+class FusionEncoder(nn.Module):
+    """Text states and image tokens -> fused text states."""
+
+    def __init__(self, config: FusionEncoderConfig, text: TextEncoderConfig, image_width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            BertLayer(text.width, text.heads, text.feed_forward, text.dropout, image_width) for _ in range(config.layers)
+        )
+        self.apply(start_weights)
+
+    def read_images(self, image_tokens: Tensor) -> list[KeysValues]:
+        """Keys and values of each layer, made once per image: (images, tokens, image width) -> per layer (images, heads, tokens, …)."""
+        return [layer.cross_attention.keys_values(image_tokens) for layer in self.layers]
+
+    def forward(self, states: Tensor, mask: Tensor, images: list[KeysValues], image_of_text: Tensor | None = None) -> Tensor:
+        """Fuse each text with one image.
+
+        states: (texts, words, width), mask: (texts, words) bool; images: `read_images` of all the images there are;
+        image_of_text: (texts,) the row of each text's image, or None where text i has image i. -> (texts, words, width)
+        """
+        for layer, (key, value) in zip(self.layers, images, strict=True):
+            chosen = (key, value) if image_of_text is None else (key[image_of_text], value[image_of_text])
+            states = layer(states, mask, chosen)
+        return states

@@ -1,0 +1,34 @@
+"""The text encoder: BERT's embeddings and its first layers, on words alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pretrain.config import TextEncoderConfig
+from pretrain.model.bert_layers import BertLayer, start_weights
+
+
+class TextEncoder(nn.Module):
+    """Token ids -> states, [CLS] first."""
+
+    def __init__(self, config: TextEncoderConfig, vocabulary: int) -> None:
+        super().__init__()
+        self.width, self.dropout = config.width, config.dropout
+        self.words = nn.Embedding(vocabulary, config.width, padding_idx=0)
+        self.positions = nn.Embedding(config.positions, config.width)
+        # BERT's segments; all of ours are the first. A decomposed model (VLDeformer) tells text from image by them.
+        self.segments = nn.Embedding(2, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=1e-12)
+        self.layers = nn.ModuleList(BertLayer(config.width, config.heads, config.feed_forward, config.dropout) for _ in range(config.layers))
+        self.apply(start_weights)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids: (texts, words) int64; mask: (texts, words) bool, True where a word is -> (texts, words, width)."""
+        places = torch.arange(ids.shape[1], device=ids.device)
+        states = self.norm(self.words(ids) + self.positions(places) + self.segments.weight[0])
+        states = functional.dropout(states, self.dropout, self.training)
+        for layer in self.layers:
+            states = layer(states, mask)
+        return states

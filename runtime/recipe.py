@@ -1,0 +1,152 @@
+"""Recipes: a YAML file and dotted overrides -> dataclasses, through jsonargparse. Mistakes become one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from runtime.errors import RecipeError
+
+Recipe = TypeVar("Recipe")
+
+
+def read_recipe(kind: type[Recipe], arguments: list[str], command: str) -> Recipe:
+    """Parse `--config recipe.yaml --dotted.key value …` into `kind`, a dataclass; `--help` prints every key and exits.
+
+    Raises RecipeError, with the key, the value and the nearest right one, for anything that does not fit.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(prog=command, exit_on_error=False, description=(kind.__doc__ or "").strip().splitlines()[0])
+    parser.add_argument("--config", action="config", help="a recipe (YAML); may be given more than once, later ones win")
+    # The parser takes care of types; `instantiate` below keeps our own one-line messages from __post_init__.
+    parser.add_class_arguments(kind, as_group=False)
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == "--config" or argument.startswith("--config="):
+            path = argument.partition("=")[2] or following
+            _check_keys(kind, _read_yaml(Path(path)), f"{path}: ")
+    try:
+        parsed = parser.parse_args([*arguments])
+    except (ArgumentError, TypeError) as error:
+        raise RecipeError(_one_line(str(error), keys_of(kind))) from None
+    return build(kind, parsed.as_dict())
+
+
+def build(kind: type[Recipe], values: dict[str, Any], prefix: str = "") -> Recipe:
+    """Nested dictionaries -> dataclasses. Unknown keys are refused; `config` (the parser's own) is left out."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(kind)
+    arguments = {}
+    for name, value in values.items():
+        if name == "config" and "config" not in fields:
+            continue
+        if name not in fields:
+            raise RecipeError(f"unknown key {prefix}{name}{_nearest(prefix + name, [prefix + known for known in fields])}")
+        inner = _dataclass_in(hints[name])
+        arguments[name] = build(inner, value, f"{prefix}{name}.") if inner and isinstance(value, dict) else value
+    return kind(**arguments)
+
+
+def write_recipe(path: Path, recipe: Any) -> None:
+    """The resolved recipe as YAML, every key stated; `--config` reads it back."""
+    import yaml
+
+    from runtime.files import write_text
+
+    write_text(path, yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True))
+
+
+def load_recipe(kind: type[Recipe], path: Path) -> Recipe:
+    """Read what `write_recipe` wrote."""
+    import yaml
+
+    if not Path(path).is_file():
+        raise RecipeError(f"no recipe at {path}")
+    return build(kind, yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+
+
+def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """`key: old -> new` for every leaf in which two recipes of one kind differ."""
+    lines = []
+    for field in dataclasses.fields(old):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if dataclasses.is_dataclass(before):
+            lines += changed_keys(before, after, f"{prefix}{field.name}.")
+        elif before != after:
+            lines.append(f"{prefix}{field.name}: {before} -> {after}")
+    return lines
+
+
+def keys_of(kind: type, prefix: str = "") -> list[str]:
+    """All dotted keys of a recipe."""
+    keys = []
+    for name, hint in typing.get_type_hints(kind).items():
+        inner = _dataclass_in(hint)
+        keys += keys_of(inner, f"{prefix}{name}.") if inner else [prefix + name]
+    return keys
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise RecipeError(f"--config {path}: no such file{_nearest_recipe(path)}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values or {}, dict):
+        raise RecipeError(f"{path} is not a recipe: it holds a {type(values).__name__}, not keys and values")
+    return values or {}
+
+
+def _check_keys(kind: Any, values: dict[str, Any], where: str, prefix: str = "") -> None:
+    """Refuse unknown keys of a file by their dotted names; the parser would name only the last part."""
+    hints = typing.get_type_hints(kind)
+    for name, value in values.items():
+        if name not in hints:
+            raise RecipeError(f"{where}unknown key {prefix}{name} (value {value!r}){_nearest(f'{prefix}{name}', keys_of(kind, prefix))}")
+        inner = _dataclass_in(hints[name])
+        if inner and isinstance(value, dict):
+            _check_keys(inner, value, where, f"{prefix}{name}.")
+
+
+def _dataclass_in(hint: Any) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+
+
+def _nearest(key: str, keys: list[str]) -> str:
+    """`; did you mean …?` by the whole dotted key, else by its last part."""
+    groups = sorted({known.rsplit(".", 1)[0] for known in keys if "." in known})
+    close = difflib.get_close_matches(key, keys + groups, n=1, cutoff=0.7)
+    last = key.rsplit(".", 1)[-1]
+    close = close or [known for known in keys if difflib.SequenceMatcher(None, known.rsplit(".", 1)[-1], last).ratio() > 0.6]
+    return f"; did you mean {close[0]}?" if close else "; `--help` lists the keys"
+
+
+def _nearest_recipe(path: Path) -> str:
+    """The shipped recipe of the nearest name, as a path that works from any folder."""
+    import configs
+
+    shipped = sorted(Path(configs.__path__[0]).rglob("*.yaml"))
+    close = difflib.get_close_matches(path.name, [recipe.name for recipe in shipped], n=1, cutoff=0.5)
+    return f"; did you mean {next(recipe for recipe in shipped if recipe.name == close[0])}?" if close else ""
+
+
+def _one_line(message: str, keys: list[str]) -> str:
+    """jsonargparse's report of several lines -> one, with the nearest key where a key is unknown."""
+    line = re.sub(r"\s+", " ", message).strip()
+    if unknown := re.search(r"[Uu]nrecognized arguments?: --([\w.]+)(?: (\S+))?", line):
+        return f"unknown key {unknown[1]} (value {unknown[2]!r}){_nearest(unknown[1], keys)}"
+    if wrong := re.match(r'Parser key "([\w.]+)": Expected an? (.+?)\. Got value: (.*)', line):
+        kind = re.sub(r"<class '(.*?)'>", r"\1", wrong[2]).replace("typing.Literal", "one of ")
+        choices = re.findall(r"'(\w+)'", kind)
+        close = difflib.get_close_matches(wrong[3], choices, n=1, cutoff=0.5)
+        return f"{wrong[1]} is {wrong[3]!r}; it must be {kind}" + (f": did you mean {close[0]}?" if close else "")
+    return line
