@@ -1,0 +1,17 @@
+"""First floor: sources -> shards -> stream -> batches. `from data_tools import ShardStream`."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data_tools.collection import Collection as Collection
+    from data_tools.stream import ShardStream as ShardStream
+
+_HOMES = {"ShardStream": "data_tools.stream", "Collection": "data_tools.collection"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load on first use (PEP 562), so that importing the package does not import torch."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,26 @@
+"""The order of samples: a pure function of (number of samples, seed), endless, epoch after epoch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class SampleOrder:
+    """Position in the endless order -> sample. World size, workers and batch size are only ways to walk it."""
+
+    def __init__(self, samples: int, seed: int) -> None:
+        self.samples, self.seed = samples, seed
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, position: int) -> int:
+        """The sample at a position: every sample once in each run of `samples` positions."""
+        epoch, place = divmod(position, self.samples)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._permutation = np.random.default_rng([self.seed, epoch]).permutation(self.samples)
+        return int(self._permutation[place])
+
+
+def derived_seed(*parts: int) -> int:
+    """One 63-bit seed from (seed, step, sample …): well mixed, the same on every machine, not dependent on any state."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,87 @@
+"""Captions -> token ids: a WordPiece vocabulary trained on the captions, or a tokenizer that exists already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+
+from runtime.errors import CheckpointError, DataError
+from runtime.files import write_text
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+class CaptionTokenizer:
+    """A `tokenizers` pipeline with BERT's special tokens, cut to `caption_tokens`."""
+
+    def __init__(self, pipeline: Tokenizer, caption_tokens: int) -> None:
+        missing = [token for token in SPECIAL if pipeline.token_to_id(token) is None]
+        if missing:
+            raise DataError(f"the tokenizer lacks {' '.join(missing)}; use a BERT (WordPiece) tokenizer")
+        self.pipeline, self.caption_tokens = pipeline, caption_tokens
+        self.pad, self.unknown, self.cls, self.sep, self.mask = (pipeline.token_to_id(token) for token in SPECIAL)
+        if self.pad != 0:
+            raise DataError(f"the tokenizer's [PAD] is {self.pad}; it must be 0, as in BERT's vocabulary")
+        pipeline.no_padding()
+        pipeline.enable_truncation(caption_tokens)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens, specials and added ones included."""
+        return self.pipeline.get_vocab_size()
+
+    def encode(self, captions: list[str]) -> list[list[int]]:
+        """Token ids of each caption, [CLS] first and [SEP] last, not padded."""
+        return [encoding.ids for encoding in self.pipeline.encode_batch(captions)]
+
+    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """-> ids (captions, longest) int64, padded with 0, and mask (captions, longest) bool, True where a token is."""
+        return pad_tokens(self.encode(captions))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.pipeline.decode(list(ids))
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json`, which `tokenizers` and `transformers` read too."""
+        write_text(Path(folder) / "tokenizer.json", self.pipeline.to_str())
+
+
+def pad_tokens(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Lists of ids -> ids (rows, longest) int64, padded with 0, and their mask (rows, longest) bool."""
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, torch.arange(ids.shape[1])[None] < lengths[:, None]
+
+
+def train_tokenizer(captions: Iterable[str], vocabulary: int, caption_tokens: int) -> CaptionTokenizer:
+    """Learn a lower-case WordPiece vocabulary of at most `vocabulary` tokens, BERT's special tokens first."""
+    pipeline = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    pipeline.normalizer = normalizers.BertNormalizer(lowercase=True)
+    pipeline.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pipeline.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=list(SPECIAL), min_frequency=2, show_progress=False)
+    pipeline.train_from_iterator(captions, trainer)
+    cls, sep = ((token, pipeline.token_to_id(token)) for token in ("[CLS]", "[SEP]"))
+    pipeline.post_processor = processors.BertProcessing(sep=sep, cls=cls)
+    return CaptionTokenizer(pipeline, caption_tokens)
+
+
+def load_tokenizer(source: str | Path, caption_tokens: int) -> CaptionTokenizer:
+    """A folder with `tokenizer.json` or `vocab.txt`, or a name on the Hugging Face hub (downloaded or cached)."""
+    folder = Path(source)
+    if (folder / "tokenizer.json").is_file():
+        return CaptionTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")), caption_tokens)
+    if folder.exists() and not (folder / "vocab.txt").is_file():
+        raise CheckpointError(f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.txt")
+    from transformers import AutoTokenizer, BertTokenizerFast
+
+    try:
+        known = BertTokenizerFast(str(folder / "vocab.txt")) if folder.exists() else AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"no tokenizer `{source}` ({reason}); give a folder, or `train`") from error
+    return CaptionTokenizer(known.backend_tokenizer, caption_tokens)
