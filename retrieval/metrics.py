@@ -1,0 +1,181 @@
+"""Scores in, ranks out: what a score matrix says about each query, ties told honestly.
+
+Every matrix is `(queries, gallery)`. Query i and item j belong together when `query_group[i] == gallery_group[j]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.errors import LigatureError
+
+BLOCK_ELEMENTS = 1 << 22  # scores compared at a time: bounds the temporary arrays to some tens of MB
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where each query's best positive stands, as three int64 arrays `(queries,)`.
+
+    `above` counts the negatives scored strictly higher than the best positive, `tied_negatives` the negatives and
+    `tied_positives` the positives (itself included, so at least 1) scored the same. The order within a tie is taken
+    as uniformly random, so every figure below is an expectation and no implementation's sort can flatter it.
+    """
+
+    above: np.ndarray
+    tied_negatives: np.ndarray
+    tied_positives: np.ndarray
+
+    def hit(self, k: int) -> np.ndarray:
+        """Probability `(queries,)` that a positive is among the first `k`; 1 where `k` reaches the gallery's size.
+
+        With g above, t negatives and p positives tied: 1 - C(t, k - g) / C(t + p, k - g).
+        """
+        t, p = self.tied_negatives, self.tied_positives
+        miss = np.ones(len(t))
+        # The quotient as the chance that one place after another goes to a negative: every factor is in [0, 1],
+        # and the (t + 1)-th, if there is one, is 0. No factorial can overflow or cancel.
+        for place in range(min(k, int(t.max()) + 1)):
+            factor = np.maximum(t - place, 0) / np.maximum(t + p - place, 1)
+            miss *= np.where(place < k - self.above, factor, 1.0)
+        return 1.0 - miss
+
+    @property
+    def expected(self) -> np.ndarray:
+        """Expected rank `(queries,)` of the first positive, counted from 1: g + (t + p + 1) / (p + 1)."""
+        return self.above + (self.tied_negatives + self.tied_positives + 1) / (self.tied_positives + 1)
+
+    @property
+    def tie_fraction(self) -> float:
+        """Share of the queries whose best positive is tied with a negative."""
+        return float(np.mean(self.tied_negatives > 0))
+
+
+def require_finite(scores: np.ndarray, name: str, first_query: int = 0) -> None:
+    """Refuse NaN and infinite scores `(queries, …)`: a NaN wins or loses by accident of the sort, never by merit."""
+    bad = ~np.isfinite(scores)
+    if bad.any():
+        query, item = np.argwhere(bad)[0]
+        raise LigatureError(
+            f"{name}: {scores[query, item]} at query {first_query + query}, item {item}; "
+            "scores must be finite, look for overflow (fp16?) or a diverged model"
+        )
+
+
+def rank_positives(
+    scores: np.ndarray, query_group: np.ndarray, gallery_group: np.ndarray, name: str = "scores"
+) -> Ranks:
+    """Rank each query's best positive among the negatives.
+
+    Args:
+        scores: `(queries, gallery)` floating point, higher is better; read in blocks of rows, so a memory map is fine.
+        query_group: `(queries,)` integers.
+        gallery_group: `(gallery,)` integers; the items of a query's group are its positives.
+        name: what errors call the matrix.
+
+    Raises:
+        LigatureError: empty or misshapen scores, NaN or infinity, a query without a positive.
+    """
+    scores, query_group, gallery_group = np.asarray(scores), np.asarray(query_group), np.asarray(gallery_group)
+    if scores.shape != (len(query_group), len(gallery_group)) or scores.dtype.kind != "f":
+        raise LigatureError(
+            f"{name}: {scores.dtype} of shape {scores.shape}, "
+            f"must be floating point of shape ({len(query_group)}, {len(gallery_group)}) (queries, gallery)"
+        )
+    if not scores.size:
+        raise LigatureError(f"{name}: nothing to rank, the gallery or the set of queries is empty {scores.shape}")
+    counts = np.empty((3, len(scores)), dtype=np.int64)
+    rows = max(1, BLOCK_ELEMENTS // scores.shape[1])
+    for start in range(0, len(scores), rows):
+        block = scores[start : start + rows]
+        require_finite(block, name, start)
+        positive = query_group[start : start + rows, None] == gallery_group
+        best = np.where(positive, block, -np.inf).max(axis=1, keepdims=True)
+        tied = block == best
+        tied_positives = (tied & positive).sum(axis=1)
+        # No positive is above the best one, so whatever is above is a negative.
+        counts[:, start : start + rows] = (block > best).sum(axis=1), tied.sum(axis=1) - tied_positives, tied_positives
+    if not counts[2].all():
+        raise LigatureError(f"{name}: query {np.argmin(counts[2])} has no positive in the gallery; leave it out")
+    return Ranks(*counts)
+
+
+def chance(query_group: np.ndarray, gallery_group: np.ndarray) -> Ranks:
+    """Ranks of a random order of the gallery: everything tied. Groups as in `rank_positives`, from 0 upward."""
+    positives = np.bincount(gallery_group)[query_group]
+    return Ranks(np.zeros_like(positives), len(gallery_group) - positives, positives)
+
+
+def rerank(scores: np.ndarray, shortlist_indices: np.ndarray, shortlist_scores: np.ndarray) -> np.ndarray:
+    """Let a re-ranker's scores decide the order of each query's shortlist, and the first stage's that of the rest.
+
+    Args:
+        scores: `(queries, gallery)` of the first stage (the dual head).
+        shortlist_indices: `(queries, k)` gallery items, distinct within a row. A k beyond the gallery is clamped:
+            columns past its size are ignored.
+        shortlist_scores: `(queries, k)` of the re-ranker, on any scale.
+
+    Returns:
+        `(queries, gallery)`, float32 or wider, made for ranking only: outside the shortlist the scores are the first
+        stage's, untouched; the shortlist lies strictly above them at steps that keep its order and its ties.
+
+    Raises:
+        LigatureError: shapes that do not fit, NaN or infinity, indices repeated or outside the gallery.
+    """
+    scores, indices, values = np.asarray(scores), np.asarray(shortlist_indices), np.asarray(shortlist_scores)
+    fits = scores.ndim == indices.ndim == 2 and len(scores) == len(indices) and indices.shape == values.shape
+    if not (fits and scores.size and indices.size and scores.dtype.kind == "f" and indices.dtype.kind in "iu"):
+        raise LigatureError(
+            f"cannot re-rank {scores.dtype} scores {scores.shape} by a shortlist of {indices.dtype} items "
+            f"{indices.shape} with scores {values.shape}; need (queries, gallery) and twice (queries, k), k at least 1"
+        )
+    gallery = scores.shape[1]
+    indices, values = indices[:, :gallery], values[:, :gallery]
+    require_finite(scores, "first-stage scores")
+    require_finite(values, "shortlist scores")
+    in_order = np.sort(indices, axis=1)
+    wrong = (in_order[:, 0] < 0) | (in_order[:, -1] >= gallery) | (np.diff(in_order, axis=1) == 0).any(axis=1)
+    if wrong.any():
+        raise LigatureError(
+            f"shortlist of query {np.argmax(wrong)}: its items must be distinct and between 0 and {gallery - 1}"
+        )
+
+    # Not the values but their dense ranks (equal values, equal rank) go on top of the rest. Shifting values by an
+    # offset would round close scores into ties: in float32, 1000.1 and 1000.10001 are one number.
+    order = np.argsort(values, axis=1, kind="stable")
+    rises = np.diff(np.take_along_axis(values, order, axis=1), axis=1) > 0
+    dense_rank = np.empty(indices.shape, dtype=np.int64)
+    np.put_along_axis(dense_rank, order, np.pad(np.cumsum(rises, axis=1), ((0, 0), (1, 0))), axis=1)
+
+    reranked = scores.astype(np.promote_types(scores.dtype, np.float32))  # a copy; fp16 has no room for the steps
+    np.put_along_axis(reranked, indices, -np.inf, axis=1)
+    top = reranked.max(axis=1, keepdims=True)
+    top[np.isneginf(top)] = 0.0  # the shortlist is the whole gallery: no rest to stay above
+    step = np.maximum(1.0, 2 * np.spacing(np.abs(top)))  # two units in the last place: never rounded away
+    np.put_along_axis(reranked, indices, top + (dense_rank + 1).astype(top.dtype) * step, axis=1)
+    return reranked
+
+
+def bootstrap_interval(
+    sums: np.ndarray, counts: np.ndarray, resamples: int = 1000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """95 % percentile bootstrap of means over queries, resampling images: captions of one image are not independent.
+
+    The gallery stays fixed; a resampled image brings all its queries along. Where all images agree (0 % or 100 %)
+    the interval has no width, as is the nature of this bootstrap.
+
+    Args:
+        sums: `(images, measures)`, each image's sum of a measure over its queries.
+        counts: `(images,)`, its number of queries.
+
+    Returns:
+        The lower and the upper ends, `(measures,)` each.
+    """
+    random, images = np.random.default_rng(seed), len(sums)
+    means = np.empty((resamples, sums.shape[1]))
+    for resample in range(resamples):
+        weights = np.bincount(random.integers(images, size=images), minlength=images)
+        means[resample] = weights @ sums / (weights @ counts)
+    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    return low, high

@@ -1,0 +1,101 @@
+"""Records survive JSON, say what they are, and make a table that a person can read."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import retrieval
+from retrieval.records import KEYS, read_record, score, table, write_record
+from runtime.errors import LigatureError
+
+ABOUT = {
+    "dataset": "shapes",
+    "split": "test",
+    "captions_per_image": "all",
+    "head": "dual",
+    "checkpoint": "ab12",
+    "training": "pretrained",
+}
+
+
+def record(**about):
+    scores = np.random.default_rng(0).normal(size=(20, 100)) + np.repeat(np.eye(20), 5, axis=1)
+    return score(scores, scores.T, np.repeat(np.arange(20), 5), **{**ABOUT, **about})
+
+
+def test_a_record_holds_what_the_contract_lists(tmp_path):
+    made = record()
+    assert tuple(made) == KEYS
+    for direction in ("image_to_text", "text_to_image"):
+        assert set(made[direction]) == {
+            *("R@1", "R@5", "R@10", "interval", "median_rank", "mean_rank", "mean_reciprocal_rank")
+        }
+    assert (made["images"], made["captions"], made["protocol"]) == (20, 100, "full")
+    write_record(tmp_path / "scores.json", made)
+    assert read_record(tmp_path / "scores.json") == made
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"rsum": 3}', "{"])
+def test_refuses_files_that_are_no_record(tmp_path, text):
+    (tmp_path / "scores.json").write_text(text)
+    with pytest.raises(LigatureError, match=r"scores\.json is not"):
+        read_record(tmp_path / "scores.json")
+    with pytest.raises(LigatureError, match="no file"):
+        read_record(tmp_path / "absent.json")
+
+
+def test_names_the_missing_keys(tmp_path):
+    made = record()
+    del made["training"]
+    (tmp_path / "scores.json").write_text(json.dumps(made))
+    with pytest.raises(LigatureError, match="lacks training"):
+        read_record(tmp_path / "scores.json")
+
+
+@pytest.mark.parametrize("training", ["zero-shot", "fine-tuned-on ", "fine-tuned-on", ""])
+def test_training_is_said_plainly(training):
+    with pytest.raises(LigatureError, match="must be untrained, pretrained or"):
+        record(training=training)
+    assert record(training="fine-tuned-on coco")["training"] == "fine-tuned-on coco"
+
+
+def test_unknown_protocol_is_answered_with_the_known_ones():
+    with pytest.raises(LigatureError, match="no protocol 'coco_5'; there is full"):
+        record(protocol="coco_5")
+
+
+def test_table():
+    rows = [record(), record(head="fusion, shortlist 8", training="fine-tuned-on shapes"), record(split="validation")]
+    tables = [part.split("\n") for part in table(rows).split("\n\n")]
+    assert [len(part) for part in tables] == [1, 5, 1, 4]  # a title and a table for each split
+    assert tables[0][0].startswith("shapes test, protocol full: 20 images, 100 captions (all)")
+    header, rule, dual, fusion, chance = tables[1]
+    assert len({len(line) for line in tables[1]}) == 1  # aligned
+    cells = [cell.strip() for cell in dual.strip("|").split("|")]
+    there, (low, high) = rows[0]["image_to_text"], rows[0]["image_to_text"]["interval"]["R@1"]
+    assert cells[:3] == ["dual", "pretrained", f"{there['R@1']:.1f} [{low:.1f}, {high:.1f}]"]
+    assert cells[-3:] == [f"{rows[0]['rsum']:.1f}", f"{there['median_rank']:.1f}"] + [
+        f"{rows[0]['text_to_image']['median_rank']:.1f}"
+    ]
+    assert [cell.strip() for cell in header.strip("|").split("|")][2:8] == [
+        *("TR R@1", "TR R@5", "TR R@10", "IR R@1", "IR R@5", "IR R@10")
+    ]
+    assert set(rule) <= set("|-: ") and fusion.startswith("| fusion, shortlist 8 | fine-tuned-on shapes |")
+    assert [cell.strip() for cell in chance.strip("|").split("|")][:3] == ["chance", "-", "5.00"]
+    assert [cell.strip() for cell in chance.strip("|").split("|")][5] == "5.00"
+    assert table([]) == ""
+
+
+def test_exports_load_and_no_model_comes_with_them():
+    assert {name: getattr(retrieval, name).__name__ for name in retrieval.__all__}
+    with pytest.raises(AttributeError):
+        _ = retrieval.nothing
+    script = (
+        "import sys, retrieval; assert 'numpy' not in sys.modules; import retrieval.records; "
+        "floors = {'torch', 'scipy', 'pretrain', 'finetune', 'launch', 'data_tools'}; "
+        "assert not floors & set(sys.modules), floors & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
