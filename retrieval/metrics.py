@@ -144,7 +144,8 @@ def rerank(scores: np.ndarray, shortlist_indices: np.ndarray, shortlist_scores: 
     # Not the values but their dense ranks (equal values, equal rank) go on top of the rest. Shifting values by an
     # offset would round close scores into ties: in float32, 1000.1 and 1000.10001 are one number.
     order = np.argsort(values, axis=1, kind="stable")
-    rises = np.diff(np.take_along_axis(values, order, axis=1), axis=1) > 0
+    ascending = np.take_along_axis(values, order, axis=1)
+    rises = ascending[:, 1:] > ascending[:, :-1]
     dense_rank = np.empty(indices.shape, dtype=np.int64)
     np.put_along_axis(dense_rank, order, np.pad(np.cumsum(rises, axis=1), ((0, 0), (1, 0))), axis=1)
 
