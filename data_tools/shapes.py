@@ -1,0 +1,446 @@
+"""The demo's own dataset, drawn on the spot: scenes of coloured shapes, told in five captions each (docs/shapes.md).
+
+A `Scene` is its true attributes; the image is a function of (scene, seed), the captions of (scene, seed), and the split
+a scene belongs to of the scene alone. A `Caption` knows which facts it states, so `fits` can count exactly how many
+images of a collection it is true of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, astuple, dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from PIL import Image, ImageChops, ImageDraw
+
+from runtime.errors import DataError
+from runtime.files import committed_folder, write_json
+from runtime.progress import progress
+
+Colour = tuple[int, int, int]
+
+COLOURS: dict[str, Colour] = {
+    "red": (220, 30, 35),
+    "orange": (250, 140, 10),
+    "yellow": (245, 225, 45),
+    "green": (30, 150, 50),
+    "cyan": (60, 205, 215),
+    "blue": (35, 70, 220),
+    "purple": (130, 40, 170),
+    "pink": (250, 140, 200),
+}
+BACKGROUNDS: dict[str, Colour] = {"white": (245, 245, 245), "grey": (125, 125, 125), "black": (20, 20, 20)}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SIZES = {"small": 0.19, "large": 0.31}
+"""Diameter as a share of the image's side: three large objects still fit side by side."""
+TEXTURES = ("plain", "striped", "dotted")
+COUNTS = (1, 2, 3)
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+RELATIONS = tuple(OPPOSITE)
+SPLITS = ("train", "validation", "test")
+
+SINGLE_SHARE = 0.15
+"""Scenes of one group: their words have only one thing to mean, which grounds colour and shape names early."""
+PLAIN_SHARE = 0.5
+OMISSION_SHARE = 0.25
+"""Captions that leave something out, as people do."""
+
+WORDS: dict[Any, tuple[str, ...]] = {
+    1: ("a", "a", "one", "a single"),
+    2: ("two", "two", "a pair of"),
+    3: ("three", "three", "a trio of"),
+    "small": ("small", "little", "tiny"),
+    "large": ("large", "big"),
+    "plain": ("plain", "solid"),
+    "striped": ("striped", "stripy"),
+    "dotted": ("dotted", "spotted"),
+    "purple": ("purple", "violet"),
+    "cyan": ("cyan", "turquoise"),
+    "circle": ("circle", "disc"),
+    "cross": ("cross", "plus sign"),
+    "ring": ("ring", "hoop"),
+    "left of": ("left of", "to the left of", "on the left of"),
+    "right of": ("right of", "to the right of", "on the right of"),
+    "above": ("above", "over", "higher than"),
+    "below": ("below", "under", "beneath", "lower than"),
+}
+"""Each value's ways to say it; a value not listed has its own name only."""
+SIDES = {"left of": ("on the left", "on the right"), "right of": ("on the right", "on the left"),
+         "above": ("at the top", "at the bottom"), "below": ("at the bottom", "at the top")}  # fmt: skip
+WITH_SIDE = {"left of": "on {its} left", "right of": "on {its} right", "above": "above {it}", "below": "below {it}"}
+
+
+@dataclass(frozen=True, order=True)
+class Group:
+    """`count` alike objects."""
+
+    colour: str
+    shape: str
+    count: int
+    size: str
+    texture: str
+
+    def __post_init__(self) -> None:
+        allowed = (COLOURS, SHAPES, COUNTS, SIZES, TEXTURES)
+        for (name, value), values in zip(vars(self).items(), allowed, strict=True):
+            if value not in values:
+                raise ValueError(f"a group's {name} cannot be {value!r}; choose from {', '.join(map(str, values))}")
+
+    @property
+    def kind(self) -> str:
+        """Colour and shape, as in 'red circle'."""
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One group, or two of different kinds with `first relation second`.
+
+    'a left of b' and 'b right of a' are one scene: the groups are put in order, so that the two compare equal.
+    """
+
+    background: str
+    first: Group
+    relation: str | None = None
+    second: Group | None = None
+
+    def __post_init__(self) -> None:
+        if self.background not in BACKGROUNDS:
+            raise ValueError(f"no background {self.background!r}; choose from {', '.join(BACKGROUNDS)}")
+        if (self.second is None) != (self.relation is None):
+            raise ValueError("a scene of two groups needs a relation, and a scene of one has none")
+        if self.second is None or self.relation is None:
+            return
+        if self.relation not in OPPOSITE:
+            raise ValueError(f"no relation {self.relation!r}; choose from {', '.join(RELATIONS)}")
+        if self.first.kind == self.second.kind:
+            raise ValueError(f"both groups are {self.first.kind}s: no caption could tell them apart")
+        if self.second < self.first:
+            first, second = self.second, self.first
+            for name, value in (("first", first), ("relation", OPPOSITE[self.relation]), ("second", second)):
+                object.__setattr__(self, name, value)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return (self.first,) if self.second is None else (self.first, self.second)
+
+    def swapped(self) -> Scene:
+        """The same two groups in each other's place."""
+        if self.relation is None:
+            raise ValueError("a scene of one group has no places to swap")
+        return replace(self, relation=OPPOSITE[self.relation])
+
+
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+
+def _bucket(text: str, buckets: int) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % buckets
+
+
+def kind_held_out(kind: str) -> bool:
+    """Whether a colour-shape pair ('red circle') is kept from the train split: about one in twelve."""
+    return _bucket(f"kind {kind}", 12) == 0
+
+
+def held_out(scene: Scene) -> bool:
+    """Whether the scene shows a combination never seen in train: a held-out kind, or (one in ten) pair of kinds."""
+    kinds = sorted(group.kind for group in scene.groups)
+    return any(map(kind_held_out, kinds)) or (len(kinds) == 2 and _bucket("pair " + ", ".join(kinds), 10) == 0)
+
+
+@lru_cache(maxsize=1 << 16)
+def split_of(scene: Scene) -> str:
+    """The one split a scene belongs to. It depends on the groups alone: however they are arranged, they stay together.
+
+    Of held-out combinations half are test and half validation; of the others a tenth each, and the rest is train.
+    """
+    bucket = _bucket("groups " + "; ".join(str(astuple(group)) for group in scene.groups), 20)
+    if held_out(scene):
+        return "test" if bucket < 10 else "validation"
+    return "test" if bucket < 2 else "validation" if bucket < 4 else "train"
+
+
+def _random_group(rng: Random) -> Group:
+    texture = "plain" if rng.random() < PLAIN_SHARE else rng.choice(TEXTURES[1:])
+    return Group(rng.choice(list(COLOURS)), rng.choice(SHAPES), rng.choice(COUNTS), rng.choice(list(SIZES)), texture)
+
+
+def _random_scene(rng: Random) -> Scene:
+    background, first = rng.choice(list(BACKGROUNDS)), _random_group(rng)
+    if rng.random() < SINGLE_SHARE:
+        return Scene(background, first)
+    second = _random_group(rng)
+    while second.kind == first.kind:
+        second = _random_group(rng)
+    return Scene(background, first, rng.choice(RELATIONS), second)
+
+
+def scenes(split: str, count: int, seed: int = 0) -> list[Scene]:
+    """`count` distinct scenes of a split. A longer list of the same seed begins with the shorter one."""
+    if split not in SPLITS:
+        raise ValueError(f"no split {split!r}; choose from {', '.join(SPLITS)}")
+    rng, found = Random(f"scenes {split} {seed}"), dict[Scene, None]()
+    while len(found) < count:
+        scene = _random_scene(rng)
+        if split_of(scene) == split:
+            found[scene] = None
+    return list(found)
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A sentence and the facts it states: of each group named, `groups[0] relation groups[1]`, and the background."""
+
+    text: str
+    groups: tuple[dict[str, Any], ...]
+    relation: str | None = None
+    background: str | None = None
+
+
+Told = tuple[Scene, Caption]
+
+
+def fits(caption: Caption, scene: Scene) -> bool:
+    """Whether everything the caption states is true of the scene (which may hold more than it tells)."""
+    if caption.background not in (None, scene.background):
+        return False
+    arrangements = [(scene.groups, scene.relation)]
+    if scene.relation is not None:
+        arrangements.append((scene.groups[::-1], OPPOSITE[scene.relation]))
+    return any(
+        len(caption.groups) <= len(groups)
+        and caption.relation in (None, relation)
+        and all(said.items() <= vars(group).items() for said, group in zip(caption.groups, groups, strict=False))
+        for groups, relation in arrangements
+    )
+
+
+def _say(value: Any, rng: Random) -> str:
+    return rng.choice(WORDS.get(value, (value,)))
+
+
+def _plural(noun: str) -> str:
+    return noun + ("es" if noun.endswith("s") else "s")
+
+
+def _noun_phrase(said: dict[str, Any], rng: Random) -> str:
+    """'two large striped red circles', 'a small blue square with dots'."""
+    texture, tail = said.get("texture"), ""
+    if texture in ("striped", "dotted") and rng.random() < 0.3:
+        texture, tail = None, {"striped": " with stripes", "dotted": " with dots"}[texture]
+    words = [_say(value, rng) for value in (said.get("size"), texture, said.get("colour"), said["shape"]) if value]
+    if said["count"] > 1:
+        words[-1] = _plural(words[-1])
+    count = _say(said["count"], rng)
+    return " ".join(["an" if count == "a" and words[0][0] in "aeio" else count, *words]) + tail
+
+
+def _sentence(phrases: list[str], relation: str | None, plural: list[bool], rng: Random) -> str:
+    """One or two groups' phrases as a clause; of two, the first stands in `relation` to the second (None: not told)."""
+    is_are = ["are" if many else "is" for many in plural]
+    if len(phrases) == 1:
+        return rng.choice(("{a}", "{a}", "there {be} {a}", "a picture of {a}")).format(a=phrases[0], be=is_are[0])
+    a, b = phrases
+    if relation is None:
+        return rng.choice((f"{a} and {b}", f"{a} next to {b}", f"there {is_are[0]} {a} and {b}", f"{a} with {b}"))
+    place, (here, there) = _say(relation, rng), SIDES[relation]
+    beside = WITH_SIDE[relation].format(its="their" if plural[1] else "its", it="them" if plural[1] else "it")
+    return rng.choice((
+        f"{a} {place} {b}",
+        f"{a} {place} {b}",
+        f"{a} {is_are[0]} {place} {b}",
+        f"there {is_are[0]} {a} {place} {b}",
+        f"a picture of {a} {place} {b}",
+        f"{b}, with {a} {beside}",
+        f"{a} {here} and {b} {there}",
+        f"{here} {a}, {there} {b}",
+    ))  # fmt: skip
+
+
+def _caption(scene: Scene, rng: Random) -> Caption:
+    groups, relation = list(scene.groups), scene.relation
+    if relation and rng.random() < 0.5:
+        groups, relation = groups[::-1], OPPOSITE[relation]
+    said = [asdict(group) for group in groups]
+    for facts in said:
+        if facts["texture"] == "plain" and rng.random() < 0.75:  # what is plain is seldom called so
+            del facts["texture"]
+    if rng.random() < OMISSION_SHARE:
+        omitted = rng.choice(["size", "colour", "texture"] + ["relation", "group"] * (relation is not None))
+        if omitted == "relation":
+            relation = None
+        elif omitted == "group":
+            said, relation = said[:1], None
+        else:
+            rng.choice(said).pop(omitted, None)
+    phrases, plural = [_noun_phrase(facts, rng) for facts in said], [facts["count"] > 1 for facts in said]
+    text = _sentence(phrases, relation, plural, rng)
+    background = scene.background if rng.random() < 0.5 else None
+    if background:
+        text += rng.choice((" on a {} background", " on {}", " against a {} background")).format(background)
+    return Caption(text, tuple(said), relation, background)
+
+
+def describe(scene: Scene, seed: int = 0, n: int = 5) -> list[Caption]:
+    """`n` captions with the facts they state."""
+    return [_caption(scene, Random(f"caption {seed} {index} {scene}")) for index in range(n)]
+
+
+def captions(scene: Scene, seed: int = 0, n: int = 5) -> list[str]:
+    """`n` captions in varied words, lower case."""
+    return [caption.text for caption in describe(scene, seed, n)]
+
+
+def relation_pairs(count: int, seed: int = 0, split: str = "test") -> list[tuple[Told, Told]]:
+    """Pairs of scenes that differ only in which group stands where, with one caption each.
+
+    The two captions are made of the same words ('a red circle left of a blue square', 'a blue square left of a red
+    circle'): a bag of words scores 50 %.
+    """
+    rng, pairs = Random(f"relation pairs {seed}"), []
+    pool = iter(scenes(split, 2 * count + 32, seed))
+    while len(pairs) < count:
+        scene = next(pool)
+        if scene.relation is None:
+            continue
+        said = [asdict(group) for group in scene.groups]
+        phrases, place = [_noun_phrase(facts, rng) for facts in said], _say(scene.relation, rng)
+        there, back = " ".join((phrases[0], place, phrases[1])), " ".join((phrases[1], place, phrases[0]))
+        pairs.append((
+            (scene, Caption(there, tuple(said), scene.relation)),
+            (scene.swapped(), Caption(back, tuple(said[::-1]), scene.relation)),
+        ))  # fmt: skip
+    return pairs
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+OVERSAMPLING = 4
+
+
+def _polygon(shape: str, side: float) -> list[tuple[float, float]]:
+    if shape == "triangle":
+        return [(side / 2, 0), (side, side), (0, side)]
+    if shape == "cross":
+        a, b = side / 3, side * 2 / 3
+        arms = [(a, 0), (b, 0), (b, a), (side, a), (side, b), (b, b)]
+        return arms + [(side - x, side - y) for x, y in arms]
+    angles = [(math.pi * step / 5, side * (0.56 if step % 2 == 0 else 0.24)) for step in range(10)]
+    return [(side / 2 + radius * math.sin(angle), side / 2 - radius * math.cos(angle)) for angle, radius in angles]
+
+
+@lru_cache(maxsize=2048)
+def _mask(shape: str, texture: str, side: int) -> Image.Image:
+    """Where an object of `side` pixels covers what is behind it; textures are cut out."""
+    mask = Image.new("L", (side, side))
+    pen = ImageDraw.Draw(mask)
+    box = (0, 0, side - 1, side - 1)
+    if shape in ("circle", "ring"):
+        pen.ellipse(box, fill=255)
+        if shape == "ring":
+            pen.ellipse((side * 0.27, side * 0.27, side * 0.73, side * 0.73), fill=0)
+    elif shape == "square":
+        pen.rectangle((side * 0.05, side * 0.05, side * 0.95, side * 0.95), fill=255)
+    else:
+        pen.polygon(_polygon(shape, side - 1), fill=255)
+    holes = Image.new("L", (side, side), 255)
+    pen, pitch = ImageDraw.Draw(holes), side / 4
+    if texture == "striped":
+        for row in range(4):
+            pen.rectangle((0, (row + 0.6) * pitch, side, (row + 1) * pitch), fill=0)
+    elif texture == "dotted":
+        for row in range(4):
+            for column in range(4):
+                x, y = (column + 0.5) * pitch, (row + 0.5) * pitch
+                pen.ellipse((x - pitch * 0.27, y - pitch * 0.27, x + pitch * 0.27, y + pitch * 0.27), fill=0)
+    return ImageChops.multiply(mask, holes)
+
+
+def _centres(count: int, along: int, middle: float, rng: Random) -> Iterator[tuple[float, float]]:
+    """Centres (shares of the side) of objects in a line along axis 0 (x) or 1 (y), at `middle` of the other axis.
+
+    The line's centre keeps near the image's, so that 'left of' is never 'above' as well.
+    """
+    start = rng.uniform(-0.1, 0.1) if count == 1 else 0.0
+    for index in range(count):
+        point = (0.5 + start + (index - (count - 1) / 2) * (0.33 if count == 3 else 0.4) + rng.uniform(-0.01, 0.01),
+                 middle + rng.uniform(-0.07, 0.07))  # fmt: skip
+        yield point if along == 0 else point[::-1]
+
+
+def draw(scene: Scene, size: int = 64, seed: int = 0) -> Image.Image:
+    """The scene as an RGB image of `size` x `size` pixels; positions, diameters and tones vary with the seed."""
+    rng = Random(f"image {seed} {scene}")
+    side = size * OVERSAMPLING
+    canvas = Image.new("RGB", (side, side), _vary(BACKGROUNDS[scene.background], rng))
+    along = 1 if scene.relation in ("left of", "right of") else 0
+    middles = [0.25, 0.75] if scene.relation in ("left of", "above") else [0.75, 0.25]
+    if scene.relation is None:
+        along, middles = rng.randrange(2), [rng.uniform(0.25, 0.75)]
+    for group, middle in zip(scene.groups, middles, strict=True):
+        colour, diameter = _vary(COLOURS[group.colour], rng), round(side * SIZES[group.size] * rng.uniform(0.92, 1.06))
+        mask = _mask(group.shape, group.texture, diameter)
+        for x, y in _centres(group.count, along, middle, rng):
+            canvas.paste(colour, (round(x * side - diameter / 2), round(y * side - diameter / 2)), mask)
+    return canvas.reduce(OVERSAMPLING)
+
+
+def _vary(colour: Colour, rng: Random) -> Colour:
+    red, green, blue = (min(255, max(0, channel + rng.randint(-10, 10))) for channel in colour)
+    return red, green, blue
+
+
+# --- a source that `ligature shard` reads -----------------------------------------------------------------------------
+
+
+def _save(folder: Path, size: int, item: tuple[str, Scene, int]) -> None:
+    file_name, scene, seed = item
+    draw(scene, size, seed).save(folder / file_name)
+
+
+def write_source(folder: Path, counts: dict[str, int], size: int = 64, seed: int = 0, workers: int = 1) -> None:
+    """Draw a dataset: `images/*.png`, COCO's `captions_<split>.json` for each split, and `scenes.jsonl` with the truth.
+
+    `counts` gives the images of each split. A line of `scenes.jsonl` holds an image's id, file name, split, scene,
+    whether its combination is held out, and the facts its captions state. The files do not depend on `workers`.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise DataError(f"{folder} exists already; remove it or choose another folder")
+    with committed_folder(folder) as temporary:
+        (temporary / "images").mkdir()
+        drawings, lines = [], []
+        for split, count in counts.items():
+            images, annotations = [], []
+            for index, scene in enumerate(scenes(split, count, seed)):
+                identifier, file_name = len(drawings), f"{split}_{index:06d}.png"
+                told = describe(scene, seed)
+                drawings.append((file_name, scene, seed))
+                image = {"id": identifier, "file_name": file_name}
+                images.append(image | {"width": size, "height": size})
+                annotations += [
+                    {"id": 5 * identifier + number, "image_id": identifier, "caption": caption.text}
+                    for number, caption in enumerate(told)
+                ]
+                truth = image | {"split": split, "held_out": held_out(scene), "scene": asdict(scene)}
+                lines.append(json.dumps(truth | {"captions": [asdict(caption) for caption in told]}) + "\n")
+            write_json(temporary / f"captions_{split}.json", {"images": images, "annotations": annotations})
+        (temporary / "scenes.jsonl").write_text("".join(lines), encoding="utf-8")
+        # spawn, not fork: the caller may hold threads
+        pool = multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext()
+        with pool, progress("drawing", len(drawings), "images") as bar:
+            save = partial(_save, temporary / "images", size)
+            for _ in pool.imap_unordered(save, drawings, 64) if workers > 1 else map(save, drawings):
+                bar.advance()
