@@ -1,0 +1,157 @@
+"""DeepSpeed: the optimizer step under ZeRO, and its state read and written whole. The only file that imports DeepSpeed.
+
+DeepSpeed's own checkpoints are not used (they are pickles, tied to the number of ranks, and not crash-safe). Float32 masters
+and Adam's moments are gathered and scattered here through its fragment functions, whose home differs by ZeRO stage:
+
+stage 0, fp32   the parameters are the masters; moments in `optimizer.state`
+stage 0, bf16   `FP16_UnfusedOptimizer`: lists `fp16_groups` and `fp32_groups` side by side; moments by the float32 tensor
+stage 1 and 2   flat float32 partitions, mapped to parameters by DeepSpeed's `safe_get_*` and `safe_set_*`
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.config import OptimizerConfig, TrainingConfig
+from pretrain.task import Student
+from runtime.errors import CheckpointError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, quiet, for this device, and without its compile-at-first-use communication extension for CPUs."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Weight decay is for matrices: biases, norms and the temperature take none (ALBEF's rule, its 0-d temperature mended)."""
+    return parameter.ndim > 1 and not name.endswith(".bias")
+
+
+class Engine:
+    """The student under DeepSpeed."""
+
+    def __init__(self, student: Student, optimizer: OptimizerConfig, training: TrainingConfig, micro_batch: int, accumulation: int, device: torch.device) -> None:
+        deepspeed = _import_deepspeed(device)
+        from deepspeed import utils
+
+        self._fragments = utils
+        self.stage, self.bf16 = training.zero_stage, training.precision == "bf16"
+        self.clip_norm = optimizer.clip_norm
+        named = [(name, parameter) for name, parameter in student.model.named_parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for n, p in named if decays(n, p)], "weight_decay": optimizer.weight_decay},
+            {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+        ]
+        # `fused` has no kernel for CPUs in older torch; foreach is as good there.
+        adamw = torch.optim.AdamW(groups, lr=optimizer.lr, betas=(optimizer.betas[0], optimizer.betas[1]), fused=device.type == "cuda")
+        settings = {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "zero_optimization": {"stage": self.stage},
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": self.bf16},
+            "gradient_clipping": optimizer.clip_norm,
+            "wall_clock_breakdown": False,
+        }
+        self.module, *_ = deepspeed.initialize(model=student, optimizer=adamw, config=settings, dist_init_required=False)
+        self.device: torch.device = self.module.device
+        self.names = [name for name, _ in named]
+        self.parameters = dict(student.model.named_parameters())
+        self.adamw = adamw
+
+    def backward(self, loss: Tensor) -> None:
+        self.module.backward(loss)
+
+    def step(self) -> float:
+        """Apply the gradients where the micro-batches of a step are complete; the gradients' global norm before clipping."""
+        norm = self._plain_norm() if self.stage == 0 and not self.bf16 and self.module.is_gradient_accumulation_boundary() else None
+        self.module.step()
+        return float(self.module.get_global_grad_norm() or 0.0) if norm is None else norm
+
+    def _plain_norm(self) -> float:
+        """Without ZeRO or bf16 DeepSpeed keeps no norm; the averaged gradients are at hand before the step."""
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        return float(nn.utils.get_total_norm(gradients))
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.module.optimizer.param_groups:
+            group["lr"] = lr
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, float32 weight, whole) of every trained parameter. A collective: every rank must walk it."""
+        if not self.bf16:
+            # In float32 the parameters hold the masters' values on every rank.
+            yield from ((name, self.parameters[name].data) for name in self.names)
+        elif self.stage == 0:
+            halves = self._unfused_masters()
+            yield from ((name, halves[id(self.parameters[name])]) for name in self.names)
+        else:
+            yield from ((name, self._fragments.safe_get_full_fp32_param(self.parameters[name])) for name in self.names)
+
+    def moments(self) -> Iterator[tuple[str, Tensor]]:
+        """(`exp_avg.name` or `exp_avg_sq.name`, float32, whole). A collective."""
+        for moment in MOMENTS:
+            for name in self.names:
+                if self.stage == 0:
+                    state = self._adam_state(name)
+                    yield f"{moment}.{name}", state[moment] if state else torch.zeros_like(self.parameters[name], dtype=torch.float32)
+                else:
+                    yield f"{moment}.{name}", self._fragments.safe_get_full_optimizer_state(self.parameters[name], moment)
+
+    def load(self, masters: dict[str, Tensor], moments: dict[str, Tensor], steps: int) -> None:
+        """Restore masters, moments and Adam's step count from whole tensors, at any world size and ZeRO stage."""
+        if missing := sorted(set(self.names) ^ set(masters)):
+            raise CheckpointError(f"the checkpoint and the recipe's model differ, first in {missing[0]}; use the recipe it was made with")
+        self._make_states(steps)
+        halves = self._unfused_masters() if self.stage == 0 and self.bf16 else {}
+        for name in self.names:
+            parameter = self.parameters[name]
+            if masters[name].shape != parameter.shape:
+                raise CheckpointError(
+                    f"{name} is {tuple(masters[name].shape)} in the checkpoint and {tuple(parameter.shape)} in the recipe; use the recipe it was made with"
+                )
+            parameter.data.copy_(masters[name])
+            if self.stage == 0:
+                if self.bf16:
+                    halves[id(parameter)].data.copy_(masters[name])
+                for moment in MOMENTS:
+                    self._adam_state(name)[moment].copy_(moments[f"{moment}.{name}"])
+            else:
+                self._fragments.safe_set_full_fp32_param(parameter, masters[name].to(self.device))
+                for moment in MOMENTS:
+                    self._fragments.safe_set_full_optimizer_state(parameter, moments[f"{moment}.{name}"].to(self.device), moment)
+
+    def _unfused_masters(self) -> dict[int, Tensor]:
+        optimizer = self.module.optimizer
+        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        return {id(half): master for halves, masters in pairs for half, master in zip(halves, masters, strict=True)}
+
+    def _adam_state(self, name: str) -> dict[str, Tensor]:
+        parameter = self.parameters[name]
+        return self.adamw.state[self._unfused_masters()[id(parameter)] if self.bf16 else parameter]
+
+    def _make_states(self, steps: int) -> None:
+        """Adam's state is lazy, made by a first step: make it here, so that there is something to load into."""
+        for group in self.adamw.param_groups:
+            for tensor in group["params"]:
+                count = torch.tensor(float(steps), device=tensor.device if group["fused"] else "cpu")
+                self.adamw.state[tensor] = {"step": count} | {moment: torch.zeros_like(tensor, dtype=torch.float32) for moment in MOMENTS}
+        if self.stage > 0:
+            self.module.optimizer._lazy_init_hp_params_optimizer_state()

@@ -1,0 +1,53 @@
+"""The shared codebook, learned from transport plans (CODIS L_code and Eq. 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pretrain.config import CodebookConfig, TransportConfig
+from pretrain.objectives.contrastive import soft_cross_entropy
+from pretrain.objectives.state import Plans, StudentState
+from pretrain.transport import proximal_point
+
+
+class Codebook:
+    """L_ot moves the codewords to the teacher's features; L_t2p and L_i2p teach both modalities to name each other's codewords."""
+
+    def __init__(self, config: CodebookConfig) -> None:
+        self.temperature, self.pairing = config.temperature, config.pairing
+
+    def __call__(self, state: StudentState) -> dict[str, Tensor]:
+        """-> `codebook` (the sum of the four terms), `transport_cost` and `codeword_prediction` (its parts)."""
+        batch, plans, codewords = state.batch, state.batch.plans, state.model.codewords()
+        assert plans is not None, "the task solves plans where this objective is on"
+        text_target, image_target = (plans.image, plans.text) if self.pairing == "cross" else (plans.text, plans.image)
+        prediction = soft_cross_entropy(state.text @ codewords.T / self.temperature, text_target)
+        prediction = prediction + soft_cross_entropy(state.image @ codewords.T / self.temperature, image_target)
+        teacher_image, teacher_text = batch.keys.image[batch.rows], batch.keys.text[batch.rows]
+        cost = (plans.image * (1 - teacher_image @ codewords.T)).sum(-1).mean()
+        cost = cost + (plans.text * (1 - teacher_text @ codewords.T)).sum(-1).mean()
+        return {"codebook": prediction + cost, "transport_cost": cost.detach(), "codeword_prediction": prediction.detach()}
+
+
+@torch.no_grad()
+def solve_plans(image: Tensor, text: Tensor, codewords: Tensor, samples: int, config: TransportConfig) -> tuple[Plans, dict[str, Tensor]]:
+    """Plans of image and of text features with the codebook, and figures that tell their health.
+
+    image, text: (n, feature_dim) unit-norm, the first `samples` of which need a target; codewords: (codewords, feature_dim)
+    unit-norm. -> Plans with rows scaled to sum to 1 (a row of a plan sums to 1 / n: as a target it would be n times too weak).
+    """
+    cost = 1 - torch.stack([image, text]) @ codewords.T
+    plan, _, (row_error, column_error) = proximal_point(cost, beta=config.beta, outer_steps=config.outer_steps, inner_steps=config.inner_steps)
+    targets = plan[:, :samples] / plan[:, :samples].sum(-1, keepdim=True)
+    entropy = -torch.special.xlogy(targets, targets).sum(-1)
+    nearest = torch.bincount(cost.argmin(-1).flatten(), minlength=len(codewords))
+    share = nearest / nearest.sum()
+    figures = {
+        "codebook/effective_codes": entropy.exp().mean(),
+        "codebook/perplexity": (-torch.special.xlogy(share, share).sum()).exp(),
+        "codebook/dead": (nearest == 0).float().mean(),
+        "codebook/row_error": row_error.mean(),
+        "codebook/column_error": column_error.mean(),
+    }
+    return Plans(*targets), figures

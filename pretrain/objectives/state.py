@@ -1,0 +1,96 @@
+"""What the objectives read: the student's state for a micro-batch, and what the teacher says of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from pretrain.model.alignment_model import AlignmentModel, TextBatch
+from pretrain.model.bert_layers import KeysValues
+
+
+@dataclass
+class Masked:
+    """Captions with words to predict."""
+
+    text: TextBatch
+    """The altered captions (batch, words)."""
+    chosen: Tensor
+    """(batch, words) bool: words to predict."""
+    labels: Tensor
+    """(masked words,) their true ids, in row order."""
+    normaliser: float
+    """Masked words of the global batch divided by the number of micro-batches in it (ranks x accumulation steps): the mean
+    over micro-batches of `sum / normaliser` is the sum over the global batch divided by its count of masked words."""
+    teacher_logits: Tensor | None = None
+    """(masked words, vocabulary), the teacher's prediction from the same altered captions and its own view of the image."""
+
+
+@dataclass
+class Keys:
+    """Teacher features to compare with: the global batch in global sample order, then the queue's filled slots."""
+
+    image: Tensor
+    """(keys, feature_dim)"""
+    text: Tensor
+    """(keys, feature_dim)"""
+    image_ids: Tensor
+    """(keys,)"""
+
+
+@dataclass
+class Plans:
+    """Transport plans of this micro-batch's samples; rows sum to 1."""
+
+    image: Tensor
+    """(batch, codewords)"""
+    text: Tensor
+    """(batch, codewords)"""
+
+
+@dataclass
+class MicroBatch:
+    """Inputs of the student for one forward, with the teacher's word on them. Everything on the device."""
+
+    images: Tensor
+    """(batch, 3, size, size) uint8, the student's view."""
+    text: TextBatch
+    image_ids: Tensor
+    """(batch,)"""
+    rows: Tensor
+    """(batch,) each sample's place among the keys."""
+    draws: Tensor
+    """(batch, 2) uniform numbers that belong to the samples: for the negative image, for the negative text."""
+    keys: Keys
+    distill_weight: float
+    masked: Masked | None = None
+    plans: Plans | None = None
+
+
+@dataclass
+class StudentState:
+    """What the student's encoders made of a micro-batch; computed once, read by every objective."""
+
+    model: AlignmentModel
+    batch: MicroBatch
+    image_tokens: Tensor
+    """(batch, 1 + patches, image width)"""
+    text_states: Tensor
+    """(batch, words, text width)"""
+
+    @cached_property
+    def image(self) -> Tensor:
+        """Unit-norm features (batch, feature_dim)."""
+        return self.model.image_features(self.image_tokens)
+
+    @cached_property
+    def text(self) -> Tensor:
+        """Unit-norm features (batch, feature_dim)."""
+        return self.model.text_features(self.text_states)
+
+    @cached_property
+    def images_read(self) -> list[KeysValues]:
+        """The fusion encoder's keys and values of the images: made once for matched pairs, negatives and masked captions."""
+        return self.model.fusion_encoder.read_images(self.image_tokens)

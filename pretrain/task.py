@@ -1,0 +1,150 @@
+"""The pretraining task: student, teacher, queue and objectives, joined into one step whose losses the loop need not know.
+
+Order of a step (DESIGN section 5): the teacher encodes the global batch, plans are solved, the student goes forward and
+backward, the optimizer steps; then, and only then, the teacher moves and the queue takes the batch in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_tools.order import uniforms
+from data_tools.tokenizer import CaptionTokenizer
+from pretrain.config import PretrainRecipe
+from pretrain.feature_queue import FeatureQueue
+from pretrain.model.alignment_model import AlignmentModel, TextBatch
+from pretrain.objectives.codebook import Codebook, solve_plans
+from pretrain.objectives.contrastive import Contrastive
+from pretrain.objectives.masked_language import MaskedLanguage, mask_words, word_logits
+from pretrain.objectives.matching import Matching
+from pretrain.objectives.state import Keys, Masked, MicroBatch, Plans, StudentState
+from pretrain.teacher import Teacher
+from runtime.ranks import Ranks, gather_rows, sum_over_ranks
+
+# What the draws of one sample are for: each purpose has its own stream of numbers.
+NEGATIVES, MASKS = 1, 2
+
+
+class Student(nn.Module):
+    """The module that the engine wraps: one forward from inputs to losses."""
+
+    def __init__(self, model: AlignmentModel, recipe: PretrainRecipe) -> None:
+        super().__init__()
+        self.model = model
+        settings = recipe.objectives
+        makers: dict[str, Callable[[], Callable[[StudentState], dict[str, Tensor]]]] = {
+            "contrastive": lambda: Contrastive(settings.contrastive),
+            "matching": lambda: Matching(settings.matching),
+            "masked_language": MaskedLanguage,
+            "codebook": lambda: Codebook(settings.codebook),
+        }
+        self.weights = {name: getattr(settings, name).weight for name in makers}
+        self.objectives = {name: make() for name, make in makers.items() if self.weights[name]}
+
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """-> the weighted sum of the losses, and every named loss and figure, detached."""
+        tokens = self.model.image_encoder(batch.images)
+        state = StudentState(self.model, batch, tokens, self.model.text_encoder(batch.text.ids, batch.text.mask))
+        total, figures = torch.zeros((), device=tokens.device), {}
+        for name, objective in self.objectives.items():
+            losses = objective(state)
+            total = total + self.weights[name] * losses[name]
+            figures |= {key: value.detach() for key, value in losses.items()}
+        return total, {"loss": total.detach(), **figures}
+
+
+class PretrainTask:
+    """Everything of a step but the optimizer."""
+
+    def __init__(self, recipe: PretrainRecipe, model: AlignmentModel, tokenizer: CaptionTokenizer, ranks: Ranks, device: torch.device) -> None:
+        self.recipe, self.tokenizer, self.ranks, self.device = recipe, tokenizer, ranks, device
+        self.student = Student(model, recipe)
+        precision = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+        self.teacher = Teacher(model, recipe.teacher.ema_momentum, precision)
+        self.queue = FeatureQueue(recipe.teacher.queue, recipe.model.feature_dim, device)
+        self._arrived: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def prepare(self, batch: dict[str, Any], epoch: float, micro_batch: int) -> tuple[list[MicroBatch], dict[str, Tensor]]:
+        """This rank's batch -> the student's micro-batches with the teacher's word on them, and figures to log.
+
+        batch: as ShardStream yields it; epoch: epochs consumed so far, for the ramp of the distillation.
+        """
+        views = batch["images"].to(self.device, non_blocking=True)
+        text = TextBatch(batch["ids"].to(self.device, non_blocking=True), batch["mask"].to(self.device, non_blocking=True))
+        ids, positions = batch["image_ids"].to(self.device), batch["positions"].to(self.device)
+        size = len(ids)
+        parts = [slice(start, start + micro_batch) for start in range(0, size, micro_batch)]
+        distill_weight = self.recipe.teacher.distill_weight * min(1.0, epoch)
+
+        model = self.teacher.model
+        tokens = [model.image_encoder(views[-1, part]) for part in parts]
+        image = torch.cat([model.image_features(part) for part in tokens])
+        text_feature = torch.cat([model.text_features(model.text_encoder(text.ids[part], text.mask[part])) for part in parts])
+        arrived = gather_rows(image), gather_rows(text_feature), gather_rows(ids)
+        self._arrived = arrived
+        keys = Keys(*(torch.cat([new, old]) for new, old in zip(arrived, self.queue.keys(), strict=True)))
+        rows = torch.arange(size, device=self.device) + self.ranks.rank * size
+
+        seed = self.recipe.training.seed
+        draws = torch.from_numpy(uniforms(seed + NEGATIVES, batch["positions"].numpy(), 2)).to(self.device)
+        masked = self._mask(text, positions, tokens, parts, distill_weight)
+        plans, figures = self._plan(views[0], text, parts, keys, len(arrived[2]))
+        micro_batches = [
+            MicroBatch(
+                images=views[0, part],
+                text=TextBatch(text.ids[part], text.mask[part]),
+                image_ids=ids[part],
+                rows=rows[part],
+                draws=draws[part],
+                keys=keys,
+                distill_weight=distill_weight,
+                masked=masked[number],
+                plans=Plans(plans.image[rows[part]], plans.text[rows[part]]) if plans else None,
+            )
+            for number, part in enumerate(parts)
+        ]
+        return micro_batches, figures | {"distill_weight": torch.tensor(distill_weight)}
+
+    def finish(self, masters: Iterable[tuple[str, Tensor]]) -> None:
+        """After an optimizer step: the teacher moves, the batch joins the queue. Not called for a skipped step."""
+        assert self._arrived is not None, "prepare comes before finish"
+        self.teacher.update(masters)
+        self.queue.enqueue(*self._arrived)
+        self._arrived = None
+
+    def _mask(self, text: TextBatch, positions: Tensor, tokens: list[Tensor], parts: list[slice], distill_weight: float) -> list[Masked | None]:
+        if not self.student.weights["masked_language"]:
+            return [None] * len(parts)
+        share = self.recipe.objectives.masked_language.share
+        altered, chosen = mask_words(text, positions, self.tokenizer, share, self.recipe.training.seed + MASKS)
+        normaliser = float(sum_over_ranks(chosen.sum())) / (self.ranks.world * len(parts)) or 1.0
+        masked: list[Masked | None] = []
+        for part, image_tokens in zip(parts, tokens, strict=True):
+            altered_text = TextBatch(altered[part], text.mask[part])
+            logits = None
+            if distill_weight:
+                model = self.teacher.model
+                logits = word_logits(model, altered_text, chosen[part], model.fusion_encoder.read_images(image_tokens))
+            masked.append(Masked(altered_text, chosen[part], text.ids[part][chosen[part]], normaliser, logits))
+        return masked
+
+    def _plan(self, images: Tensor, text: TextBatch, parts: list[slice], keys: Keys, samples: int) -> tuple[Plans | None, dict[str, Tensor]]:
+        settings = self.recipe.objectives.codebook
+        if not settings.weight:
+            return None, {}
+        image_rows, text_rows = keys.image, keys.text
+        if settings.features == "student":
+            model = self.student.model
+            own_image = torch.cat([model.image_features(model.image_encoder(images[part])) for part in parts])
+            own_text = torch.cat([model.text_features(model.text_encoder(text.ids[part], text.mask[part])) for part in parts])
+            image_rows, text_rows = (
+                torch.cat([gather_rows(own), teacher[samples:]]) for own, teacher in ((own_image, keys.image), (own_text, keys.text))
+            )
+        if self.recipe.transport.samples == "batch":
+            image_rows, text_rows = image_rows[:samples], text_rows[:samples]
+        return solve_plans(image_rows, text_rows, self.student.model.codewords(), samples, self.recipe.transport)

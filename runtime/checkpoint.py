@@ -1,0 +1,113 @@
+"""Checkpoints: safetensors and JSON under a manifest of hashes; complete or absent, verified before use, nothing pickled."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.errors import CheckpointError
+from runtime.files import committed_folder, read_json, sha256_of, write_json, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MANIFEST = "manifest.json"
+FORMAT = "ligature-checkpoint"
+
+
+def write_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any], write_more: Callable[[Path], None]) -> None:
+    """Commit a checkpoint: `<name>.safetensors` for each of `tensors`, `<name>.json` for each of `values`, and what
+    `write_more(folder)` adds (tokenizer, recipe); then a manifest with every file's hash. Raises LigatureError where it cannot."""
+    from safetensors.torch import save_file
+
+    with committed_folder(folder) as temporary:
+        for name, group in tensors.items():
+            save_file({key: tensor.detach().contiguous().cpu() for key, tensor in group.items()}, temporary / f"{name}.safetensors")
+        for name, value in values.items():
+            write_json(temporary / f"{name}.json", value)
+        write_more(temporary)
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(temporary.iterdir())}
+        write_json(temporary / MANIFEST, {"format": FORMAT, "version": 1, "files": files})
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Check every file's size and hash against the manifest. Raises CheckpointError that names the file."""
+    manifest = Path(folder) / MANIFEST
+    if not manifest.is_file():
+        raise CheckpointError(f"{folder} is no complete checkpoint: it has no {MANIFEST}")
+    content = read_json(manifest)
+    if content.get("format") != FORMAT or content.get("version") != 1:
+        raise CheckpointError(f"{manifest} is not a {FORMAT} of version 1")
+    for name, stated in content["files"].items():
+        path = Path(folder) / name
+        if not path.is_file() or path.stat().st_size != stated["bytes"]:
+            raise CheckpointError(f"{path} is missing or cut short; the checkpoint cannot be used")
+        if sha256_of(path) != stated["sha256"]:
+            raise CheckpointError(f"{path} was altered: its hash is not the manifest's; the checkpoint cannot be used")
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """A short name of a checkpoint's content: the first 16 hex digits of its manifest's sha256."""
+    return sha256_of(Path(folder) / MANIFEST)[:16]
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of `<name>.safetensors`. Call `verify_checkpoint` first."""
+    from safetensors.torch import load_file
+
+    path = Path(folder) / f"{name}.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {name}.safetensors")
+    return load_file(path)
+
+
+class CheckpointFolder:
+    """`checkpoints/` of a run: `step-XXXXXXXX/` folders, `latest`, and the `best` by validation."""
+
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        self.folder, self.keep_last = Path(folder), keep_last
+
+    def path_of(self, step: int) -> Path:
+        return self.folder / f"step-{step:08}"
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, oldest first."""
+        return sorted(int(path.name[5:]) for path in self.folder.glob("step-*") if path.name[5:].isdigit())
+
+    def newest_valid(self) -> Path | None:
+        """The newest checkpoint that verifies; says on stderr why it passed over a newer one."""
+        for step in reversed(self.steps()):
+            try:
+                verify_checkpoint(self.path_of(step))
+            except CheckpointError as error:
+                print(f"passing over a checkpoint: {error}", file=sys.stderr)
+            else:
+                return self.path_of(step)
+        return None
+
+    def commit(self, step: int, best: bool, write: Callable[[Path], None]) -> Path:
+        """Write the checkpoint of `step` (unless it is there already), point `latest` to it, and `best` where it is, then
+        forget old ones."""
+        path = self.path_of(step)
+        if not path.exists():
+            write(path)
+        write_text(self.folder / "latest", path.name + "\n")
+        if best:
+            write_text(self.folder / "best", path.name + "\n")
+        kept = {self.path_of(kept).name for kept in self.steps()[-self.keep_last :]} | {self._named("best")}
+        for old in self.steps():
+            if self.path_of(old).name not in kept:
+                shutil.rmtree(self.path_of(old), ignore_errors=True)
+        return path
+
+    def _named(self, name: str) -> str | None:
+        path = self.folder / name
+        return path.read_text().strip() if path.is_file() else None
+
+    def named(self, name: str) -> Path | None:
+        """The checkpoint that `latest` or `best` points to."""
+        target = self._named(name)
+        return self.folder / target if target else None

@@ -1,0 +1,70 @@
+"""A run's folder: a function of its name, never of the clock. The same command again finds it and goes on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from runtime.checkpoint import CheckpointFolder
+from runtime.errors import RecipeError
+from runtime.files import read_json, write_json
+from runtime.recipe import changed_keys, load_recipe, write_recipe
+
+PACKAGES = ("ligature", "torch", "torchvision", "deepspeed", "transformers", "timm", "accelerate", "webdataset", "numpy")
+# Where a run may differ from the first time it was started and still be the same run.
+FREE_KEYS = ("runs", "data.workers", "training.micro_batch", "training.device", "training.zero_stage", "training.log_every", "training.keep_last")
+
+
+class RunFolder:
+    """`config.yaml`, `environment.json`, `metrics.jsonl`, `tensorboard/`, `quarantine.jsonl`, `checkpoints/`, `finished.json`."""
+
+    def __init__(self, recipe: Any) -> None:
+        self.path = Path(recipe.runs) / recipe.name
+        self.config, self.quarantine = self.path / "config.yaml", self.path / "quarantine.jsonl"
+        self.checkpoints = CheckpointFolder(self.path / "checkpoints", recipe.training.keep_last)
+
+    def check(self, recipe: Any) -> None:
+        """Refuse a folder that belongs to another recipe, naming the keys that differ."""
+        if not self.config.exists():
+            return
+        stored = load_recipe(type(recipe), self.config)
+        changes = [line for line in changed_keys(stored, recipe) if line.split(":")[0] not in FREE_KEYS]
+        if changes:
+            raise RecipeError(f"{self.path} belongs to another recipe ({'; '.join(changes)}); choose another --name, or remove the folder")
+
+    def open(self, recipe: Any) -> None:
+        """Make the folder and write down the recipe and the environment. Rank 0 only."""
+        write_recipe(self.config, recipe)
+        write_json(self.path / "environment.json", environment())
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """The summary of a run that reached its end."""
+        path = self.path / "finished.json"
+        return read_json(path) if path.exists() else None
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        write_json(self.path / "finished.json", summary)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, host and commit that a run was made with."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    source = Path(__file__).resolve().parent.parent
+    commit = subprocess.run(["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "command": sys.argv,
+        "commit": commit.stdout.strip() if commit.returncode == 0 else "not a git checkout",
+    }
