@@ -1,0 +1,222 @@
+"""What a shard folder promises: how many samples and captions, which bytes, and where each member lies in its tar."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.errors import DataError, LigatureError
+from runtime.files import read_json, replaced_file, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MANIFEST_NAME = "manifest.json"
+FORMAT, VERSION = "ligature-shards", 1
+IMAGE_FORMATS, TEXT_FORMATS = ("jpg", "png", "webp"), ("json", "txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tar of a folder, as it was when it was complete."""
+
+    name: str
+    """File name of the tar, without its folder."""
+    samples: int
+    captions: int
+    bytes: int
+    """Size of the tar."""
+    sha256: str
+    """Hex digest of the tar."""
+    index: str
+    """File name of its member index (parquet)."""
+    index_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A complete shard folder: its shards in order, where they came from, and what was left out and why."""
+
+    folder: Path
+    shards: tuple[Shard, ...]
+    source: dict[str, Any] = field(default_factory=dict)
+    """Free description of what the samples are and how they were written; holds no path of this machine."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Reason -> how many captions or images were left out for it."""
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def captions(self) -> int:
+        return sum(shard.captions for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all tars."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex sha256 over each shard's name, sample count and sha256: the same wherever the folder lies."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(f"{shard.name}\t{shard.samples}\t{shard.sha256}\n".encode())
+        return digest.hexdigest()
+
+    def damaged(self) -> list[str]:
+        """What a look at names and sizes finds wrong: one phrase a shard, nothing when all is well."""
+        found = []
+        for shard in self.shards:
+            tar = self.folder / shard.name
+            size = tar.stat().st_size if tar.is_file() else None
+            if size is None:
+                found.append(f"{shard.name} is missing")
+            elif size != shard.bytes:
+                found.append(f"{shard.name} has {size:,} bytes, not {shard.bytes:,}")
+            if not (self.folder / shard.index).is_file():
+                found.append(f"{shard.index} is missing")
+        return found
+
+
+def write_manifest(manifest: Manifest) -> None:
+    """Write `manifest.json` into its folder, atomically. Comes last: a folder with a manifest is complete."""
+    totals = {"samples": manifest.samples, "captions": manifest.captions, "bytes": manifest.bytes}
+    value = {"format": FORMAT, "version": VERSION, **totals, "source": manifest.source, "dropped": manifest.dropped}
+    value["shards"] = [asdict(shard) for shard in manifest.shards]
+    write_json(Path(manifest.folder) / MANIFEST_NAME, value)
+
+
+def read_manifest(folder: str | Path, check: bool = True) -> Manifest:
+    """Read a shard folder's promise; with `check`, every shard must be there with its size (hashes: `inspect.verify`).
+
+    Raises `DataError` in one line where the folder, the manifest or a shard is missing, altered or of another format.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise DataError(f"no shard folder {folder}; make one with `ligature shard`")
+    if not path.is_file():
+        raise DataError(
+            f"{folder} has no {MANIFEST_NAME}: run `ligature shard` again to finish it, "
+            "or `ligature inspect --index` for shards made elsewhere"
+        )
+    try:
+        value = read_json(path)
+    except LigatureError as error:
+        raise DataError(str(error)) from None
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise DataError(f"{path} is not a manifest of {FORMAT}; run `ligature shard` into an empty folder")
+    if value.get("version") != VERSION:
+        raise DataError(
+            f"{path} has version {value.get('version')}, this Ligature reads version {VERSION}; shard the source again"
+        )
+    try:
+        shards = tuple(Shard(**{name.name: entry[name.name] for name in fields(Shard)}) for entry in value["shards"])
+        manifest = Manifest(folder, shards, value["source"], value["dropped"])
+        totals = [manifest.samples, manifest.captions, manifest.bytes]
+        promised = [value["samples"], value["captions"], value["bytes"]]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path} is incomplete or altered ({error}); shard the source again") from None
+    if totals != promised:
+        raise DataError(f"{path} was altered: its shards sum to {totals}, not to {promised}; shard the source again")
+    if check and (found := manifest.damaged()):
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise DataError(f"{folder} is damaged: {found[0]}{more}; run the `ligature shard` that made it again")
+    return manifest
+
+
+@dataclass(slots=True)
+class ShardIndex:
+    """Where the members of one tar lie, one entry a sample: `os.pread(tar, size, offset)` gives a member's bytes."""
+
+    keys: list[str]
+    image_offset: np.ndarray
+    """(samples,) int64, bytes from the start of the tar to the image's data."""
+    image_size: np.ndarray
+    """(samples,) int64, bytes."""
+    image_format: list[str]
+    """jpg, png or webp."""
+    text_offset: np.ndarray
+    text_size: np.ndarray
+    text_format: list[str]
+    """json (an object whose `captions` is a list) or txt (one caption)."""
+    width: np.ndarray
+    """(samples,) int32, pixels as stored: before an EXIF orientation is applied."""
+    height: np.ndarray
+    captions: np.ndarray
+    """(samples,) int32, how many captions the sample has."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[tuple]) -> ShardIndex:
+        """One tuple a sample, its values in the order of the fields."""
+        import numpy as np
+
+        columns = list(zip(*rows, strict=True)) or [()] * len(_COLUMNS)
+        typed = zip(columns, _COLUMNS.values(), strict=True)
+        return cls(*(list(column) if kind == "string" else np.array(column, kind) for column, kind in typed))
+
+
+_COLUMNS = {
+    "key": "string", "image_offset": "int64", "image_size": "int64", "image_format": "string",
+    "text_offset": "int64", "text_size": "int64", "text_format": "string",
+    "width": "int32", "height": "int32", "captions": "int32",
+}  # fmt: skip
+_NOTE = b"ligature"
+
+
+def write_index(path: Path, index: ShardIndex, note: Mapping[str, Any] | None = None) -> None:
+    """Write a shard's index as parquet, atomically. `note` (JSON) travels in the file's metadata."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([(name, getattr(pa, kind)()) for name, kind in _COLUMNS.items()])
+    values = [getattr(index, "keys" if name == "key" else name) for name in _COLUMNS]
+    arrays = [pa.array(value, type=column.type) for value, column in zip(values, schema, strict=True)]
+    table = pa.Table.from_arrays(arrays, schema=schema.with_metadata({_NOTE: json.dumps(note or {}).encode()}))
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer)
+    with replaced_file(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def _read_parquet(path: Path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path).read(use_threads=False)
+    except FileNotFoundError:
+        raise DataError(f"no shard index {path}; run `ligature shard` again or `ligature inspect --index`") from None
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path} is not a readable shard index ({reason}); run `ligature shard` again") from None
+
+
+def read_index(path: str | Path) -> ShardIndex:
+    """Load a shard's index. A missing, cut or foreign file is a `DataError` that names it."""
+    table = _read_parquet(Path(path))
+    if missing := [name for name in _COLUMNS if name not in table.column_names]:
+        raise DataError(f"{path} is no shard index: it has no column {missing[0]!r}")
+    columns = {}
+    for name, kind in _COLUMNS.items():
+        column = table.column(name)
+        # Copied: parquet's buffers are read-only and would keep the whole table alive.
+        columns["keys" if name == "key" else name] = (
+            column.to_pylist() if kind == "string" else column.to_numpy().astype(kind, copy=True)
+        )
+    return ShardIndex(**columns)
+
+
+def read_index_note(path: str | Path) -> dict[str, Any]:
+    """The note that `write_index` put into the file's metadata ({} where there is none)."""
+    metadata = _read_parquet(Path(path)).schema.metadata or {}
+    return json.loads(metadata.get(_NOTE, b"{}"))
