@@ -135,7 +135,7 @@ def read_manifest(folder: str | Path, check: bool = True) -> Manifest:
 class ShardIndex:
     """Where the members of one tar lie, one entry a sample: `os.pread(tar, size, offset)` gives a member's bytes."""
 
-    keys: list[str]
+    key: list[str]
     image_offset: np.ndarray
     """(samples,) int64, bytes from the start of the tar to the image's data."""
     image_size: np.ndarray
@@ -153,7 +153,7 @@ class ShardIndex:
     """(samples,) int32, how many captions the sample has."""
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.key)
 
     @classmethod
     def from_rows(cls, rows: Sequence[tuple]) -> ShardIndex:
@@ -179,7 +179,7 @@ def write_index(path: Path, index: ShardIndex, note: Mapping[str, Any] | None = 
     import pyarrow.parquet as pq
 
     schema = pa.schema([(name, getattr(pa, kind)()) for name, kind in _COLUMNS.items()])
-    values = [getattr(index, "keys" if name == "key" else name) for name in _COLUMNS]
+    values = [getattr(index, name) for name in _COLUMNS]
     arrays = [pa.array(value, type=column.type) for value, column in zip(values, schema, strict=True)]
     table = pa.Table.from_arrays(arrays, schema=schema.with_metadata({_NOTE: json.dumps(note or {}).encode()}))
     buffer = pa.BufferOutputStream()
@@ -210,7 +210,7 @@ def read_index(path: str | Path) -> ShardIndex:
     for name, kind in _COLUMNS.items():
         column = table.column(name)
         # Copied: parquet's buffers are read-only and would keep the whole table alive.
-        columns["keys" if name == "key" else name] = (
+        columns[name] = (
             column.to_pylist() if kind == "string" else column.to_numpy().astype(kind, copy=True)
         )
     return ShardIndex(**columns)

@@ -98,7 +98,7 @@ class Images:
                 self._by_name[PurePosixPath(path).name].append(path)
         paths = self._by_name.get(PurePosixPath(name).name, [])
         if len(paths) > 1:
-            raise DataError(f"{name} may be {paths[0]} or {paths[1]} in {self.place}; give one of the folders as --images")
+            raise DataError(f"{name} may be {paths[0]} or {paths[1]} in {self.place}; give one folder as --images")
         return self._at(paths[0]) if paths else None
 
     def _at(self, path: str) -> StoredBytes | None:

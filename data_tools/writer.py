@@ -130,8 +130,8 @@ def summary(manifest: Manifest) -> str:
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in manifest.dropped.items()) or "nothing"
     renamed = manifest.source.get("keys_made_safe", 0)
     return (
-        f"{manifest.folder}: {manifest.samples:,} images and {manifest.captions:,} captions "
-        f"in {len(manifest.shards):,} shard{"s"[: len(manifest.shards) > 1]}, {manifest.bytes / 1e6:,.1f} MB; dropped: {dropped}"
+        f"{manifest.folder}: {manifest.samples:,} images, {manifest.captions:,} captions, "
+        f"{len(manifest.shards):,} shards, {manifest.bytes / 1e6:,.1f} MB; dropped: {dropped}"
         + (f"; {renamed:,} keys made safe (dots, slashes and blanks became _)" if renamed else "")
     )
 
@@ -274,8 +274,9 @@ def write_shards(
 
     `workers` processes write one shard each at a time (0: one a core; 1: this process alone); with more than one, the
     caller's main module must be importable (`if __name__ == "__main__":`). `source` describes the samples; `dropped`
-    and `quarantine` are what the source left out already. An image that does not decode is left out, counted, and listed
-    in `quarantine.jsonl`. `DataError`: too many of those, or `out` holds something else. `LigatureError`: no space left.
+    and `quarantine` are what the source left out already. An image that does not decode is left out, counted, and
+    listed in `quarantine.jsonl`. `DataError`: too many of those, or `out` holds something else. `LigatureError`: no
+    space left.
     """
     _check_numbers(shard_samples, resize_shorter, quality, workers, max_bad_share)
     items, out = list(items), Path(out)
@@ -318,7 +319,7 @@ def _check_keys(items: list[CaptionedImage]) -> None:
     seen = set()
     for item in items:
         if not item.key or safe_key(item.key) != (item.key, False):
-            raise DataError(f"the key {item.key!r} of {item.source} is empty or has a dot, slash or blank; use safe_key")
+            raise DataError(f"the key {item.key!r} of {item.source} is empty or has a dot, slash or blank")
         if item.key in seen:
             raise DataError(f"the key {item.key!r} of {item.source} comes twice; keys are unique in a shard folder")
         if not item.captions or not all(isinstance(caption, str) and caption for caption in item.captions):
