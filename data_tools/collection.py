@@ -43,7 +43,9 @@ class Collection(Dataset):
         try:
             image = decode_image(raw.image)
         except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"image {raw.key} in {self.reader.manifest.folder} cannot be read ({error}); scores need every image, shard it again") from error
+            raise DataError(
+                f"image {raw.key} in {self.reader.manifest.folder} cannot be read ({error}); scores need every image, shard it again"
+            ) from error
         return image if self.transform is None else self.transform(image)
 
     def images(self, transform: Callable, numbers: range, batch_size: int, workers: int) -> Iterator[Tensor]:

@@ -22,7 +22,9 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise RecipeError(f"augment.crop_scale is {self.crop_scale}; it is two shares of the area, 0 < low <= high <= 1")
+            raise RecipeError(
+                f"augment.crop_scale is {self.crop_scale}; it is two shares of the area, 0 < low <= high <= 1"
+            )
         if not 0 <= self.magnitude <= 10:
             raise RecipeError(f"augment.magnitude is {self.magnitude}; it goes from 0 to 10")
 
@@ -49,6 +51,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.caption_tokens < 3:
-            raise RecipeError(f"data.caption_tokens is {self.caption_tokens}; it must leave room for [CLS], one word and [SEP]: 3 or more")
+            raise RecipeError(
+                f"data.caption_tokens is {self.caption_tokens}; it must leave room for [CLS], one word and [SEP]: 3 or more"
+            )
         if self.workers < 0:
             raise RecipeError(f"data.workers is {self.workers}; it is a number of processes, 0 or more")

@@ -31,9 +31,9 @@ def uniforms(seed: int, positions: np.ndarray, count: int) -> np.ndarray:
 
     positions: (samples,) int -> (samples, count) float64. A counter-based generator (SplitMix64's finaliser, twice).
     """
-    counter = positions.astype(np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15) + np.arange(count, dtype=np.uint64)[None] * np.uint64(
-        0xD1B54A32D192ED03
-    )
+    counter = positions.astype(np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15) + np.arange(count, dtype=np.uint64)[
+        None
+    ] * np.uint64(0xD1B54A32D192ED03)
     mixed = _mix(_mix(counter) ^ np.uint64(derived_seed(seed)))
     return (mixed >> np.uint64(11)).astype(np.float64) / float(1 << 53)
 

@@ -40,7 +40,9 @@ class Example:
 class ExampleReader(Dataset):
     """Position -> Example, a pure function of (manifest, seed, position): workers and ranks may call it in any order."""
 
-    def __init__(self, reader: ShardReader, seed: int, transform: Callable | None, tokenizer: CaptionTokenizer | None) -> None:
+    def __init__(
+        self, reader: ShardReader, seed: int, transform: Callable | None, tokenizer: CaptionTokenizer | None
+    ) -> None:
         self.reader, self.seed, self.transform, self.tokenizer = reader, seed, transform, tokenizer
         self.order = SampleOrder(len(reader), seed)
 
@@ -48,7 +50,9 @@ class ExampleReader(Dataset):
         failures: list[dict[str, str]] = []
         for attempt in range(STAND_INS):
             # A sample that cannot be read is replaced by one that is itself a function of (seed, position).
-            sample = self.order[position] if attempt == 0 else derived_seed(self.seed, position, attempt) % len(self.reader)
+            sample = (
+                self.order[position] if attempt == 0 else derived_seed(self.seed, position, attempt) % len(self.reader)
+            )
             try:
                 raw = self.reader[sample]
                 image: Any = decode_image(raw.image)
@@ -57,11 +61,15 @@ class ExampleReader(Dataset):
                 image = image if self.transform is None else self.transform(image, draw)
             except (OSError, ValueError, SyntaxError, DataError) as error:
                 shard = self.reader.manifest.shards[self.reader.place(sample)[0]].name
-                failures.append({"shard": shard, "key": self.reader.key(sample), "reason": " ".join(str(error).split())})
+                failures.append(
+                    {"shard": shard, "key": self.reader.key(sample), "reason": " ".join(str(error).split())}
+                )
                 continue
             tokens = self.tokenizer.encode([caption])[0] if self.tokenizer else None
             return Example(position, sample, raw.key, image, caption, tokens, failures)
-        raise DataError(f"{STAND_INS} samples in a row cannot be read, the last one {failures[-1]['key']}: {failures[-1]['reason']}")
+        raise DataError(
+            f"{STAND_INS} samples in a row cannot be read, the last one {failures[-1]['key']}: {failures[-1]['reason']}"
+        )
 
 
 class ShardStream:
@@ -95,7 +103,13 @@ class ShardStream:
         self.reader = ShardReader(folder)
         if not len(self.reader):
             raise DataError(f"{self.reader.manifest.folder} holds no samples")
-        self.batch_size, self.rank, self.world_size, self.workers, self.seed = batch_size, rank, world_size, workers, seed
+        self.batch_size, self.rank, self.world_size, self.workers, self.seed = (
+            batch_size,
+            rank,
+            world_size,
+            workers,
+            seed,
+        )
         self.quarantine, self.max_bad_share = quarantine, max_bad_share
         self.examples = ExampleReader(self.reader, seed, transform, tokenizer)
         self.consumed = 0
@@ -124,14 +138,23 @@ class ShardStream:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able: samples consumed by all ranks, the manifest's fingerprint, the seed, and the keys known to be bad."""
-        return {"samples": self.consumed, "fingerprint": self.reader.manifest.fingerprint, "seed": self.seed, "bad": sorted(self.bad)}
+        return {
+            "samples": self.consumed,
+            "fingerprint": self.reader.manifest.fingerprint,
+            "seed": self.seed,
+            "bad": sorted(self.bad),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a cursor. Raises DataError where it belongs to other shards or another seed."""
         if state["fingerprint"] != self.reader.manifest.fingerprint:
-            raise DataError(f"{self.reader.manifest.folder} is not the data this run was reading (its manifest differs); point data.train to the same shards")
+            raise DataError(
+                f"{self.reader.manifest.folder} is not the data this run was reading (its manifest differs); point data.train to the same shards"
+            )
         if state["seed"] != self.seed:
-            raise DataError(f"this run was reading with seed {state['seed']}, not {self.seed}: its order is another; set training.seed back")
+            raise DataError(
+                f"this run was reading with seed {state['seed']}, not {self.seed}: its order is another; set training.seed back"
+            )
         self.consumed, self.bad = state["samples"], set(state["bad"])
 
     def _note_failures(self, failures: list[dict[str, str]]) -> None:
@@ -141,7 +164,11 @@ class ShardStream:
         self.bad |= new.keys()
         if self.quarantine:
             # Other ranks write here as well: what they listed is not listed again.
-            listed = {json.loads(line)["key"] for line in self.quarantine.read_text().splitlines()} if self.quarantine.exists() else set()
+            listed = (
+                {json.loads(line)["key"] for line in self.quarantine.read_text().splitlines()}
+                if self.quarantine.exists()
+                else set()
+            )
             with open(self.quarantine, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(failure) + "\n" for key, failure in new.items() if key not in listed)
         if len(self.bad) > self.max_bad_share * len(self.reader):

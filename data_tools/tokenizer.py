@@ -63,7 +63,9 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, caption_tokens: in
     pipeline.normalizer = normalizers.BertNormalizer(lowercase=True)
     pipeline.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     pipeline.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=list(SPECIAL), min_frequency=2, show_progress=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary, special_tokens=list(SPECIAL), min_frequency=2, show_progress=False
+    )
     pipeline.train_from_iterator(captions, trainer)
     cls, sep = ((token, pipeline.token_to_id(token)) for token in ("[CLS]", "[SEP]"))
     pipeline.post_processor = processors.BertProcessing(sep=sep, cls=cls)
@@ -80,7 +82,11 @@ def load_tokenizer(source: str | Path, caption_tokens: int) -> CaptionTokenizer:
     from transformers import AutoTokenizer, BertTokenizerFast
 
     try:
-        known = BertTokenizerFast(str(folder / "vocab.txt")) if folder.exists() else AutoTokenizer.from_pretrained(str(source))
+        known = (
+            BertTokenizerFast(str(folder / "vocab.txt"))
+            if folder.exists()
+            else AutoTokenizer.from_pretrained(str(source))
+        )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"no tokenizer `{source}` ({reason}); give a folder, or `train`") from error

@@ -34,7 +34,18 @@ class ShapeAugment(v2.RandAugment):
 
     _AUGMENTATION_SPACE = {
         name: v2.RandAugment._AUGMENTATION_SPACE[name]
-        for name in ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Sharpness", "AutoContrast", "Equalize")
+        for name in (
+            "Identity",
+            "ShearX",
+            "ShearY",
+            "TranslateX",
+            "TranslateY",
+            "Rotate",
+            "Brightness",
+            "Sharpness",
+            "AutoContrast",
+            "Equalize",
+        )
     }
 
 
@@ -43,7 +54,9 @@ class TrainTransform:
 
     def __init__(self, image_size: int, augment: AugmentConfig, views: int) -> None:
         self.views = views
-        steps: list = [v2.RandomResizedCrop(image_size, scale=tuple(augment.crop_scale), interpolation=InterpolationMode.BICUBIC)]
+        steps: list = [
+            v2.RandomResizedCrop(image_size, scale=tuple(augment.crop_scale), interpolation=InterpolationMode.BICUBIC)
+        ]
         if augment.crop_scale[0] == 1:
             steps = [v2.Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC)]
         if augment.flip:

@@ -194,19 +194,29 @@ class PretrainRecipe:
 
     def __post_init__(self) -> None:
         if self.objectives.codebook.weight and not self.model.codewords:
-            raise RecipeError("objectives.codebook.weight is set but model.codewords is 0; set the weight to 0 or give the model codewords")
+            raise RecipeError(
+                "objectives.codebook.weight is set but model.codewords is 0; set the weight to 0 or give the model codewords"
+            )
         if not self.model.fusion.layers and (self.objectives.matching.weight or self.objectives.masked_language.weight):
-            raise RecipeError("model.fusion.layers is 0, but matching and masked_language need the fusion encoder; set their weights to 0")
+            raise RecipeError(
+                "model.fusion.layers is 0, but matching and masked_language need the fusion encoder; set their weights to 0"
+            )
         if self.data.caption_tokens > self.model.text.positions:
-            raise RecipeError(f"data.caption_tokens {self.data.caption_tokens} is more than model.text.positions {self.model.text.positions}")
+            raise RecipeError(
+                f"data.caption_tokens {self.data.caption_tokens} is more than model.text.positions {self.model.text.positions}"
+            )
         if not self.name or "/" in self.name or self.name.startswith("."):
-            raise RecipeError(f"name is {self.name!r}; it becomes a folder's name, so it has no slash and does not begin with a dot")
+            raise RecipeError(
+                f"name is {self.name!r}; it becomes a folder's name, so it has no slash and does not begin with a dot"
+            )
 
 
 def divide_batch(global_batch: int, micro_batch: int, world: int) -> tuple[int, int]:
     """(micro-batch, accumulation steps) of a rank: the largest micro-batch not above `micro_batch` that divides its share."""
     if global_batch % world:
-        raise RecipeError(f"training.global_batch {global_batch} does not divide over {world} ranks; use a multiple of {world}")
+        raise RecipeError(
+            f"training.global_batch {global_batch} does not divide over {world} ranks; use a multiple of {world}"
+        )
     local = global_batch // world
     micro = next(size for size in range(min(local, micro_batch), 0, -1) if local % size == 0)
     return micro, local // micro

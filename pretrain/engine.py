@@ -47,7 +47,15 @@ def decays(name: str, parameter: Tensor) -> bool:
 class Engine:
     """The student under DeepSpeed."""
 
-    def __init__(self, student: Student, optimizer: OptimizerConfig, training: TrainingConfig, micro_batch: int, accumulation: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        student: Student,
+        optimizer: OptimizerConfig,
+        training: TrainingConfig,
+        micro_batch: int,
+        accumulation: int,
+        device: torch.device,
+    ) -> None:
         deepspeed = _import_deepspeed(device)
         from deepspeed import utils
 
@@ -60,7 +68,9 @@ class Engine:
             {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
         ]
         # `fused` has no kernel for CPUs in older torch; foreach is as good there.
-        adamw = torch.optim.AdamW(groups, lr=optimizer.lr, betas=(optimizer.betas[0], optimizer.betas[1]), fused=device.type == "cuda")
+        adamw = torch.optim.AdamW(
+            groups, lr=optimizer.lr, betas=(optimizer.betas[0], optimizer.betas[1]), fused=device.type == "cuda"
+        )
         settings = {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,
@@ -70,7 +80,9 @@ class Engine:
             "gradient_clipping": optimizer.clip_norm,
             "wall_clock_breakdown": False,
         }
-        self.module, *_ = deepspeed.initialize(model=student, optimizer=adamw, config=settings, dist_init_required=False)
+        self.module, *_ = deepspeed.initialize(
+            model=student, optimizer=adamw, config=settings, dist_init_required=False
+        )
         self.device: torch.device = self.module.device
         self.names = [name for name, _ in named]
         self.parameters = dict(student.model.named_parameters())
@@ -81,7 +93,11 @@ class Engine:
 
     def step(self) -> float:
         """Apply the gradients where the micro-batches of a step are complete; the gradients' global norm before clipping."""
-        norm = self._plain_norm() if self.stage == 0 and not self.bf16 and self.module.is_gradient_accumulation_boundary() else None
+        norm = (
+            self._plain_norm()
+            if self.stage == 0 and not self.bf16 and self.module.is_gradient_accumulation_boundary()
+            else None
+        )
         self.module.step()
         return float(self.module.get_global_grad_norm() or 0.0) if norm is None else norm
 
@@ -111,14 +127,22 @@ class Engine:
             for name in self.names:
                 if self.stage == 0:
                     state = self._adam_state(name)
-                    yield f"{moment}.{name}", state[moment] if state else torch.zeros_like(self.parameters[name], dtype=torch.float32)
+                    yield (
+                        f"{moment}.{name}",
+                        state[moment] if state else torch.zeros_like(self.parameters[name], dtype=torch.float32),
+                    )
                 else:
-                    yield f"{moment}.{name}", self._fragments.safe_get_full_optimizer_state(self.parameters[name], moment)
+                    yield (
+                        f"{moment}.{name}",
+                        self._fragments.safe_get_full_optimizer_state(self.parameters[name], moment),
+                    )
 
     def load(self, masters: dict[str, Tensor], moments: dict[str, Tensor], steps: int) -> None:
         """Restore masters, moments and Adam's step count from whole tensors, at any world size and ZeRO stage."""
         if missing := sorted(set(self.names) ^ set(masters)):
-            raise CheckpointError(f"the checkpoint and the recipe's model differ, first in {missing[0]}; use the recipe it was made with")
+            raise CheckpointError(
+                f"the checkpoint and the recipe's model differ, first in {missing[0]}; use the recipe it was made with"
+            )
         self._make_states(steps)
         halves = self._unfused_masters() if self.stage == 0 and self.bf16 else {}
         for name in self.names:
@@ -136,7 +160,9 @@ class Engine:
             else:
                 self._fragments.safe_set_full_fp32_param(parameter, masters[name].to(self.device))
                 for moment in MOMENTS:
-                    self._fragments.safe_set_full_optimizer_state(parameter, moments[f"{moment}.{name}"].to(self.device), moment)
+                    self._fragments.safe_set_full_optimizer_state(
+                        parameter, moments[f"{moment}.{name}"].to(self.device), moment
+                    )
 
     def _unfused_masters(self) -> dict[int, Tensor]:
         optimizer = self.module.optimizer
@@ -152,6 +178,8 @@ class Engine:
         for group in self.adamw.param_groups:
             for tensor in group["params"]:
                 count = torch.tensor(float(steps), device=tensor.device if group["fused"] else "cpu")
-                self.adamw.state[tensor] = {"step": count} | {moment: torch.zeros_like(tensor, dtype=torch.float32) for moment in MOMENTS}
+                self.adamw.state[tensor] = {"step": count} | {
+                    moment: torch.zeros_like(tensor, dtype=torch.float32) for moment in MOMENTS
+                }
         if self.stage > 0:
             self.module.optimizer._lazy_init_hp_params_optimizer_state()

@@ -30,7 +30,11 @@ class FeatureQueue:
             return
         image, text, image_ids = image[-self.length :], text[-self.length :], image_ids[-self.length :]
         slots = (self.pointer + torch.arange(len(image_ids), device=self.image.device)) % self.length
-        self.image[slots], self.text[slots], self.image_ids[slots] = image.to(self.image), text.to(self.text), image_ids.to(self.image_ids)
+        self.image[slots], self.text[slots], self.image_ids[slots] = (
+            image.to(self.image),
+            text.to(self.text),
+            image_ids.to(self.image_ids),
+        )
         self.pointer = (self.pointer + len(image_ids)) % self.length
         self.filled = min(self.length, self.filled + len(image_ids))
 

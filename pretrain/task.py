@@ -60,7 +60,14 @@ class Student(nn.Module):
 class PretrainTask:
     """Everything of a step but the optimizer."""
 
-    def __init__(self, recipe: PretrainRecipe, model: AlignmentModel, tokenizer: CaptionTokenizer, ranks: Ranks, device: torch.device) -> None:
+    def __init__(
+        self,
+        recipe: PretrainRecipe,
+        model: AlignmentModel,
+        tokenizer: CaptionTokenizer,
+        ranks: Ranks,
+        device: torch.device,
+    ) -> None:
         self.recipe, self.tokenizer, self.ranks, self.device = recipe, tokenizer, ranks, device
         self.student = Student(model, recipe)
         precision = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
@@ -69,13 +76,17 @@ class PretrainTask:
         self._arrived: tuple[Tensor, Tensor, Tensor] | None = None
 
     @torch.no_grad()
-    def prepare(self, batch: dict[str, Any], epoch: float, micro_batch: int) -> tuple[list[MicroBatch], dict[str, Tensor]]:
+    def prepare(
+        self, batch: dict[str, Any], epoch: float, micro_batch: int
+    ) -> tuple[list[MicroBatch], dict[str, Tensor]]:
         """This rank's batch -> the student's micro-batches with the teacher's word on them, and figures to log.
 
         batch: as ShardStream yields it; epoch: epochs consumed so far, for the ramp of the distillation.
         """
         views = batch["images"].to(self.device, non_blocking=True)
-        text = TextBatch(batch["ids"].to(self.device, non_blocking=True), batch["mask"].to(self.device, non_blocking=True))
+        text = TextBatch(
+            batch["ids"].to(self.device, non_blocking=True), batch["mask"].to(self.device, non_blocking=True)
+        )
         ids, positions = batch["image_ids"].to(self.device), batch["positions"].to(self.device)
         size = len(ids)
         parts = [slice(start, start + micro_batch) for start in range(0, size, micro_batch)]
@@ -84,7 +95,9 @@ class PretrainTask:
         model = self.teacher.model
         tokens = [model.image_encoder(views[-1, part]) for part in parts]
         image = torch.cat([model.image_features(part) for part in tokens])
-        text_feature = torch.cat([model.text_features(model.text_encoder(text.ids[part], text.mask[part])) for part in parts])
+        text_feature = torch.cat(
+            [model.text_features(model.text_encoder(text.ids[part], text.mask[part])) for part in parts]
+        )
         arrived = gather_rows(image), gather_rows(text_feature), gather_rows(ids)
         self._arrived = arrived
         keys = Keys(*(torch.cat([new, old]) for new, old in zip(arrived, self.queue.keys(), strict=True)))
@@ -117,7 +130,9 @@ class PretrainTask:
         self.queue.enqueue(*self._arrived)
         self._arrived = None
 
-    def _mask(self, text: TextBatch, positions: Tensor, tokens: list[Tensor], parts: list[slice], distill_weight: float) -> list[Masked | None]:
+    def _mask(
+        self, text: TextBatch, positions: Tensor, tokens: list[Tensor], parts: list[slice], distill_weight: float
+    ) -> list[Masked | None]:
         if not self.student.weights["masked_language"]:
             return [None] * len(parts)
         share = self.recipe.objectives.masked_language.share
@@ -133,7 +148,9 @@ class PretrainTask:
             masked.append(Masked(altered_text, chosen[part], text.ids[part][chosen[part]], normaliser, logits))
         return masked
 
-    def _plan(self, images: Tensor, text: TextBatch, parts: list[slice], keys: Keys, samples: int) -> tuple[Plans | None, dict[str, Tensor]]:
+    def _plan(
+        self, images: Tensor, text: TextBatch, parts: list[slice], keys: Keys, samples: int
+    ) -> tuple[Plans | None, dict[str, Tensor]]:
         settings = self.recipe.objectives.codebook
         if not settings.weight:
             return None, {}
@@ -141,9 +158,12 @@ class PretrainTask:
         if settings.features == "student":
             model = self.student.model
             own_image = torch.cat([model.image_features(model.image_encoder(images[part])) for part in parts])
-            own_text = torch.cat([model.text_features(model.text_encoder(text.ids[part], text.mask[part])) for part in parts])
+            own_text = torch.cat(
+                [model.text_features(model.text_encoder(text.ids[part], text.mask[part])) for part in parts]
+            )
             image_rows, text_rows = (
-                torch.cat([gather_rows(own), teacher[samples:]]) for own, teacher in ((own_image, keys.image), (own_text, keys.text))
+                torch.cat([gather_rows(own), teacher[samples:]])
+                for own, teacher in ((own_image, keys.image), (own_text, keys.text))
             )
         if self.recipe.transport.samples == "batch":
             image_rows, text_rows = image_rows[:samples], text_rows[:samples]

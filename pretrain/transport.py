@@ -27,7 +27,12 @@ class Transport(NamedTuple):
 
 @torch.no_grad()
 def proximal_point(
-    cost: Tensor, a: Tensor | None = None, b: Tensor | None = None, beta: float = 0.5, outer_steps: int = 50, inner_steps: int = 1
+    cost: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    beta: float = 0.5,
+    outer_steps: int = 50,
+    inner_steps: int = 1,
 ) -> Transport:
     """The plan of least cost between `a` and `b`, approached by `outer_steps` proximal steps of size `1 / beta`.
 
@@ -47,7 +52,9 @@ def proximal_point(
 
 
 @torch.no_grad()
-def sinkhorn(cost: Tensor, a: Tensor | None = None, b: Tensor | None = None, regularisation: float = 0.05, steps: int = 100) -> Transport:
+def sinkhorn(
+    cost: Tensor, a: Tensor | None = None, b: Tensor | None = None, regularisation: float = 0.05, steps: int = 100
+) -> Transport:
     """The entropy-regularised plan (Cuturi 2013) after `steps` alternating updates. Shapes as in `proximal_point`."""
     cost, log_a, log_b = _prepare(cost, a, b)
     kernel, f, g = cost / -regularisation, torch.zeros_like(log_a), torch.zeros_like(log_b)

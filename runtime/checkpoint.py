@@ -18,18 +18,25 @@ MANIFEST = "manifest.json"
 FORMAT = "ligature-checkpoint"
 
 
-def write_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any], write_more: Callable[[Path], None]) -> None:
+def write_checkpoint(
+    folder: Path, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any], write_more: Callable[[Path], None]
+) -> None:
     """Commit a checkpoint: `<name>.safetensors` for each of `tensors`, `<name>.json` for each of `values`, and what
     `write_more(folder)` adds (tokenizer, recipe); then a manifest with every file's hash. Raises LigatureError where it cannot."""
     from safetensors.torch import save_file
 
     with committed_folder(folder) as temporary:
         for name, group in tensors.items():
-            save_file({key: tensor.detach().contiguous().cpu() for key, tensor in group.items()}, temporary / f"{name}.safetensors")
+            save_file(
+                {key: tensor.detach().contiguous().cpu() for key, tensor in group.items()},
+                temporary / f"{name}.safetensors",
+            )
         for name, value in values.items():
             write_json(temporary / f"{name}.json", value)
         write_more(temporary)
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(temporary.iterdir())}
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(temporary.iterdir())
+        }
         write_json(temporary / MANIFEST, {"format": FORMAT, "version": 1, "files": files})
 
 

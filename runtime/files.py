@@ -44,7 +44,9 @@ def replaced_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync_file(path.parent)
     except OSError as error:
-        raise LigatureError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
+        raise LigatureError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -67,7 +69,9 @@ def committed_folder(path: Path) -> Iterator[Path]:
         os.rename(temporary, path)
         sync_file(path.parent)
     except OSError as error:
-        raise LigatureError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
+        raise LigatureError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -53,7 +53,9 @@ class PlainProgress(Progress):
         now = time.monotonic()
         if self.done >= self.total or now - self._shown >= PLAIN_INTERVAL:
             self._shown = now
-            line = f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {self.rate():,.1f}/s, {self.time_left()} left"
+            line = (
+                f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {self.rate():,.1f}/s, {self.time_left()} left"
+            )
             print(f"{line}  {self.note}".rstrip(), file=sys.stderr, flush=True)
 
 
@@ -63,7 +65,11 @@ class BarProgress(Progress):
 
         super().__init__(*args)
         columns = (rich.TextColumn("{task.description}"), rich.BarColumn(bar_width=24), rich.MofNCompleteColumn())
-        tail = (rich.TextColumn("{task.fields[rate]}"), rich.TimeElapsedColumn(), rich.TextColumn("{task.fields[left]} left"))
+        tail = (
+            rich.TextColumn("{task.fields[rate]}"),
+            rich.TimeElapsedColumn(),
+            rich.TextColumn("{task.fields[left]} left"),
+        )
         from rich.console import Console
 
         self._bar = rich.Progress(*columns, *tail, rich.TextColumn("{task.fields[note]}"), console=Console(stderr=True))

@@ -29,9 +29,14 @@ class Ranks:
 
 def ranks_from_environment() -> Ranks:
     """Read torchrun's variables, else SLURM's (one task per device), else a world of one."""
-    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", None)):
+    for names in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", None),
+    ):
         if all(name in os.environ for name in names[:2]) and (names[0] == "RANK" or "MASTER_ADDR" in os.environ):
-            rank, world, local, local_world = (int(os.environ.get(name or "", default)) for name, default in zip(names, "0101", strict=True))
+            rank, world, local, local_world = (
+                int(os.environ.get(name or "", default)) for name, default in zip(names, "0101", strict=True)
+            )
             if names[3] is None:
                 local_world = int(os.environ.get("SLURM_NTASKS_PER_NODE", world))
             return Ranks(rank, world, local, local_world)
@@ -43,7 +48,9 @@ def choose_device(asked: str, ranks: Ranks) -> torch.device:
     import torch
 
     if asked == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("training.device is `cuda` but torch sees no GPU here; use a node with one, or --training.device cpu")
+        raise RecipeError(
+            "training.device is `cuda` but torch sees no GPU here; use a node with one, or --training.device cpu"
+        )
     if asked == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
@@ -66,7 +73,9 @@ def join(asked_device: str = "auto") -> tuple[Ranks, torch.device]:
             try:
                 distributed.init_process_group(backend, rank=ranks.rank, world_size=ranks.world)
             except ValueError as error:
-                raise LigatureError(f"rank {ranks.rank} of {ranks.world} cannot join the run ({error}); start it with `ligature launch`") from error
+                raise LigatureError(
+                    f"rank {ranks.rank} of {ranks.world} cannot join the run ({error}); start it with `ligature launch`"
+                ) from error
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world))
     return ranks, device
@@ -79,7 +88,9 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
 
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return rows
-    gathered = torch.empty(distributed.get_world_size() * rows.shape[0], *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+    gathered = torch.empty(
+        distributed.get_world_size() * rows.shape[0], *rows.shape[1:], dtype=rows.dtype, device=rows.device
+    )
     distributed.all_gather_into_tensor(gathered, rows.contiguous())
     return gathered
 

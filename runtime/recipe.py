@@ -23,7 +23,9 @@ def read_recipe(kind: type[Recipe], arguments: list[str], command: str) -> Recip
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(prog=command, exit_on_error=False, description=(kind.__doc__ or "").strip().splitlines()[0])
-    parser.add_argument("--config", action="config", help="a recipe (YAML); may be given more than once, later ones win")
+    parser.add_argument(
+        "--config", action="config", help="a recipe (YAML); may be given more than once, later ones win"
+    )
     # The parser takes care of types; `instantiate` below keeps our own one-line messages from __post_init__.
     parser.add_class_arguments(kind, as_group=False)
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
@@ -46,7 +48,9 @@ def build(kind: type[Recipe], values: dict[str, Any], prefix: str = "") -> Recip
         if name == "config" and "config" not in fields:
             continue
         if name not in fields:
-            raise RecipeError(f"unknown key {prefix}{name}{_nearest(prefix + name, [prefix + known for known in fields])}")
+            raise RecipeError(
+                f"unknown key {prefix}{name}{_nearest(prefix + name, [prefix + known for known in fields])}"
+            )
         inner = _dataclass_in(hints[name])
         arguments[name] = build(inner, value, f"{prefix}{name}.") if inner and isinstance(value, dict) else value
     return kind(**arguments)
@@ -110,7 +114,9 @@ def _check_keys(kind: Any, values: dict[str, Any], where: str, prefix: str = "")
     hints = typing.get_type_hints(kind)
     for name, value in values.items():
         if name not in hints:
-            raise RecipeError(f"{where}unknown key {prefix}{name} (value {value!r}){_nearest(f'{prefix}{name}', keys_of(kind, prefix))}")
+            raise RecipeError(
+                f"{where}unknown key {prefix}{name} (value {value!r}){_nearest(f'{prefix}{name}', keys_of(kind, prefix))}"
+            )
         inner = _dataclass_in(hints[name])
         if inner and isinstance(value, dict):
             _check_keys(inner, value, where, f"{prefix}{name}.")
@@ -126,7 +132,9 @@ def _nearest(key: str, keys: list[str]) -> str:
     groups = sorted({known.rsplit(".", 1)[0] for known in keys if "." in known})
     close = difflib.get_close_matches(key, keys + groups, n=1, cutoff=0.7)
     last = key.rsplit(".", 1)[-1]
-    close = close or [known for known in keys if difflib.SequenceMatcher(None, known.rsplit(".", 1)[-1], last).ratio() > 0.6]
+    close = close or [
+        known for known in keys if difflib.SequenceMatcher(None, known.rsplit(".", 1)[-1], last).ratio() > 0.6
+    ]
     return f"; did you mean {close[0]}?" if close else "; `--help` lists the keys"
 
 

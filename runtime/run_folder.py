@@ -14,9 +14,27 @@ from runtime.errors import RecipeError
 from runtime.files import read_json, write_json
 from runtime.recipe import changed_keys, load_recipe, write_recipe
 
-PACKAGES = ("ligature", "torch", "torchvision", "deepspeed", "transformers", "timm", "accelerate", "webdataset", "numpy")
+PACKAGES = (
+    "ligature",
+    "torch",
+    "torchvision",
+    "deepspeed",
+    "transformers",
+    "timm",
+    "accelerate",
+    "webdataset",
+    "numpy",
+)
 # Where a run may differ from the first time it was started and still be the same run.
-FREE_KEYS = ("runs", "data.workers", "training.micro_batch", "training.device", "training.zero_stage", "training.log_every", "training.keep_last")
+FREE_KEYS = (
+    "runs",
+    "data.workers",
+    "training.micro_batch",
+    "training.device",
+    "training.zero_stage",
+    "training.log_every",
+    "training.keep_last",
+)
 
 
 class RunFolder:
@@ -34,7 +52,9 @@ class RunFolder:
         stored = load_recipe(type(recipe), self.config)
         changes = [line for line in changed_keys(stored, recipe) if line.split(":")[0] not in FREE_KEYS]
         if changes:
-            raise RecipeError(f"{self.path} belongs to another recipe ({'; '.join(changes)}); choose another --name, or remove the folder")
+            raise RecipeError(
+                f"{self.path} belongs to another recipe ({'; '.join(changes)}); choose another --name, or remove the folder"
+            )
 
     def open(self, recipe: Any) -> None:
         """Make the folder and write down the recipe and the environment. Rank 0 only."""
@@ -60,7 +80,9 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     source = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
     return {
         "versions": versions,
         "python": platform.python_version(),

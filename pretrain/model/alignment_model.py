@@ -72,7 +72,11 @@ class AlignmentModel(nn.Module):
         self.masked_language_head = MaskedLanguageHead(width, vocabulary)
         self.matching_head = nn.Linear(width, 2)
         self.temperature = Temperature(config.temperature)
-        self.codebook = nn.Parameter(torch.randn(config.codewords, config.feature_dim) / config.feature_dim**0.5) if config.codewords else None
+        self.codebook = (
+            nn.Parameter(torch.randn(config.codewords, config.feature_dim) / config.feature_dim**0.5)
+            if config.codewords
+            else None
+        )
 
     def image_features(self, image_tokens: Tensor) -> Tensor:
         """(images, tokens, width) -> unit-norm features (images, feature_dim), float32, from the class token."""

@@ -54,7 +54,9 @@ class CrossAttention(nn.Module):
 class BertLayer(nn.Module):
     """Self-attention, cross-attention where `image_width` is given, and the feed-forward part."""
 
-    def __init__(self, width: int, heads: int, feed_forward: int, dropout: float, image_width: int | None = None) -> None:
+    def __init__(
+        self, width: int, heads: int, feed_forward: int, dropout: float, image_width: int | None = None
+    ) -> None:
         super().__init__()
         self.dropout = dropout
         self.self_attention = SelfAttention(width, heads, dropout)
@@ -89,5 +91,3 @@ def start_weights(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
-
-

@@ -14,7 +14,8 @@ class FusionEncoder(nn.Module):
     def __init__(self, config: FusionEncoderConfig, text: TextEncoderConfig, image_width: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            BertLayer(text.width, text.heads, text.feed_forward, text.dropout, image_width) for _ in range(config.layers)
+            BertLayer(text.width, text.heads, text.feed_forward, text.dropout, image_width)
+            for _ in range(config.layers)
         )
         self.apply(start_weights)
 
@@ -22,7 +23,9 @@ class FusionEncoder(nn.Module):
         """Keys and values of each layer, made once per image: (images, tokens, image width) -> per layer (images, heads, tokens, …)."""
         return [layer.cross_attention.keys_values(image_tokens) for layer in self.layers]
 
-    def forward(self, states: Tensor, mask: Tensor, images: list[KeysValues], image_of_text: Tensor | None = None) -> Tensor:
+    def forward(
+        self, states: Tensor, mask: Tensor, images: list[KeysValues], image_of_text: Tensor | None = None
+    ) -> Tensor:
         """Fuse each text with one image.
 
         states: (texts, words, width), mask: (texts, words) bool; images: `read_images` of all the images there are;

@@ -21,7 +21,9 @@ class TextEncoder(nn.Module):
         # BERT's segments; all of ours are the first. A decomposed model (VLDeformer) tells text from image by them.
         self.segments = nn.Embedding(2, config.width)
         self.norm = nn.LayerNorm(config.width, eps=1e-12)
-        self.layers = nn.ModuleList(BertLayer(config.width, config.heads, config.feed_forward, config.dropout) for _ in range(config.layers))
+        self.layers = nn.ModuleList(
+            BertLayer(config.width, config.heads, config.feed_forward, config.dropout) for _ in range(config.layers)
+        )
         self.apply(start_weights)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -27,18 +27,26 @@ class Codebook:
         teacher_image, teacher_text = batch.keys.image[batch.rows], batch.keys.text[batch.rows]
         cost = (plans.image * (1 - teacher_image @ codewords.T)).sum(-1).mean()
         cost = cost + (plans.text * (1 - teacher_text @ codewords.T)).sum(-1).mean()
-        return {"codebook": prediction + cost, "transport_cost": cost.detach(), "codeword_prediction": prediction.detach()}
+        return {
+            "codebook": prediction + cost,
+            "transport_cost": cost.detach(),
+            "codeword_prediction": prediction.detach(),
+        }
 
 
 @torch.no_grad()
-def solve_plans(image: Tensor, text: Tensor, codewords: Tensor, samples: int, config: TransportConfig) -> tuple[Plans, dict[str, Tensor]]:
+def solve_plans(
+    image: Tensor, text: Tensor, codewords: Tensor, samples: int, config: TransportConfig
+) -> tuple[Plans, dict[str, Tensor]]:
     """Plans of image and of text features with the codebook, and figures that tell their health.
 
     image, text: (n, feature_dim) unit-norm, the first `samples` of which need a target; codewords: (codewords, feature_dim)
     unit-norm. -> Plans with rows scaled to sum to 1 (a row of a plan sums to 1 / n: as a target it would be n times too weak).
     """
     cost = 1 - torch.stack([image, text]) @ codewords.T
-    plan, _, (row_error, column_error) = proximal_point(cost, beta=config.beta, outer_steps=config.outer_steps, inner_steps=config.inner_steps)
+    plan, _, (row_error, column_error) = proximal_point(
+        cost, beta=config.beta, outer_steps=config.outer_steps, inner_steps=config.inner_steps
+    )
     targets = plan[:, :samples] / plan[:, :samples].sum(-1, keepdim=True)
     entropy = -torch.special.xlogy(targets, targets).sum(-1)
     nearest = torch.bincount(cost.argmin(-1).flatten(), minlength=len(codewords))

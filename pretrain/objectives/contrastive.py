@@ -18,7 +18,9 @@ def soft_targets(teacher_logits: Tensor, positives: Tensor, distill_weight: floa
     if distill_weight == 0:
         return hard
     # A row whose every key is left out (one sample, empty queue) has no teacher's opinion: the hard target stands alone.
-    soft = torch.where(teacher_logits.isfinite().any(-1, keepdim=True), torch.softmax(teacher_logits, -1).nan_to_num(), hard)
+    soft = torch.where(
+        teacher_logits.isfinite().any(-1, keepdim=True), torch.softmax(teacher_logits, -1).nan_to_num(), hard
+    )
     return distill_weight * soft + (1 - distill_weight) * hard
 
 
@@ -50,5 +52,8 @@ class Contrastive:
         teacher_image, teacher_text = keys.image[batch.rows], keys.text[batch.rows]
         terms = [term(state.image, teacher_image, keys.text, False), term(state.text, teacher_text, keys.image, False)]
         if self.intra_modal:
-            terms += [term(state.image, teacher_image, keys.image, True), term(state.text, teacher_text, keys.text, True)]
+            terms += [
+                term(state.image, teacher_image, keys.image, True),
+                term(state.text, teacher_text, keys.text, True),
+            ]
         return {"contrastive": torch.stack(terms).mean()}

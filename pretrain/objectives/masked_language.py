@@ -13,7 +13,9 @@ from pretrain.model.bert_layers import KeysValues
 from pretrain.objectives.state import Masked, StudentState
 
 
-def mask_words(text: TextBatch, positions: Tensor, tokenizer: CaptionTokenizer, share: float, seed: int) -> tuple[Tensor, Tensor]:
+def mask_words(
+    text: TextBatch, positions: Tensor, tokenizer: CaptionTokenizer, share: float, seed: int
+) -> tuple[Tensor, Tensor]:
     """Choose `share` of the words; of them 80 % become [MASK], 10 % any other token, 10 % stay (BERT's rule).
 
     Special tokens are never chosen. text: (batch, words); positions: (batch,) the samples' places in the endless order: the

@@ -1,0 +1,163 @@
+"""The `ligature` command: finds the stage, reads its recipe, runs it; a mistake is one line and an exit code."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from runtime.errors import LigatureError, RecipeError
+
+Command = Callable[[list[str]], None]
+
+
+def shard(arguments: list[str]) -> None:
+    from data_tools.writer import ShardOptions
+    from data_tools.writer import shard as write
+    from runtime.recipe import read_recipe
+
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--annotation", *arguments]
+    write(read_recipe(ShardOptions, arguments, "ligature shard"))
+
+
+def inspect(arguments: list[str]) -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser("ligature inspect", description="Verify and describe a shard folder.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--full", action="store_true", help="check every file's hash, not sizes alone")
+    options = parser.parse_args(arguments)
+    from data_tools.inspect import describe, verify
+
+    verify(options.folder, full=options.full)
+    for name, value in describe(options.folder).items():
+        print(f"{name:24} {value}")
+
+
+def pretrain(arguments: list[str]) -> None:
+    recipe = read_stage("pretrain", arguments)
+    from pretrain.train import pretrain as run
+
+    run(recipe)
+
+
+def finetune(arguments: list[str]) -> None:
+    recipe = read_stage("finetune", arguments)
+    from finetune.train import finetune as run
+
+    run(recipe)
+
+
+def evaluate(arguments: list[str]) -> None:
+    recipe = read_stage("evaluate", arguments)
+    from finetune.evaluate import evaluate as run
+
+    run(recipe)
+
+
+def plot(arguments: list[str]) -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        "ligature plot", description="Draw the curves of a run, or of several, as one picture."
+    )
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
+    options = parser.parse_args(arguments)
+    from finetune.report import plot_curves
+
+    plot_curves(options.runs, options.out)
+
+
+def launch(arguments: list[str]) -> None:
+    from launch.local import launch as run
+
+    run(arguments)
+
+
+def demo(arguments: list[str]) -> None:
+    from launch.demo import demo as run
+
+    run(arguments)
+
+
+COMMANDS: dict[str, tuple[Command, str]] = {
+    "demo": (demo, "the whole path on drawn shapes, on a CPU, in minutes; prints the table"),
+    "shard": (shard, "SOURCE --out DIR: make WebDataset shards from captioned images"),
+    "inspect": (inspect, "DIR: verify and describe a shard folder"),
+    "pretrain": (pretrain, "--config RECIPE: pretrain, or go on where it stopped"),
+    "finetune": (finetune, "--config RECIPE: fine-tune a checkpoint for retrieval"),
+    "evaluate": (evaluate, "--config RECIPE: score a checkpoint, with a table and a JSON record"),
+    "plot": (plot, "RUN… --out FILE: the curves of a run as a picture"),
+    "launch": (launch, "local --nproc N STAGE …: run a stage on several processes of this machine"),
+}
+
+
+def read_stage(stage: str, arguments: list[str]):
+    """The recipe of a stage from its command line. Imports no torch, so mistakes are answered at once."""
+    from runtime.recipe import read_recipe
+
+    if stage == "pretrain":
+        from pretrain.config import PretrainRecipe as kind
+    elif stage == "finetune":
+        from finetune.config import FinetuneRecipe as kind
+    else:
+        from finetune.config import EvaluateRecipe as kind
+    return read_recipe(kind, arguments, f"ligature {stage}")
+
+
+def usage() -> str:
+    lines = [f"  {name:10} {about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: ligature COMMAND …",
+            "",
+            "Pretrain image-text models and turn them into image-text search.",
+            "",
+            *lines,
+        ]
+        + ["", "`ligature COMMAND --help` lists a command's options."]
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; -> exit code: 0, 1 for a failure, 2 for a mistake in what was asked, 75 for 'start me again'."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(usage())
+        return 0
+    name, *rest = arguments
+    try:
+        if name not in COMMANDS:
+            close = difflib.get_close_matches(name, COMMANDS, n=1)
+            raise RecipeError(
+                f"no command `{name}`" + (f"; did you mean {close[0]}?" if close else "; `ligature --help` lists them")
+            )
+        COMMANDS[name][0](rest)
+    except LigatureError as error:
+        rank = os.environ.get("RANK", "0")
+        message = " ".join(str(error).split())
+        print(f"ligature: {message}" if rank == "0" else f"ligature (rank {rank}): {message}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("ligature: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def entry() -> None:
+    """The console command. Standard output is flushed and the process left at once: loader threads of a failed run are not waited for."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # A rank that stops on an error must not hang in a collective's destructor while the others wait for it.
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,93 @@
+"""Several processes of one stage on this machine: `ligature launch local --nproc 2 pretrain --config …`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from runtime.errors import LigatureError, RecipeError
+
+STAGES = ("pretrain", "finetune", "evaluate")
+GRACE = 30.0
+"""Seconds the other ranks have to stop after one has failed."""
+
+
+def launch(arguments: list[str]) -> None:
+    """Start the ranks, pass signals on to them, and stop them all when one fails. Raises LigatureError with the first failure's code."""
+    parser = argparse.ArgumentParser("ligature launch", description="Run a stage on several processes.")
+    parser.add_argument("where", choices=["local"])
+    parser.add_argument("--nproc", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the stage's own")
+    options = parser.parse_args(arguments)
+    if options.nproc < 1:
+        raise RecipeError(f"--nproc is {options.nproc}; it is a number of processes, 1 or more")
+    from launch.cli import read_stage
+    from pretrain.config import divide_batch
+
+    recipe = read_stage(options.stage, options.arguments)  # a mistake is answered before anything starts
+    if options.stage == "pretrain":
+        divide_batch(recipe.training.global_batch, recipe.training.micro_batch, options.nproc)
+    code = run_ranks([sys.executable, "-m", "launch.cli", options.stage, *options.arguments], options.nproc)
+    if code:
+        error = LigatureError(f"{options.stage} stopped with exit code {code}; its own line is above")
+        error.exit_code = code
+        raise error
+
+
+def run_ranks(command: list[str], count: int) -> int:
+    """Run `command` as `count` ranks -> 0, or the exit code of the first one that failed."""
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
+    ranks = [
+        subprocess.Popen(
+            command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, start_new_session=True
+        )
+        for rank in range(count)
+    ]
+
+    def forward(number: int, frame) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        return _wait(ranks)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for process in ranks:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait(ranks: list[subprocess.Popen]) -> int:
+    """Until all have ended; once one fails the others get GRACE seconds, then a SIGTERM's worth, then no more."""
+    failed, since = 0, 0.0
+    while any(process.poll() is None for process in ranks):
+        codes = [process.returncode for process in ranks if process.returncode]
+        if codes and not failed:
+            failed, since = codes[0], time.monotonic()
+        if failed and time.monotonic() - since > GRACE:
+            break
+        time.sleep(0.1)
+    codes = [process.returncode for process in ranks if process.returncode]
+    failed = failed or (codes[0] if codes else 0)
+    return failed if failed >= 0 else 128 - failed
+
+
+def free_port() -> int:
+    """A TCP port that is free on this machine now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

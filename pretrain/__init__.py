@@ -1,0 +1,17 @@
+"""Third floor: model, objectives, teacher, engine, loop. `from pretrain import load_model`."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pretrain.load import ImageTextModel as ImageTextModel
+    from pretrain.load import load_model as load_model
+
+_HOMES = {"load_model": "pretrain.load", "ImageTextModel": "pretrain.load"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load on first use (PEP 562), so that importing the package does not import torch."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

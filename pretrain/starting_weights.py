@@ -1,0 +1,125 @@
+"""Weights that a fresh run begins from: timm's for the image encoder, a BERT's for text and fusion encoder. Never silently random."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import load_checkpoint
+from torch import Tensor
+
+from pretrain.config import ImageEncoderConfig, TextEncoderConfig
+from pretrain.model.alignment_model import AlignmentModel
+from runtime.errors import CheckpointError
+
+
+def load_starting_weights(model: AlignmentModel) -> list[str]:
+    """Load what the recipe's `weights` keys ask for. -> lines that report what was and was not used."""
+    config, report = model.config, []
+    if config.image.weights != "none":
+        _load_image(model, config.image)
+        report.append(f"image encoder: started from {config.image.weights}")
+    if config.text.weights != "none":
+        report += _load_bert(model, config.text)
+    return report
+
+
+def _load_image(model: AlignmentModel, config: ImageEncoderConfig) -> None:
+    source = config.weights
+    if source != "timm" and not Path(source).is_file():
+        raise CheckpointError(
+            f"model.image.weights: no file {source}; give a safetensors or .pth file, `timm` or `none`"
+        )
+    try:
+        if source == "timm":
+            start = timm.create_model(
+                config.architecture, pretrained=True, img_size=config.image_size, num_classes=0, global_pool=""
+            )
+            model.image_encoder.vit.load_state_dict(start.state_dict())
+        else:
+            load_checkpoint(model.image_encoder.vit, source, strict=True)
+    except Exception as error:  # a download, or a file of another shape, fails in many ways: all of them stop the run
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"model.image.weights: cannot load `{source}` into {config.architecture} ({reason}); without network, give a file"
+        ) from error
+
+
+# BERT's names -> ours, for one layer and for the rest.
+LAYER = {
+    "attention.output.dense": "self_attention.output",
+    "attention.output.LayerNorm": "self_attention.norm",
+    "intermediate.dense": "intermediate",
+    "output.dense": "output",
+    "output.LayerNorm": "norm",
+}
+OTHER = {
+    "bert.embeddings.word_embeddings": "text_encoder.words",
+    "bert.embeddings.position_embeddings": "text_encoder.positions",
+    "bert.embeddings.token_type_embeddings": "text_encoder.segments",
+    "bert.embeddings.LayerNorm": "text_encoder.norm",
+    "cls.predictions.transform.dense": "masked_language_head.dense",
+    "cls.predictions.transform.LayerNorm": "masked_language_head.norm",
+    "cls.predictions": "masked_language_head",
+}
+
+
+def from_bert(weights: dict[str, Tensor], text_layers: int) -> dict[str, Tensor]:
+    """BERT's weights under our names: its first `text_layers` layers for the text encoder, those after them for the fusion
+    encoder; query, key and value joined. Names that have no place here keep theirs."""
+    ours: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        stem, kind = name.rsplit(".", 1)
+        if stem in OTHER:
+            ours[f"{OTHER[stem]}.{kind}"] = weight
+        elif match := re.fullmatch(r"bert\.encoder\.layer\.(\d+)\.(.+)", stem):
+            number, part = int(match[1]), match[2]
+            home = (
+                f"text_encoder.layers.{number}"
+                if number < text_layers
+                else f"fusion_encoder.layers.{number - text_layers}"
+            )
+            if part in LAYER:
+                ours[f"{home}.{LAYER[part]}.{kind}"] = weight
+            elif part == "attention.self.query":
+                joined = [
+                    weights[f"bert.encoder.layer.{number}.attention.self.{which}.{kind}"]
+                    for which in ("query", "key", "value")
+                ]
+                ours[f"{home}.self_attention.query_key_value.{kind}"] = torch.cat(joined)
+            elif part not in ("attention.self.key", "attention.self.value"):
+                ours[name] = weight
+        else:
+            ours[name] = weight
+    return ours
+
+
+def _load_bert(model: AlignmentModel, config: TextEncoderConfig) -> list[str]:
+    from transformers import BertForMaskedLM
+
+    try:
+        bert = BertForMaskedLM.from_pretrained(config.weights)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"model.text.weights: cannot load a BERT from `{config.weights}` ({reason}); without network, give a folder"
+        ) from error
+    theirs = from_bert(bert.state_dict(), config.layers)
+    mine = dict(model.named_parameters())
+    used = {name: weight for name, weight in theirs.items() if name in mine}
+    for name, weight in used.items():
+        if weight.shape != mine[name].shape:
+            raise CheckpointError(
+                f"model.text.weights: {name} is {tuple(weight.shape)} in {config.weights} and {tuple(mine[name].shape)} in the recipe; "
+                "set model.text to its sizes and data.tokenizer to its tokenizer"
+            )
+        mine[name].data.copy_(weight)
+    text_side = [name for name in mine if name.startswith(("text_encoder", "fusion_encoder", "masked_language_head"))]
+    fresh = [name for name in text_side if name not in used]
+    unused = [name for name in theirs if name not in mine]
+    return [
+        f"text side: {len(used)} tensors started from {config.weights}, {len(fresh)} are random (cross-attention and what that BERT lacks)",
+        f"not used of it: {', '.join(unused) or 'nothing'}",
+    ]

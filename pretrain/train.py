@@ -1,0 +1,297 @@
+"""The pretraining loop, to be read from top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_tools.collection import Collection
+from data_tools.order import derived_seed
+from data_tools.reader import ShardReader
+from data_tools.stream import ShardStream
+from data_tools.tokenizer import CaptionTokenizer, load_tokenizer, train_tokenizer
+from data_tools.transforms import TrainTransform
+from pretrain.config import OptimizerConfig, PretrainRecipe, divide_batch
+from pretrain.encode import encode_collection
+from pretrain.engine import Engine
+from pretrain.model.alignment_model import AlignmentModel
+from pretrain.starting_weights import load_starting_weights
+from pretrain.task import PretrainTask
+from retrieval.metrics import rank_positives
+from runtime.checkpoint import read_tensors, verify_checkpoint, write_checkpoint
+from runtime.errors import Interrupted, LigatureError
+from runtime.files import read_json
+from runtime.interrupts import watch_interrupts
+from runtime.metrics import MetricsLog
+from runtime.progress import progress
+from runtime.ranks import Ranks, barrier, join, sum_over_ranks
+from runtime.recipe import write_recipe
+from runtime.run_folder import RunFolder
+
+TOKENIZER_CAPTIONS = 2_000_000
+"""Captions the tokenizer is trained on, at most."""
+
+
+def pretrain(recipe: PretrainRecipe) -> Path:
+    """Train by the recipe, or go on from its last checkpoint. -> the run's folder.
+
+    Raises Interrupted when a signal asked it to stop (its state is saved), other LigatureErrors for mistakes.
+    """
+    run = RunFolder(recipe)
+    run.check(recipe)
+    if run.finished:
+        print(f"{run.path} is finished ({run.finished['steps']} steps); nothing to do")
+        return run.path
+    ranks, device = join(recipe.training.device)
+    micro_batch, accumulation = divide_batch(recipe.training.global_batch, recipe.training.micro_batch, ranks.world)
+    data = ShardReader(recipe.data.train)
+    validation = Collection(recipe.data.validation) if recipe.data.validation else None
+    if ranks.first:
+        run.open(recipe)
+    tokenizer = prepare_tokenizer(recipe, run, data, ranks)
+
+    torch.manual_seed(recipe.training.seed)
+    model = AlignmentModel(recipe.model, tokenizer.vocabulary)
+    resumed = find_resume(run, ranks)
+    if resumed is None:
+        report = load_starting_weights(model)
+        if ranks.first:
+            print("\n".join([describe(model, recipe, ranks, device, micro_batch, accumulation), *report]), flush=True)
+    model.to(device)
+    task = PretrainTask(recipe, model, tokenizer, ranks, device)
+    engine = Engine(task.student, recipe.optimizer, recipe.training, micro_batch, accumulation, device)
+    views = 2 if recipe.teacher.second_view else 1
+    stream = ShardStream(
+        recipe.data.train,
+        micro_batch * accumulation,
+        ranks.rank,
+        ranks.world,
+        recipe.data.workers,
+        recipe.training.seed,
+        TrainTransform(recipe.model.image.image_size, recipe.data.augment, views),
+        tokenizer,
+        run.quarantine,
+        recipe.data.max_bad_share,
+    )
+    step, best = 0, -1.0
+    if resumed is not None:
+        step, best = resume(resumed, task, engine, stream)
+        if ranks.first:
+            print(f"going on from {resumed} at step {step}", flush=True)
+
+    steps = recipe.training.steps or math.ceil(recipe.training.epochs * len(data) / recipe.training.global_batch)
+    log = MetricsLog(run.path, step) if ranks.first else None
+    with watch_interrupts() as interrupts, progress("pretrain", steps, "steps", step, silent=not ranks.first) as bar:
+        batches = iter(stream)
+        while step < steps:
+            began = time.monotonic()
+            epoch = stream.epoch
+            batch = next(batches)
+            waited = time.monotonic() - began
+            engine.set_lr(lr := learning_rate(step, steps, recipe.optimizer))
+            micro_batches, figures = task.prepare(batch, epoch, micro_batch)
+            losses = []
+            for number, inputs in enumerate(micro_batches):
+                # Dropout is a function of where we are, so nothing of it needs saving.
+                torch.manual_seed(derived_seed(recipe.training.seed, step, ranks.rank, number))
+                loss, named = engine.module(inputs)
+                engine.backward(loss)
+                losses.append(named)
+                norm = engine.step()
+            if not math.isfinite(norm):
+                raise LigatureError(
+                    f"the gradient is not finite at step {step + 1} (samples {batch['keys'][:3]}…); lower optimizer.lr or set optimizer.clip_norm"
+                )
+            if engine.module.was_step_applied():
+                task.finish(engine.masters())
+            step += 1
+
+            figures |= average(losses)
+            if step % recipe.training.log_every == 0 or step == steps:
+                taken = time.monotonic() - began
+                figures |= {
+                    "lr": torch.tensor(lr),
+                    "gradient_norm": torch.tensor(norm),
+                    "temperature": model.temperature().detach(),
+                }
+                figures |= {
+                    "epoch": torch.tensor(stream.epoch),
+                    "samples_per_second": torch.tensor(recipe.training.global_batch / taken),
+                }
+                figures |= {
+                    "data_wait": torch.tensor(waited / taken),
+                    "quarantined": torch.tensor(float(len(stream.bad))),
+                }
+                shown = over_ranks(figures, device, ranks)
+                bar.note = f"loss {shown['loss']:.3f}  {shown['samples_per_second']:.0f} samples/s"
+                if log:
+                    log.write(step, {f"train/{name}": value for name, value in shown.items()})
+            bar.advance(1)
+
+            last = step == steps
+            stopping = interrupts.agreed()
+            improved = False
+            if validation and (step % recipe.training.validate_every == 0 or last):
+                scores = validate(model, tokenizer, validation, ranks, device, micro_batch, recipe.data.workers)
+                improved, best = scores["validation/rsum"] > best, max(best, scores["validation/rsum"])
+                bar.note = (
+                    f"R@1 {scores['validation/image_to_text_R@1']:.1f} / {scores['validation/text_to_image_R@1']:.1f}"
+                )
+                if log:
+                    log.write(step, scores)
+            if improved or last or stopping or step % recipe.training.checkpoint_every == 0:
+                save(run, recipe, task, engine, stream, step, best, improved, ranks)
+            if stopping and not last:
+                raise Interrupted(
+                    f"stopped at step {step} of {steps}, saved in {run.checkpoints.path_of(step)}; the same command goes on from there"
+                )
+    if log:
+        log.close()
+        run.finish({"steps": step, "best_rsum": best, "quarantined": len(stream.bad)})
+    barrier()
+    return run.path
+
+
+def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Linear warm-up from 0, then half a cosine down to `min_lr` at the last step."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    share = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def prepare_tokenizer(recipe: PretrainRecipe, run: RunFolder, data: ShardReader, ranks: Ranks) -> CaptionTokenizer:
+    """The run's tokenizer: trained or loaded once by the first rank, then read from the run's folder by all."""
+    if ranks.first and not (run.path / "tokenizer.json").exists():
+        if recipe.data.tokenizer == "train":
+            captions: Iterable[str] = itertools.chain.from_iterable(
+                data.captions(sample) for sample in range(len(data))
+            )
+            made = train_tokenizer(
+                itertools.islice(captions, TOKENIZER_CAPTIONS), recipe.data.vocabulary, recipe.data.caption_tokens
+            )
+        else:
+            made = load_tokenizer(recipe.data.tokenizer, recipe.data.caption_tokens)
+        made.save(run.path)
+    barrier()
+    return load_tokenizer(run.path, recipe.data.caption_tokens)
+
+
+def describe(
+    model: AlignmentModel,
+    recipe: PretrainRecipe,
+    ranks: Ranks,
+    device: torch.device,
+    micro_batch: int,
+    accumulation: int,
+) -> str:
+    """What this run is, in two lines."""
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    training = recipe.training
+    return (
+        f"{recipe.name}: {millions:.1f} M parameters on {ranks.world} x {device.type}, {training.precision}, ZeRO {training.zero_stage}\n"
+        f"global batch {training.global_batch} = {ranks.world} ranks x {accumulation} accumulated x {micro_batch}"
+    )
+
+
+def average(losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each named figure over the micro-batches of a step."""
+    return {name: torch.stack([part[name].float().reshape(()) for part in losses]).mean() for name in losses[0]}
+
+
+def over_ranks(figures: dict[str, Tensor], device: torch.device, ranks: Ranks) -> dict[str, float]:
+    """The mean of each figure over the ranks."""
+    stacked = torch.stack([value.to(device).float().reshape(()) for value in figures.values()])
+    return dict(zip(figures, (sum_over_ranks(stacked) / ranks.world).tolist(), strict=True))
+
+
+def validate(
+    model: AlignmentModel,
+    tokenizer: CaptionTokenizer,
+    validation: Collection,
+    ranks: Ranks,
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+) -> dict[str, float]:
+    """R@1, R@5 and R@10 in percent both ways by the features' cosine, and their sum."""
+    encodings = encode_collection(model, tokenizer, validation, ranks, device, batch_size, workers)
+    similarity = (encodings.image @ encodings.text.T).numpy()
+    images = torch.arange(len(validation)).numpy()
+    ways = {
+        "image_to_text": rank_positives(similarity, images, validation.caption_image),
+        "text_to_image": rank_positives(similarity.T, validation.caption_image, images),
+    }
+    scores = {
+        f"validation/{way}_R@{k}": 100 * float(found.hit(k).mean()) for way, found in ways.items() for k in (1, 5, 10)
+    }
+    return scores | {"validation/rsum": sum(scores.values())}
+
+
+def save(
+    run: RunFolder,
+    recipe: PretrainRecipe,
+    task: PretrainTask,
+    engine: Engine,
+    stream: ShardStream,
+    step: int,
+    best: float,
+    improved: bool,
+    ranks: Ranks,
+) -> None:
+    """Commit a checkpoint of everything. Gathering is a collective; the first rank writes."""
+    masters, moments = dict(engine.masters()), dict(engine.moments())
+    if ranks.first:
+        tensors = {
+            "model": masters,
+            "optimizer": moments,
+            "teacher": task.teacher.averages,
+            "queue": task.queue.state_dict(),
+        }
+        state = {"step": step, "best_rsum": best, "stream": stream.state_dict()}
+
+        def write_more(folder: Path) -> None:
+            task.tokenizer.save(folder)
+            write_recipe(folder / "config.yaml", recipe)
+
+        about = describe_model(recipe.model, recipe.data.caption_tokens, "pretrained")
+        run.checkpoints.commit(
+            step,
+            improved,
+            lambda folder: write_checkpoint(folder, tensors, {"state": state, "model": about}, write_more),
+        )
+    barrier()
+
+
+def describe_model(model: Any, caption_tokens: int, training: str) -> dict[str, Any]:
+    """The `model.json` from which `load_model` rebuilds a model."""
+    return {"model": dataclasses.asdict(model), "caption_tokens": caption_tokens, "training": training}
+
+
+def find_resume(run: RunFolder, ranks: Ranks) -> Path | None:
+    """The newest checkpoint that verifies, as the first rank sees it."""
+    found = [run.checkpoints.newest_valid() if ranks.first else None]
+    if ranks.world > 1:
+        torch.distributed.broadcast_object_list(
+            found, device=torch.device("cpu") if torch.distributed.get_backend() == "gloo" else None
+        )
+    return found[0]
+
+
+def resume(folder: Path, task: PretrainTask, engine: Engine, stream: ShardStream) -> tuple[int, float]:
+    """Restore everything from a checkpoint. -> step, best validation so far."""
+    verify_checkpoint(folder)
+    state = read_json(folder / "state.json")
+    engine.load(read_tensors(folder, "model"), read_tensors(folder, "optimizer"), state["step"])
+    task.teacher.load(read_tensors(folder, "teacher"))
+    task.queue.load_state_dict(read_tensors(folder, "queue"))
+    stream.load_state_dict(state["stream"])
+    return state["step"], state["best_rsum"]

@@ -1,0 +1,60 @@
+"""The distribution `ligature`. Tools are configured in pyproject.toml."""
+
+from setuptools import setup
+
+REQUIRED = [
+    "torch>=2.9",  # tensors, autograd, process groups
+    "torchvision",  # augmentation; timm needs it
+    "deepspeed>=0.19",  # the optimizer step under ZeRO; pretrain/engine.py alone imports it
+    "webdataset>=1.0",  # the format's own reader: our shards are checked against it
+    "transformers>=4.57",  # BERT's weights and tokenizers
+    "timm>=1.0",  # Vision Transformers and their weights
+    "accelerate>=1.0",  # fine-tuning on any number of devices
+    "pot>=0.9.6",  # exact optimal transport, to check plans against
+    "tensorboard>=2.15",  # curves of a run
+    "jsonargparse>=4.40",  # typed recipes: YAML and dotted overrides into dataclasses
+    "pyyaml>=6",  # recipes are written as YAML
+    "rich>=13",  # progress on a terminal
+    "safetensors>=0.5",  # checkpoints without pickle
+    "pyarrow>=17",  # the index of a shard (parquet)
+    "fsspec>=2024.6",  # shards behind http, s3, gs
+    "tokenizers>=0.21",  # WordPiece, trained on the captions
+    "numpy>=1.26",  # scores and metrics
+    "pillow>=10.3",  # decoding images, drawing the demo's scenes
+    "matplotlib>=3.8",  # curves as pictures
+]
+DEVELOP = [
+    "pytest>=8",
+    "hypothesis>=6",  # properties of cursors, metrics, transport
+    "scipy>=1.11",  # what metrics are checked against
+    "ruff>=0.8",  # lint and format
+    "mypy>=1.13",  # types
+    "types-PyYAML",
+    "pre-commit>=4",
+]
+
+setup(
+    name="ligature",
+    version="0.1.0",
+    description="Pretrain image-text models on clusters and turn them into image-text search",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=[
+        "runtime",
+        "data_tools",
+        "retrieval",
+        "pretrain",
+        "pretrain.model",
+        "pretrain.objectives",
+        "finetune",
+        "finetune.heads",
+        "launch",
+        "configs",
+    ],
+    package_data={"configs": ["**/*.yaml"]},
+    install_requires=REQUIRED,
+    extras_require={"develop": DEVELOP},
+    entry_points={"console_scripts": ["ligature = launch.cli:entry"]},
+)
