@@ -171,7 +171,7 @@ def read_text(path: Path) -> str:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is a broken gzip file ({error}); fetch it again") from None
     except OSError as error:
-        raise DataError(f"cannot read the caption file {path}: {error.strerror}") from None
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
     raw = raw.removeprefix(b"\xef\xbb\xbf")
     try:
         return raw.decode("utf-8")

@@ -11,6 +11,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import signal
 import tarfile
 import threading
@@ -216,8 +217,7 @@ def _write_shard(task: _Task) -> _Written:
                 except MemoryError:
                     raise
                 except Exception as error:  # Pillow's decoders raise nearly anything on broken bytes
-                    reason = " ".join(f"{type(error).__name__}: {error}".split())
-                    quarantine.append({"key": item.key, "source": item.source, "reason": reason})
+                    quarantine.append({"key": item.key, "source": item.source, "reason": _reason(error)})
                     continue
                 words = {"captions": item.captions, "image_id": item.image_id, "source": item.source}
                 text = json.dumps(words, ensure_ascii=False).encode()
@@ -230,6 +230,12 @@ def _write_shard(task: _Task) -> _Written:
     note = {"bytes": size, "sha256": digest, "quarantine": quarantine}
     write_index(path.with_suffix(".parquet"), ShardIndex.from_rows(rows), note)
     return _as_written(task, len(rows), sum(row[-1] for row in rows), note)
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line, without paths and addresses: the same on every run."""
+    text = getattr(error, "strerror", None) or re.sub(r" <\S+ object at 0x[0-9a-f]+>", "", str(error))
+    return " ".join(f"{type(error).__name__}: {text}".split())
 
 
 def _as_written(task: _Task, samples: int, captions: int, note: dict[str, Any]) -> _Written:
@@ -322,8 +328,9 @@ def _check_keys(items: list[CaptionedImage]) -> None:
             raise DataError(f"the key {item.key!r} of {item.source} is empty or has a dot, slash or blank")
         if item.key in seen:
             raise DataError(f"the key {item.key!r} of {item.source} comes twice; keys are unique in a shard folder")
-        if not item.captions or not all(isinstance(caption, str) and caption for caption in item.captions):
-            raise DataError(f"{item.source} has no caption, or one that is empty or no text")
+        texts = item.captions if isinstance(item.captions, (list, tuple)) else []  # a string is no list of letters
+        if not texts or not all(isinstance(caption, str) and caption for caption in texts):
+            raise DataError(f"{item.source} has no list of captions, or one that is empty or no text")
         seen.add(item.key)
 
 
