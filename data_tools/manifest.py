@@ -160,9 +160,11 @@ class ShardIndex:
         """One tuple a sample, its values in the order of the fields."""
         import numpy as np
 
-        columns = list(zip(*rows, strict=True)) or [()] * len(_COLUMNS)
-        typed = zip(columns, _COLUMNS.values(), strict=True)
-        return cls(*(list(column) if kind == "string" else np.array(column, kind) for column, kind in typed))
+        values = list(zip(*rows, strict=True)) or [()] * len(_COLUMNS)
+        columns: dict[str, Any] = {}
+        for (name, kind), column in zip(_COLUMNS.items(), values, strict=True):
+            columns[name] = list(column) if kind == "string" else np.array(column, kind)
+        return cls(**columns)
 
 
 _COLUMNS = {

@@ -64,7 +64,7 @@ class Entry:
 
 
 @dataclass(slots=True)
-class Collection:
+class Collected:
     """The usable samples of a source, and what was left out of it."""
 
     items: list[CaptionedImage]
@@ -350,7 +350,7 @@ def collect(
     start: int = 0,
     count: int | None = None,
     allow_missing: bool = False,
-) -> Collection:
+) -> Collected:
     """Read a source: which images, with which captions, and where their bytes lie; no image is opened.
 
     `start` and `count` cut the source's own order (after split and names, before anything is dropped), so that two cuts
@@ -400,4 +400,4 @@ def collect(
         dropped["absent images"] = len(absent)
     if not items:
         raise DataError(f"{annotation} gives no image with a caption out of {len(entries):,}: nothing to shard")
-    return Collection(items, kind, +dropped, absent, renamed)
+    return Collected(items, kind, +dropped, absent, renamed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -160,14 +161,13 @@ def encode(raw: bytes, resize_shorter: int | None, quality: int) -> tuple[bytes,
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(raw)) as image:
             image.load()
-            shorter = min(image.size)
-            shrink = resize_shorter is not None and shorter > resize_shorter
-            if image.format in EXTENSIONS and not shrink:
+            scale = min(1.0, (resize_shorter or math.inf) / min(image.size))
+            if image.format in EXTENSIONS and scale == 1:
                 return raw, EXTENSIONS[image.format], *image.size
             upright = _rgb(ImageOps.exif_transpose(image))
-    if shrink:
-        size = tuple(max(1, round(side * resize_shorter / shorter)) for side in upright.size)
-        upright = upright.resize(size, Image.Resampling.LANCZOS)
+    if scale < 1:
+        width, height = (max(1, round(side * scale)) for side in upright.size)
+        upright = upright.resize((width, height), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     upright.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue(), "jpg", *upright.size
