@@ -197,7 +197,7 @@ def _read_parquet(path: Path):
     try:
         return pq.ParquetFile(path).read(use_threads=False)
     except FileNotFoundError:
-        raise DataError(f"no shard index {path}; run `ligature shard` again or `ligature inspect --index`") from None
+        raise DataError(f"no shard index {path}; run the `ligature shard` that made the folder again") from None
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path} is not a readable shard index ({reason}); run `ligature shard` again") from None

@@ -258,7 +258,7 @@ def karpathy(annotation: Path, split: str | None, restval: bool, dropped: Counte
         given = f"has no split {split!r}" if split else "holds several splits"
         raise RecipeError(f"{annotation.name} {given}; choose with --split one of: {listed}")
     if restval and split != "train":
-        raise RecipeError(f"--restval adds the split `restval` to train; it does not go with --split {split}")
+        raise RecipeError(f"--restval true adds the split `restval` to train; it does not go with --split {split}")
     for position, image in enumerate(images):
         if image["split"] != split and not (restval and image["split"] == "restval"):
             continue
@@ -395,9 +395,9 @@ def collect(
         if not allow_missing:
             raise DataError(
                 f"{len(absent):,} of {len(entries):,} images that {annotation.name} names are not in {images}, "
-                f"the first: {absent[0]}; add them, or leave them out with --allow-missing"
+                f"the first: {absent[0]}; add them, or leave them out with --allow_missing true"
             )
         dropped["absent images"] = len(absent)
     if not items:
-        raise DataError(f"{annotation} gives no image with a caption out of {len(entries):,}: nothing to shard")
+        raise DataError(f"{annotation} gives no image that is there and has a caption, out of {len(entries):,}: nothing to shard")
     return Collected(items, kind, +dropped, absent, renamed)

@@ -314,7 +314,7 @@ def write_shards(
         raise DataError(
             f"{bad:,} of {len(items):,} images cannot be decoded, more than the share {max_bad_share:g} allowed; "
             f"the first: {first['source']} ({first['reason']}); see {out / QUARANTINE_NAME}, "
-            "mend them or raise --max-bad-share"
+            "mend them or raise --max_bad_share"
         )
     return _finish(out, in_order, plan, {**(dropped or {}), **({"unreadable images": bad} if bad else {})})
 

@@ -154,7 +154,7 @@ def test_coco_joins_captions_to_images(tmp_path, images):
         ('{"images": [{"id": 1}], "annotations": []}', "image 0 does not fit.*file_name"),
         ('{"images": [], "annotations": [{"image_id": 1, "bbox": []}]}', "annotation 0 does not fit.*caption"),
         ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": 5}]}', "is int"),
-        ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}', "no image with a caption out of 1"),
+        ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}', "has a caption, out of 1"),
     ],
 )
 def test_a_json_of_another_shape_is_one_line(tmp_path, images, value, words):
@@ -254,7 +254,7 @@ def test_cuts_of_a_source_never_overlap(tmp_path, images):
 
 def test_absent_images_stop_or_are_counted(tmp_path, images):
     path = tokens(tmp_path, "y.jpg#0\tx", "a.jpg#0\tone", "z.jpg#0\tx")
-    one_line(DataError, "2 of 3 images .* the first: y.jpg.*--allow-missing", lambda: collect(path, images))
+    one_line(DataError, "2 of 3 images .* the first: y.jpg.*--allow_missing", lambda: collect(path, images))
     found = collect(path, images, allow_missing=True)
     assert [item.key for item in found.items] == ["a"]
     assert found.absent == ["y.jpg", "z.jpg"] and found.dropped == {"absent images": 2}
