@@ -399,5 +399,5 @@ def collect(
             )
         dropped["absent images"] = len(absent)
     if not items:
-        raise DataError(f"{annotation} gives no image that is there and has a caption, out of {len(entries):,}: nothing to shard")
+        raise DataError(f"{annotation} has no image both present and captioned, of {len(entries):,}")
     return Collected(items, kind, +dropped, absent, renamed)

@@ -154,7 +154,7 @@ def test_coco_joins_captions_to_images(tmp_path, images):
         ('{"images": [{"id": 1}], "annotations": []}', "image 0 does not fit.*file_name"),
         ('{"images": [], "annotations": [{"image_id": 1, "bbox": []}]}', "annotation 0 does not fit.*caption"),
         ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": 5}]}', "is int"),
-        ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}', "has a caption, out of 1"),
+        ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}', "present and captioned, of 1"),
     ],
 )
 def test_a_json_of_another_shape_is_one_line(tmp_path, images, value, words):
