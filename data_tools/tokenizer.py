@@ -68,7 +68,7 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, caption_tokens: in
     )
     pipeline.train_from_iterator(captions, trainer)
     cls, sep = ((token, pipeline.token_to_id(token)) for token in ("[CLS]", "[SEP]"))
-    pipeline.post_processor = processors.BertProcessing(sep=sep, cls=cls)
+    pipeline.post_processor = processors.BertProcessing(sep, cls)
     return CaptionTokenizer(pipeline, caption_tokens)
 
 

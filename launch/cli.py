@@ -126,11 +126,11 @@ def usage() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; -> exit code: 0, 1 for a failure, 2 for a mistake in what was asked, 75 for 'start me again'."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("--help", "-h", "help"):
-        print(usage())
-        return 0
-    name, *rest = arguments
+    name, *rest = arguments or ["--help"]
     try:
+        if name in ("--help", "-h", "help"):
+            print(usage(), flush=True)
+            return 0
         if name not in COMMANDS:
             close = difflib.get_close_matches(name, COMMANDS, n=1)
             raise RecipeError(
@@ -142,6 +142,8 @@ def main(arguments: list[str] | None = None) -> int:
         message = " ".join(str(error).split())
         print(f"ligature: {message}" if rank == "0" else f"ligature (rank {rank}): {message}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # the reader of our output (`| head`) has gone: nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("ligature: interrupted", file=sys.stderr)
         return 130

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pretrain.config import OptimizerConfig, TrainingConfig
 from pretrain.task import Student
 from runtime.errors import CheckpointError
+from runtime.ranks import ranks_from_environment
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -28,6 +29,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def _import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, quiet, for this device, and without its compile-at-first-use communication extension for CPUs."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", str(ranks_from_environment().local_rank))  # DeepSpeed insists on it
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
@@ -87,6 +89,7 @@ class Engine:
         self.names = [name for name, _ in named]
         self.parameters = dict(student.model.named_parameters())
         self.adamw = adamw
+        self._make_states()
 
     def backward(self, loss: Tensor) -> None:
         self.module.backward(loss)
@@ -126,11 +129,7 @@ class Engine:
         for moment in MOMENTS:
             for name in self.names:
                 if self.stage == 0:
-                    state = self._adam_state(name)
-                    yield (
-                        f"{moment}.{name}",
-                        state[moment] if state else torch.zeros_like(self.parameters[name], dtype=torch.float32),
-                    )
+                    yield f"{moment}.{name}", self._adam_state(name)[moment]
                 else:
                     yield (
                         f"{moment}.{name}",
@@ -143,8 +142,9 @@ class Engine:
             raise CheckpointError(
                 f"the checkpoint and the recipe's model differ, first in {missing[0]}; use the recipe it was made with"
             )
-        self._make_states(steps)
         halves = self._unfused_masters() if self.stage == 0 and self.bf16 else {}
+        for state in self.adamw.state.values():
+            state["step"].fill_(steps)
         for name in self.names:
             parameter = self.parameters[name]
             if masters[name].shape != parameter.shape:
@@ -173,13 +173,13 @@ class Engine:
         parameter = self.parameters[name]
         return self.adamw.state[self._unfused_masters()[id(parameter)] if self.bf16 else parameter]
 
-    def _make_states(self, steps: int) -> None:
-        """Adam's state is lazy, made by a first step: make it here, so that there is something to load into."""
+    def _make_states(self) -> None:
+        """Make Adam's state, which is lazy, before the first step: there is something to load into, and DeepSpeed 0.19 links
+        the moments of the first parameter group alone where it finds the others' not made yet."""
         for group in self.adamw.param_groups:
             for tensor in group["params"]:
-                count = torch.tensor(float(steps), device=tensor.device if group["fused"] else "cpu")
-                self.adamw.state[tensor] = {"step": count} | {
-                    moment: torch.zeros_like(tensor, dtype=torch.float32) for moment in MOMENTS
-                }
+                count = torch.tensor(0.0, device=tensor.device if group["fused"] else "cpu")
+                moments = {moment: torch.zeros_like(tensor, dtype=torch.float32) for moment in MOMENTS}
+                self.adamw.state[tensor] = {"step": count, **moments}
         if self.stage > 0:
             self.module.optimizer._lazy_init_hp_params_optimizer_state()
