@@ -30,29 +30,38 @@ class AugmentConfig:
 
 
 @dataclass
-class DataConfig:
-    """The shards, the words, and the loader of a run."""
+class ReadConfig:
+    """The shards of a run, and how they are read."""
 
     train: str = ""
     """Shard folder to train on (`ligature shard` makes one)."""
     validation: str | None = None
-    """Shard folder that R@K is measured on during the run; none: no validation, and the last checkpoint counts as the best."""
+    """Shard folder that R@K is measured on during the run; none: no validation, and `latest` is all there is."""
+    workers: int = 2
+    """Loader processes of each rank; 0 decodes in the training process."""
+    max_bad_share: float = 0.01
+    """The run stops when more than this share of the samples could not be decoded."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise RecipeError(f"data.workers is {self.workers}; it is a number of processes, 0 or more")
+
+
+@dataclass
+class DataConfig(ReadConfig):
+    """The shards of a pretraining run, and its words."""
+
     tokenizer: str = "train"
-    """`train` learns a WordPiece vocabulary from the training captions; else a tokenizer's folder, or a name on the Hugging Face hub."""
+    """`train` learns a WordPiece vocabulary from the training captions; else a tokenizer's folder, or its name on a hub."""
     vocabulary: int = 30522
     """Words and pieces to learn at most, where the tokenizer is trained."""
     caption_tokens: int = 32
     """Tokens a caption is cut to, [CLS] and [SEP] included."""
-    workers: int = 2
-    """Loader processes of each rank; 0 decodes in the training process."""
-    max_bad_share: float = 0.01
-    """The run stops when more than this share of the samples read so far could not be decoded."""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
+        ReadConfig.__post_init__(self)
         if self.caption_tokens < 3:
             raise RecipeError(
                 f"data.caption_tokens is {self.caption_tokens}; it must leave room for [CLS], one word and [SEP]: 3 or more"
             )
-        if self.workers < 0:
-            raise RecipeError(f"data.workers is {self.workers}; it is a number of processes, 0 or more")

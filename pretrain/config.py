@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -149,18 +150,24 @@ class OptimizerConfig:
     clip_norm: float = 0.0
     """Gradients are scaled down to this norm; 0 leaves them."""
 
+    def lr_at(self, step: int, steps: int) -> float:
+        """Linear warm-up from 0, then half a cosine down to `min_lr` at the last of `steps`."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        share = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
+        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
+
 
 @dataclass
-class TrainingConfig:
+class LoopConfig:
+    """How long a loop runs, on what, and how often it looks up."""
+
     global_batch: int = 512
-    """Samples a step over all ranks. Micro-batch and accumulation follow from the world the run finds itself in."""
-    micro_batch: int = 64
-    """Most samples a device takes at once."""
+    """Samples a step over all ranks."""
     epochs: float = 30.0
     steps: int | None = None
     """Number of steps; stated, it overrides `epochs`."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    zero_stage: Literal[0, 1, 2] = 1
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = 10
@@ -171,9 +178,27 @@ class TrainingConfig:
     """Newest checkpoints to keep; the best by validation is kept beside them."""
 
     def __post_init__(self) -> None:
-        for name in ("global_batch", "micro_batch", "log_every", "validate_every", "checkpoint_every", "keep_last"):
+        for name in ("global_batch", "log_every", "validate_every", "checkpoint_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"training.{name} is {getattr(self, name)}; it must be 1 or more")
+
+    def total_steps(self, samples: int) -> int:
+        """Steps of the whole run over a data set of so many samples."""
+        return self.steps or math.ceil(self.epochs * samples / self.global_batch)
+
+
+@dataclass
+class TrainingConfig(LoopConfig):
+    """Pretraining under DeepSpeed. Micro-batch and accumulation follow from the world the run finds itself in."""
+
+    micro_batch: int = 64
+    """Most samples a device takes at once."""
+    zero_stage: Literal[0, 1, 2] = 1
+
+    def __post_init__(self) -> None:
+        LoopConfig.__post_init__(self)
+        if self.micro_batch < 1:
+            raise RecipeError(f"training.micro_batch is {self.micro_batch}; it must be 1 or more")
 
 
 @dataclass

@@ -19,7 +19,7 @@ from data_tools.reader import ShardReader
 from data_tools.stream import ShardStream
 from data_tools.tokenizer import CaptionTokenizer, load_tokenizer, train_tokenizer
 from data_tools.transforms import TrainTransform
-from pretrain.config import OptimizerConfig, PretrainRecipe, divide_batch
+from pretrain.config import PretrainRecipe, divide_batch
 from pretrain.encode import encode_collection
 from pretrain.engine import Engine
 from pretrain.model.alignment_model import AlignmentModel
@@ -87,7 +87,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
         if ranks.first:
             print(f"going on from {resumed} at step {step}", flush=True)
 
-    steps = recipe.training.steps or math.ceil(recipe.training.epochs * len(data) / recipe.training.global_batch)
+    steps = recipe.training.total_steps(len(data))
     log = MetricsLog(run.path, step) if ranks.first else None
     with watch_interrupts() as interrupts, progress("pretrain", steps, "steps", step, silent=not ranks.first) as bar:
         batches = iter(stream)
@@ -96,7 +96,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
             epoch = stream.epoch
             batch = next(batches)
             waited = time.monotonic() - began
-            engine.set_lr(lr := learning_rate(step, steps, recipe.optimizer))
+            engine.set_lr(lr := recipe.optimizer.lr_at(step, steps))
             micro_batches, figures = task.prepare(batch, epoch, micro_batch)
             losses = []
             for number, inputs in enumerate(micro_batches):
@@ -158,14 +158,6 @@ def pretrain(recipe: PretrainRecipe) -> Path:
         run.finish({"steps": step, "best_rsum": best, "quarantined": len(stream.bad)})
     barrier()
     return run.path
-
-
-def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Linear warm-up from 0, then half a cosine down to `min_lr` at the last step."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    share = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def prepare_tokenizer(recipe: PretrainRecipe, run: RunFolder, data: ShardReader, ranks: Ranks) -> CaptionTokenizer:

@@ -28,10 +28,12 @@ def read_recipe(kind: type[Recipe], arguments: list[str], command: str) -> Recip
     )
     # The parser takes care of types; `instantiate` below keeps our own one-line messages from __post_init__.
     parser.add_class_arguments(kind, as_group=False)
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if argument == "--config" or argument.startswith("--config="):
-            path = argument.partition("=")[2] or following
-            _check_keys(kind, _read_yaml(Path(path)), f"{path}: ")
+    arguments = [part for argument in arguments for part in _split_config(argument)]
+    for place, argument in enumerate(arguments[:-1]):
+        if argument == "--config":
+            path = find_recipe(arguments[place + 1])
+            _check_keys(kind, _read_yaml(path), f"{path}: ")
+            arguments[place + 1] = str(path)
     try:
         parsed = parser.parse_args([*arguments])
     except (ArgumentError, TypeError) as error:
@@ -93,6 +95,20 @@ def keys_of(kind: type, prefix: str = "") -> list[str]:
         inner = _dataclass_in(hint)
         keys += keys_of(inner, f"{prefix}{name}.") if inner else [prefix + name]
     return keys
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe's file: as named, else the shipped one of that name (`pretrain/demo.yaml`), from whichever folder."""
+    import configs
+
+    if Path(name).is_file():
+        return Path(name)
+    shipped = Path(configs.__path__[0]) / name.removeprefix("configs/")
+    return shipped if shipped.is_file() else Path(name)
+
+
+def _split_config(argument: str) -> list[str]:
+    return ["--config", argument[9:]] if argument.startswith("--config=") else [argument]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
