@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import lru_cache, partial
+from itertools import islice, permutations
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -43,12 +44,15 @@ SIZES = {"small": 0.19, "large": 0.31}
 """Diameter as a share of the image's side: three large objects still fit side by side."""
 TEXTURES = ("plain", "striped", "dotted")
 COUNTS = (1, 2, 3)
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-RELATIONS = tuple(OPPOSITE)
+OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
+PLACES = tuple(OPPOSITE)
+RELATIONS = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}
+"""How the group at a place stands to the one at the opposite place."""
 SPLITS = ("train", "validation", "test")
 
 SINGLE_SHARE = 0.15
-"""Scenes of one group: their words have only one thing to mean, which grounds colour and shape names early."""
+"""Scenes of one group: every word has only one thing to mean, which grounds names and places before the two-group
+scenes ask which goes with which."""
 PLAIN_SHARE = 0.5
 OMISSION_SHARE = 0.25
 """Captions that leave something out, as people do."""
@@ -73,9 +77,8 @@ WORDS: dict[Any, tuple[str, ...]] = {
     "below": ("below", "under", "beneath", "lower than"),
 }
 """Each value's ways to say it; a value not listed has its own name only."""
-SIDES = {"left of": ("on the left", "on the right"), "right of": ("on the right", "on the left"),
-         "above": ("at the top", "at the bottom"), "below": ("at the bottom", "at the top")}  # fmt: skip
-WITH_SIDE = {"left of": "on {its} left", "right of": "on {its} right", "above": "above {it}", "below": "below {it}"}
+SIDES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
+WITH_SIDE = {"left": "on {its} left", "right": "on {its} right", "top": "above {it}", "bottom": "below {it}"}
 
 
 @dataclass(frozen=True, order=True)
@@ -102,41 +105,47 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """One group, or two of different kinds with `first relation second`.
+    """One group at a place, or two of different kinds at opposite places: `place` is the first one's.
 
     'a left of b' and 'b right of a' are one scene: the groups are put in order, so that the two compare equal.
     """
 
     background: str
     first: Group
-    relation: str | None = None
+    place: str
     second: Group | None = None
 
     def __post_init__(self) -> None:
         if self.background not in BACKGROUNDS:
             raise ValueError(f"no background {self.background!r}; choose from {', '.join(BACKGROUNDS)}")
-        if (self.second is None) != (self.relation is None):
-            raise ValueError("a scene of two groups needs a relation, and a scene of one has none")
-        if self.second is None or self.relation is None:
+        if self.place not in OPPOSITE:
+            raise ValueError(f"no place {self.place!r}; choose from {', '.join(PLACES)}")
+        if self.second is None:
             return
-        if self.relation not in OPPOSITE:
-            raise ValueError(f"no relation {self.relation!r}; choose from {', '.join(RELATIONS)}")
         if self.first.kind == self.second.kind:
             raise ValueError(f"both groups are {self.first.kind}s: no caption could tell them apart")
         if self.second < self.first:
             first, second = self.second, self.first
-            for name, value in (("first", first), ("relation", OPPOSITE[self.relation]), ("second", second)):
+            for name, value in (("first", first), ("place", OPPOSITE[self.place]), ("second", second)):
                 object.__setattr__(self, name, value)
 
     @property
     def groups(self) -> tuple[Group, ...]:
         return (self.first,) if self.second is None else (self.first, self.second)
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The place of each group."""
+        return (self.place, OPPOSITE[self.place])[: len(self.groups)]
+
+    @property
+    def relation(self) -> str | None:
+        """How the first group stands to the second: 'left of', 'right of', 'above' or 'below'; None for one group."""
+        return None if self.second is None else RELATIONS[self.place]
+
     def swapped(self) -> Scene:
-        """The same two groups in each other's place."""
-        if self.relation is None:
-            raise ValueError("a scene of one group has no places to swap")
-        return replace(self, relation=OPPOSITE[self.relation])
+        """The same groups, at the opposite places."""
+        return replace(self, place=OPPOSITE[self.place])
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------
@@ -177,11 +186,11 @@ def _random_group(rng: Random) -> Group:
 def _random_scene(rng: Random) -> Scene:
     background, first = rng.choice(list(BACKGROUNDS)), _random_group(rng)
     if rng.random() < SINGLE_SHARE:
-        return Scene(background, first)
+        return Scene(background, first, rng.choice(PLACES))
     second = _random_group(rng)
     while second.kind == first.kind:
         second = _random_group(rng)
-    return Scene(background, first, rng.choice(RELATIONS), second)
+    return Scene(background, first, rng.choice(PLACES), second)
 
 
 def scenes(split: str, count: int, seed: int = 0) -> list[Scene]:
@@ -201,11 +210,13 @@ def scenes(split: str, count: int, seed: int = 0) -> list[Scene]:
 
 @dataclass(frozen=True)
 class Caption:
-    """A sentence and the facts it states: of each group named, `groups[0] relation groups[1]`, and the background."""
+    """A sentence and the facts it states: of each group it names, some of its attributes and `place`; the background.
+
+    'a left of b' states that of the two, a is on the left and b on the right.
+    """
 
     text: str
     groups: tuple[dict[str, Any], ...]
-    relation: str | None = None
     background: str | None = None
 
 
@@ -216,14 +227,10 @@ def fits(caption: Caption, scene: Scene) -> bool:
     """Whether everything the caption states is true of the scene (which may hold more than it tells)."""
     if caption.background not in (None, scene.background):
         return False
-    arrangements = [(scene.groups, scene.relation)]
-    if scene.relation is not None:
-        arrangements.append((scene.groups[::-1], OPPOSITE[scene.relation]))
+    facts = [vars(group) | {"place": place} for group, place in zip(scene.groups, scene.places, strict=True)]
     return any(
-        len(caption.groups) <= len(groups)
-        and caption.relation in (None, relation)
-        and all(said.items() <= vars(group).items() for said, group in zip(caption.groups, groups, strict=False))
-        for groups, relation in arrangements
+        all(said.items() <= truth.items() for said, truth in zip(caption.groups, arrangement, strict=True))
+        for arrangement in permutations(facts, len(caption.groups))
     )
 
 
@@ -247,50 +254,53 @@ def _noun_phrase(said: dict[str, Any], rng: Random) -> str:
     return " ".join(["an" if count == "a" and words[0][0] in "aeio" else count, *words]) + tail
 
 
-def _sentence(phrases: list[str], relation: str | None, plural: list[bool], rng: Random) -> str:
-    """One or two groups' phrases as a clause; of two, the first stands in `relation` to the second (None: not told)."""
-    is_are = ["are" if many else "is" for many in plural]
-    if len(phrases) == 1:
-        return rng.choice(("{a}", "{a}", "there {be} {a}", "a picture of {a}")).format(a=phrases[0], be=is_are[0])
-    a, b = phrases
-    if relation is None:
-        return rng.choice((f"{a} and {b}", f"{a} next to {b}", f"there {is_are[0]} {a} and {b}", f"{a} with {b}"))
-    place, (here, there) = _say(relation, rng), SIDES[relation]
-    beside = WITH_SIDE[relation].format(its="their" if plural[1] else "its", it="them" if plural[1] else "it")
+def _sentence(said: list[dict[str, Any]], rng: Random) -> str:
+    """One or two groups as a clause, with their places if told."""
+    phrases, place = [_noun_phrase(facts, rng) for facts in said], said[0].get("place")
+    a, is_are = phrases[0], "is" if said[0]["count"] == 1 else "are"
+    if len(said) == 1:
+        here = f" {SIDES[place]}" if place else ""
+        return rng.choice((f"{a}{here}", f"{a}{here}", f"there {is_are} {a}{here}", f"a picture of {a}{here}"))
+    b = phrases[1]
+    if place is None:
+        return rng.choice((f"{a} and {b}", f"{a} next to {b}", f"there {is_are} {a} and {b}", f"{a} with {b}"))
+    relation, here, there = _say(RELATIONS[place], rng), SIDES[place], SIDES[OPPOSITE[place]]
+    its, it = ("its", "it") if said[1]["count"] == 1 else ("their", "them")
     return rng.choice((
-        f"{a} {place} {b}",
-        f"{a} {place} {b}",
-        f"{a} {is_are[0]} {place} {b}",
-        f"there {is_are[0]} {a} {place} {b}",
-        f"a picture of {a} {place} {b}",
-        f"{b}, with {a} {beside}",
+        f"{a} {relation} {b}",
+        f"{a} {relation} {b}",
+        f"{a} {is_are} {relation} {b}",
+        f"there {is_are} {a} {relation} {b}",
+        f"{b}, with {a} {WITH_SIDE[place].format(its=its, it=it)}",
         f"{a} {here} and {b} {there}",
+        f"{a} {here}, {b} {there}",
         f"{here} {a}, {there} {b}",
     ))  # fmt: skip
 
 
+def _facts(scene: Scene) -> list[dict[str, Any]]:
+    return [asdict(group) | {"place": place} for group, place in zip(scene.groups, scene.places, strict=True)]
+
+
 def _caption(scene: Scene, rng: Random) -> Caption:
-    groups, relation = list(scene.groups), scene.relation
-    if relation and rng.random() < 0.5:
-        groups, relation = groups[::-1], OPPOSITE[relation]
-    said = [asdict(group) for group in groups]
+    said = _facts(scene)
+    if rng.random() < 0.5:
+        said.reverse()
     for facts in said:
         if facts["texture"] == "plain" and rng.random() < 0.75:  # what is plain is seldom called so
             del facts["texture"]
     if rng.random() < OMISSION_SHARE:
-        omitted = rng.choice(["size", "colour", "texture"] + ["relation", "group"] * (relation is not None))
-        if omitted == "relation":
-            relation = None
-        elif omitted == "group":
-            said, relation = said[:1], None
+        omitted = rng.choice(("size", "colour", "texture", "place", "group"))
+        if omitted == "group":
+            del said[1:]
         else:
-            rng.choice(said).pop(omitted, None)
-    phrases, plural = [_noun_phrase(facts, rng) for facts in said], [facts["count"] > 1 for facts in said]
-    text = _sentence(phrases, relation, plural, rng)
+            for facts in said if omitted == "place" else [rng.choice(said)]:
+                facts.pop(omitted, None)
+    text = _sentence(said, rng)
     background = scene.background if rng.random() < 0.5 else None
     if background:
         text += rng.choice((" on a {} background", " on {}", " against a {} background")).format(background)
-    return Caption(text, tuple(said), relation, background)
+    return Caption(text, tuple(said), background)
 
 
 def describe(scene: Scene, seed: int = 0, n: int = 5) -> list[Caption]:
@@ -310,17 +320,16 @@ def relation_pairs(count: int, seed: int = 0, split: str = "test") -> list[tuple
     circle'): a bag of words scores 50 %.
     """
     rng, pairs = Random(f"relation pairs {seed}"), []
-    pool = iter(scenes(split, 2 * count + 32, seed))
-    while len(pairs) < count:
-        scene = next(pool)
-        if scene.relation is None:
-            continue
-        said = [asdict(group) for group in scene.groups]
-        phrases, place = [_noun_phrase(facts, rng) for facts in said], _say(scene.relation, rng)
-        there, back = " ".join((phrases[0], place, phrases[1])), " ".join((phrases[1], place, phrases[0]))
+    pool = (scene for scene in scenes(split, 2 * count + 32, seed) if scene.relation)
+    for scene in islice(pool, count):
+        said = _facts(scene)
+        first, second = (_noun_phrase(facts, rng) for facts in said)
+        here, there = SIDES[scene.place], SIDES[OPPOSITE[scene.place]]
+        frame = rng.choice(("{} " + _say(RELATIONS[scene.place], rng) + " {}", "{} " + f"{here} and {{}} {there}"))
+        after = [facts | {"place": place} for facts, place in zip(said[::-1], scene.places, strict=True)]
         pairs.append((
-            (scene, Caption(there, tuple(said), scene.relation)),
-            (scene.swapped(), Caption(back, tuple(said[::-1]), scene.relation)),
+            (scene, Caption(frame.format(first, second), tuple(said))),
+            (scene.swapped(), Caption(frame.format(second, first), tuple(after))),
         ))  # fmt: skip
     return pairs
 
@@ -385,11 +394,9 @@ def draw(scene: Scene, size: int = 64, seed: int = 0) -> Image.Image:
     rng = Random(f"image {seed} {scene}")
     side = size * OVERSAMPLING
     canvas = Image.new("RGB", (side, side), _vary(BACKGROUNDS[scene.background], rng))
-    along = 1 if scene.relation in ("left of", "right of") else 0
-    middles = [0.25, 0.75] if scene.relation in ("left of", "above") else [0.75, 0.25]
-    if scene.relation is None:
-        along, middles = rng.randrange(2), [rng.uniform(0.25, 0.75)]
-    for group, middle in zip(scene.groups, middles, strict=True):
+    along = 1 if scene.place in ("left", "right") else 0
+    for group, place in zip(scene.groups, scene.places, strict=True):
+        middle = 0.25 if place in ("left", "top") else 0.75
         colour, diameter = _vary(COLOURS[group.colour], rng), round(side * SIZES[group.size] * rng.uniform(0.92, 1.06))
         mask = _mask(group.shape, group.texture, diameter)
         for x, y in _centres(group.count, along, middle, rng):
@@ -434,7 +441,8 @@ def write_source(folder: Path, counts: dict[str, int], size: int = 64, seed: int
                     {"id": 5 * identifier + number, "image_id": identifier, "caption": caption.text}
                     for number, caption in enumerate(told)
                 ]
-                truth = image | {"split": split, "held_out": held_out(scene), "scene": asdict(scene)}
+                truth = image | {"split": split, "held_out": held_out(scene)}
+                truth |= {"scene": asdict(scene), "relation": scene.relation}
                 lines.append(json.dumps(truth | {"captions": [asdict(caption) for caption in told]}) + "\n")
             write_json(temporary / f"captions_{split}.json", {"images": images, "annotations": annotations})
         (temporary / "scenes.jsonl").write_text("".join(lines), encoding="utf-8")
