@@ -1,5 +1,7 @@
 """The distribution `ligature`. Tools are configured in pyproject.toml."""
 
+from pathlib import Path
+
 from setuptools import setup
 
 REQUIRED = [
@@ -37,7 +39,7 @@ setup(
     name="ligature",
     version="0.1.0",
     description="Pretrain image-text models on clusters and turn them into image-text search",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class Collection(Dataset):
     def keys(self) -> list[str]:
         return [self.reader.key(sample) for sample in range(len(self))]
 
-    def __getitem__(self, sample: int) -> Tensor:
+    def __getitem__(self, sample: int) -> Any:
         raw = self.reader[sample]
         try:
             image = decode_image(raw.image)

@@ -212,9 +212,7 @@ def read_index(path: str | Path) -> ShardIndex:
     for name, kind in _COLUMNS.items():
         column = table.column(name)
         # Copied: parquet's buffers are read-only and would keep the whole table alive.
-        columns[name] = (
-            column.to_pylist() if kind == "string" else column.to_numpy().astype(kind, copy=True)
-        )
+        columns[name] = column.to_pylist() if kind == "string" else column.to_numpy().astype(kind, copy=True)
     return ShardIndex(**columns)
 
 

@@ -78,6 +78,7 @@ WORDS: dict[Any, tuple[str, ...]] = {
 }
 """Each value's ways to say it; a value not listed has its own name only."""
 SIDES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
+WITH_TEXTURE = {"striped": " with stripes", "dotted": " with dots"}
 WITH_SIDE = {"left": "on {its} left", "right": "on {its} right", "top": "above {it}", "bottom": "below {it}"}
 
 
@@ -245,8 +246,8 @@ def _plural(noun: str) -> str:
 def _noun_phrase(said: dict[str, Any], rng: Random) -> str:
     """'two large striped red circles', 'a small blue square with dots'."""
     texture, tail = said.get("texture"), ""
-    if texture in ("striped", "dotted") and rng.random() < 0.3:
-        texture, tail = None, {"striped": " with stripes", "dotted": " with dots"}[texture]
+    if texture and texture in WITH_TEXTURE and rng.random() < 0.3:
+        texture, tail = None, WITH_TEXTURE[texture]
     words = [_say(value, rng) for value in (said.get("size"), texture, said.get("colour"), said["shape"]) if value]
     if said["count"] > 1:
         words[-1] = _plural(words[-1])
@@ -428,7 +429,7 @@ def write_source(folder: Path, counts: dict[str, int], size: int = 64, seed: int
         raise DataError(f"{folder} exists already; remove it or choose another folder")
     with committed_folder(folder) as temporary:
         (temporary / "images").mkdir()
-        drawings, lines = [], []
+        drawings, lines = list[tuple[str, Scene, int]](), list[str]()
         for split, count in counts.items():
             images, annotations = [], []
             for index, scene in enumerate(scenes(split, count, seed)):
@@ -447,8 +448,8 @@ def write_source(folder: Path, counts: dict[str, int], size: int = 64, seed: int
             write_json(temporary / f"captions_{split}.json", {"images": images, "annotations": annotations})
         (temporary / "scenes.jsonl").write_text("".join(lines), encoding="utf-8")
         # spawn, not fork: the caller may hold threads
-        pool = multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext()
-        with pool, progress("drawing", len(drawings), "images") as bar:
+        several = multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext()
+        with several as pool, progress("drawing", len(drawings), "images") as bar:
             save = partial(_save, temporary / "images", size)
-            for _ in pool.imap_unordered(save, drawings, 64) if workers > 1 else map(save, drawings):
+            for _ in pool.imap_unordered(save, drawings, 64) if pool else map(save, drawings):
                 bar.advance()

@@ -124,7 +124,7 @@ class ShardStream:
         starts = range(self.consumed + self.rank * self.batch_size, 1 << 62, self.batch_size * self.world_size)
         loader = DataLoader(
             self.examples,
-            batch_sampler=(range(start, start + self.batch_size) for start in starts),
+            batch_sampler=(list(range(start, start + self.batch_size)) for start in starts),
             num_workers=self.workers,
             collate_fn=_collate,
             worker_init_fn=begin_worker,

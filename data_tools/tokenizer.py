@@ -19,11 +19,12 @@ class CaptionTokenizer:
     """A `tokenizers` pipeline with BERT's special tokens, cut to `caption_tokens`."""
 
     def __init__(self, pipeline: Tokenizer, caption_tokens: int) -> None:
-        missing = [token for token in SPECIAL if pipeline.token_to_id(token) is None]
+        ids = pipeline.get_vocab()
+        missing = [token for token in SPECIAL if token not in ids]
         if missing:
             raise DataError(f"the tokenizer lacks {' '.join(missing)}; use a BERT (WordPiece) tokenizer")
         self.pipeline, self.caption_tokens = pipeline, caption_tokens
-        self.pad, self.unknown, self.cls, self.sep, self.mask = (pipeline.token_to_id(token) for token in SPECIAL)
+        self.pad, self.unknown, self.cls, self.sep, self.mask = (ids[token] for token in SPECIAL)
         if self.pad != 0:
             raise DataError(f"the tokenizer's [PAD] is {self.pad}; it must be 0, as in BERT's vocabulary")
         pipeline.no_padding()
@@ -67,7 +68,8 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, caption_tokens: in
         vocab_size=vocabulary, special_tokens=list(SPECIAL), min_frequency=2, show_progress=False
     )
     pipeline.train_from_iterator(captions, trainer)
-    cls, sep = ((token, pipeline.token_to_id(token)) for token in ("[CLS]", "[SEP]"))
+    ids = pipeline.get_vocab()
+    cls, sep = ((token, ids[token]) for token in ("[CLS]", "[SEP]"))
     pipeline.post_processor = processors.BertProcessing(sep, cls)
     return CaptionTokenizer(pipeline, caption_tokens)
 
@@ -79,7 +81,7 @@ def load_tokenizer(source: str | Path, caption_tokens: int) -> CaptionTokenizer:
         return CaptionTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")), caption_tokens)
     if folder.exists() and not (folder / "vocab.txt").is_file():
         raise CheckpointError(f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.txt")
-    from transformers import AutoTokenizer, BertTokenizerFast
+    from transformers import AutoTokenizer, BertTokenizerFast  # type: ignore[attr-defined]  # in 5.x an alias made at run time
 
     try:
         known = (

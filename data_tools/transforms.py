@@ -18,7 +18,7 @@ MAX_PIXELS = 100_000_000
 
 def decode_image(data: bytes) -> Image.Image:
     """Encoded bytes (JPEG, PNG, WebP) -> RGB image, upright by its EXIF orientation. Raises OSError or ValueError."""
-    image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+    image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
     image = ImageOps.exif_transpose(image)

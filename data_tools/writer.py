@@ -240,9 +240,7 @@ def _reason(error: Exception) -> str:
 
 def _as_written(task: _Task, samples: int, captions: int, note: dict[str, Any]) -> _Written:
     index = task.folder / f"{task.stem}.parquet"
-    entry = Shard(
-        f"{task.stem}.tar", samples, captions, note["bytes"], note["sha256"], index.name, sha256_of(index)
-    )
+    entry = Shard(f"{task.stem}.tar", samples, captions, note["bytes"], note["sha256"], index.name, sha256_of(index))
     return _Written(entry, note["quarantine"])
 
 

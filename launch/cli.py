@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from runtime.errors import LigatureError, RecipeError
 
@@ -96,17 +98,19 @@ COMMANDS: dict[str, tuple[Command, str]] = {
 }
 
 
-def read_stage(stage: str, arguments: list[str]):
+RECIPES = {
+    "pretrain": ("pretrain.config", "PretrainRecipe"),
+    "finetune": ("finetune.config", "FinetuneRecipe"),
+    "evaluate": ("finetune.config", "EvaluateRecipe"),
+}
+
+
+def read_stage(stage: str, arguments: list[str]) -> Any:
     """The recipe of a stage from its command line. Imports no torch, so mistakes are answered at once."""
     from runtime.recipe import read_recipe
 
-    if stage == "pretrain":
-        from pretrain.config import PretrainRecipe as kind
-    elif stage == "finetune":
-        from finetune.config import FinetuneRecipe as kind
-    else:
-        from finetune.config import EvaluateRecipe as kind
-    return read_recipe(kind, arguments, f"ligature {stage}")
+    home, name = RECIPES[stage]
+    return read_recipe(getattr(importlib.import_module(home), name), arguments, f"ligature {stage}")
 
 
 def usage() -> str:

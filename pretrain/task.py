@@ -49,7 +49,7 @@ class Student(nn.Module):
         """-> the weighted sum of the losses, and every named loss and figure, detached."""
         tokens = self.model.image_encoder(batch.images)
         state = StudentState(self.model, batch, tokens, self.model.text_encoder(batch.text.ids, batch.text.mask))
-        total, figures = torch.zeros((), device=tokens.device), {}
+        total, figures = torch.zeros((), device=tokens.device), dict[str, Tensor]()
         for name, objective in self.objectives.items():
             losses = objective(state)
             total = total + self.weights[name] * losses[name]

@@ -21,7 +21,11 @@ class FusionEncoder(nn.Module):
 
     def read_images(self, image_tokens: Tensor) -> list[KeysValues]:
         """Keys and values of each layer, made once per image: (images, tokens, image width) -> per layer (images, heads, tokens, …)."""
-        return [layer.cross_attention.keys_values(image_tokens) for layer in self.layers]
+        read = []
+        for layer in self.layers:
+            assert isinstance(layer, BertLayer) and layer.cross_attention is not None
+            read.append(layer.cross_attention.keys_values(image_tokens))
+        return read
 
     def forward(
         self, states: Tensor, mask: Tensor, images: list[KeysValues], image_of_text: Tensor | None = None

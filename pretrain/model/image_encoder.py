@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import timm
 import torch
 from torch import Tensor, nn
@@ -27,9 +29,9 @@ class ImageEncoder(nn.Module):
             "depth": config.depth,
             "num_heads": config.heads,
         }
-        stated = {name: size for name, size in sizes.items() if size is not None}
+        stated: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
         try:
-            self.vit = timm.create_model(
+            made = timm.create_model(
                 config.architecture,
                 img_size=config.image_size,
                 num_classes=0,
@@ -41,6 +43,7 @@ class ImageEncoder(nn.Module):
             raise RecipeError(
                 f"model.image: timm cannot make {config.architecture} with {stated} at {config.image_size} px: {error}"
             ) from error
+        self.vit = cast(Any, made)  # timm's classes share these attributes, not a type
         if getattr(self.vit, "cls_token", None) is None:
             raise RecipeError(
                 f"model.image.architecture {config.architecture} has no class token; choose a timm ViT that has one"

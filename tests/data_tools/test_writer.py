@@ -133,7 +133,7 @@ def test_several_processes_write_the_same_bytes(source, reference, tmp_path):
 
 # -- Killed, and run again
 
-KILLED = '''
+KILLED = """
 import os, signal, sys
 from pathlib import Path
 from data_tools import writer
@@ -167,7 +167,7 @@ elif point == "plan":
     writer.write_manifest = dies_at(1, writer.write_manifest, after=True)
 items = collect(source, source.parent).items
 writer.write_shards(items, out, shard_samples=3, workers=1, source={"kind": "flickr"})
-'''
+"""
 
 
 def run(script, *arguments, **options):
@@ -193,7 +193,7 @@ def test_a_killed_writer_goes_on_to_the_same_bytes(source, reference, tmp_path, 
     assert all((out / name).stat().st_mtime_ns == moment for name, moment in before.items())  # not written twice
 
 
-ORPHANED = '''
+ORPHANED = """
 import dataclasses, os, sys, time
 from pathlib import Path
 from data_tools.sources import collect
@@ -210,7 +210,7 @@ if __name__ == "__main__":
     items = collect(source, source.parent).items
     items[7] = dataclasses.replace(items[7], read=Blocked(sys.argv[3]))
     write_shards(items, out, shard_samples=3, workers=2, source={"kind": "flickr"})
-'''
+"""
 
 
 def alive(pid):
