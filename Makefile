@@ -1,0 +1,48 @@
+# The verbs; `make` alone lists them. A fresh clone needs Python 3.10 to 3.12, make, and a network to PyPI.
+
+PYTHON ?= python3
+# Passed on: `make test ARGS="tests/retrieval -x"`, `make demo ARGS=--help`
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+# Ranks and loaders share the cores as processes: one thread each is fastest, and a run repeats to the bit.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test lint clean
+help:
+	@echo 'make demo    make .venv, install, and run the whole path on drawn shapes'
+	@echo 'make test    make .venv, install, and run the tests'
+	@echo 'make lint    ruff (rules and format) and mypy'
+	@echo 'make clean   remove caches and build outputs; .venv and runs stay'
+
+demo: $(VENV)/.installed
+	$(BIN)/ligature demo $(ARGS)
+
+test: $(VENV)/.develop
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.develop
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# pip comes last into a new environment, so it tells a whole one from one that was interrupted.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+		{ echo 'Ligature needs Python 3.10 to 3.12; name one: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.11' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is younger than what it was installed from: packages are installed again only when setup.py or pyproject.toml change.
+$(VENV)/.installed: setup.py pyproject.toml | $(BIN)/pip
+	@echo 'installing (the first time this downloads torch and its CUDA libraries, several GB)'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.develop: setup.py pyproject.toml | $(BIN)/pip
+	@echo 'installing, with the developers'"'"' tools (the first time this downloads torch and its CUDA libraries, several GB)'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[develop]'
+	@touch $@ $(VENV)/.installed
