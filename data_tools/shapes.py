@@ -246,8 +246,9 @@ def _plural(noun: str) -> str:
 def _noun_phrase(said: dict[str, Any], rng: Random) -> str:
     """'two large striped red circles', 'a small blue square with dots'."""
     texture, tail = said.get("texture"), ""
-    if texture and texture in WITH_TEXTURE and rng.random() < 0.3:
-        texture, tail = None, WITH_TEXTURE[texture]
+    if texture in WITH_TEXTURE and rng.random() < 0.3:
+        tail = WITH_TEXTURE[texture]
+        texture = None
     words = [_say(value, rng) for value in (said.get("size"), texture, said.get("colour"), said["shape"]) if value]
     if said["count"] > 1:
         words[-1] = _plural(words[-1])
