@@ -1,11 +1,10 @@
-"""The pretraining loop, to be read from top to bottom."""
+"""A pretraining run, to be read from top to bottom; the loop it shares with fine-tuning is in `loop.py`."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,15 @@ from data_tools.transforms import TrainTransform
 from pretrain.config import PretrainRecipe, divide_batch
 from pretrain.encode import encode_collection
 from pretrain.engine import Engine
+from pretrain.loop import mean_figures, run_loop
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.starting_weights import load_starting_weights
 from pretrain.task import PretrainTask
 from retrieval.metrics import rank_positives
 from runtime.checkpoint import read_tensors, verify_checkpoint, write_checkpoint
-from runtime.errors import Interrupted, LigatureError
+from runtime.errors import LigatureError
 from runtime.files import read_json
-from runtime.interrupts import watch_interrupts
-from runtime.metrics import MetricsLog
-from runtime.progress import progress
-from runtime.ranks import Ranks, barrier, join, sum_over_ranks
+from runtime.ranks import Ranks, barrier, join
 from runtime.recipe import write_recipe
 from runtime.run_folder import RunFolder
 
@@ -87,75 +84,38 @@ def pretrain(recipe: PretrainRecipe) -> Path:
         if ranks.first:
             print(f"going on from {resumed} at step {step}", flush=True)
 
+    def take_step(batch: dict[str, Any], epoch: float, step: int) -> dict[str, Tensor]:
+        engine.set_lr(lr := recipe.optimizer.lr_at(step, steps))
+        micro_batches, figures = task.prepare(batch, epoch, micro_batch)
+        parts = []
+        for number, inputs in enumerate(micro_batches):
+            # Dropout is a function of where we are, so nothing of it needs saving.
+            torch.manual_seed(derived_seed(recipe.training.seed, step, ranks.rank, number))
+            loss, named = engine.module(inputs)
+            engine.backward(loss)
+            parts.append(named)
+            norm = engine.step()
+        if not math.isfinite(norm):
+            raise LigatureError(
+                f"the gradient is not finite at step {step + 1} (samples {', '.join(batch['keys'][:3])}, …); "
+                "lower optimizer.lr or set optimizer.clip_norm"
+            )
+        if engine.module.was_step_applied():
+            task.finish(engine.masters())
+        figures |= {"lr": torch.tensor(lr), "gradient_norm": torch.tensor(norm)}
+        return figures | mean_figures(parts) | {"temperature": model.temperature().detach()}
+
+    def measure() -> dict[str, float]:
+        assert validation is not None
+        return validate(model, tokenizer, validation, ranks, device, micro_batch, recipe.data.workers)
+
+    def commit(step: int, best: float, improved: bool) -> None:
+        save(run, recipe, task, engine, stream, step, best, improved, ranks)
+
     steps = recipe.training.total_steps(len(data))
-    log = MetricsLog(run.path, step) if ranks.first else None
-    with watch_interrupts() as interrupts, progress("pretrain", steps, "steps", step, silent=not ranks.first) as bar:
-        batches = iter(stream)
-        while step < steps:
-            began = time.monotonic()
-            epoch = stream.epoch
-            batch = next(batches)
-            waited = time.monotonic() - began
-            engine.set_lr(lr := recipe.optimizer.lr_at(step, steps))
-            micro_batches, figures = task.prepare(batch, epoch, micro_batch)
-            losses = []
-            for number, inputs in enumerate(micro_batches):
-                # Dropout is a function of where we are, so nothing of it needs saving.
-                torch.manual_seed(derived_seed(recipe.training.seed, step, ranks.rank, number))
-                loss, named = engine.module(inputs)
-                engine.backward(loss)
-                losses.append(named)
-                norm = engine.step()
-            if not math.isfinite(norm):
-                raise LigatureError(
-                    f"the gradient is not finite at step {step + 1} (samples {batch['keys'][:3]}…); lower optimizer.lr or set optimizer.clip_norm"
-                )
-            if engine.module.was_step_applied():
-                task.finish(engine.masters())
-            step += 1
-
-            figures |= average(losses)
-            if step % recipe.training.log_every == 0 or step == steps:
-                taken = time.monotonic() - began
-                figures |= {
-                    "lr": torch.tensor(lr),
-                    "gradient_norm": torch.tensor(norm),
-                    "temperature": model.temperature().detach(),
-                }
-                figures |= {
-                    "epoch": torch.tensor(stream.epoch),
-                    "samples_per_second": torch.tensor(recipe.training.global_batch / taken),
-                }
-                figures |= {
-                    "data_wait": torch.tensor(waited / taken),
-                    "quarantined": torch.tensor(float(len(stream.bad))),
-                }
-                shown = over_ranks(figures, device, ranks)
-                bar.note = f"loss {shown['loss']:.3f}  {shown['samples_per_second']:.0f} samples/s"
-                if log:
-                    log.write(step, {f"train/{name}": value for name, value in shown.items()})
-            bar.advance(1)
-
-            last = step == steps
-            stopping = interrupts.agreed()
-            improved = False
-            if validation and (step % recipe.training.validate_every == 0 or last):
-                scores = validate(model, tokenizer, validation, ranks, device, micro_batch, recipe.data.workers)
-                improved, best = scores["validation/rsum"] > best, max(best, scores["validation/rsum"])
-                bar.note = (
-                    f"R@1 {scores['validation/image_to_text_R@1']:.1f} / {scores['validation/text_to_image_R@1']:.1f}"
-                )
-                if log:
-                    log.write(step, scores)
-            if improved or last or stopping or step % recipe.training.checkpoint_every == 0:
-                save(run, recipe, task, engine, stream, step, best, improved, ranks)
-            if stopping and not last:
-                raise Interrupted(
-                    f"stopped at step {step} of {steps}, saved in {run.checkpoints.path_of(step)}; the same command goes on from there"
-                )
-    if log:
-        log.close()
-        run.finish({"steps": step, "best_rsum": best, "quarantined": len(stream.bad)})
+    run_loop(
+        run, recipe.training, stream, step, best, take_step, measure if validation else None, commit, ranks, device
+    )
     barrier()
     return run.path
 
@@ -192,17 +152,6 @@ def describe(
         f"{recipe.name}: {millions:.1f} M parameters on {ranks.world} x {device.type}, {training.precision}, ZeRO {training.zero_stage}\n"
         f"global batch {training.global_batch} = {ranks.world} ranks x {accumulation} accumulated x {micro_batch}"
     )
-
-
-def average(losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each named figure over the micro-batches of a step."""
-    return {name: torch.stack([part[name].float().reshape(()) for part in losses]).mean() for name in losses[0]}
-
-
-def over_ranks(figures: dict[str, Tensor], device: torch.device, ranks: Ranks) -> dict[str, float]:
-    """The mean of each figure over the ranks."""
-    stacked = torch.stack([value.to(device).float().reshape(()) for value in figures.values()])
-    return dict(zip(figures, (sum_over_ranks(stacked) / ranks.world).tolist(), strict=True))
 
 
 def validate(

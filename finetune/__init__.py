@@ -1,0 +1,1 @@
+"""Fourth floor: retrieval heads, fine-tuning with accelerate, evaluating checkpoints, reports."""

@@ -1,0 +1,1 @@
+"""One head a file: how encodings become scores, and what its fine-tuning minimises."""
