@@ -22,7 +22,12 @@ def read_recipe(kind: type[Recipe], arguments: list[str], command: str) -> Recip
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    parser = ArgumentParser(prog=command, exit_on_error=False, description=(kind.__doc__ or "").strip().splitlines()[0])
+    parser = ArgumentParser(
+        prog=command,
+        exit_on_error=False,
+        allow_abbrev=False,  # `--optimizer.weight 1` is a mistake, not a weight_decay
+        description=(kind.__doc__ or "").strip().splitlines()[0],
+    )
     parser.add_argument(
         "--config", action="config", help="a recipe (YAML); may be given more than once, later ones win"
     )
@@ -53,6 +58,8 @@ def build(kind: type[Recipe], values: dict[str, Any], prefix: str = "") -> Recip
             raise RecipeError(
                 f"unknown key {prefix}{name}{_nearest(prefix + name, [prefix + known for known in fields])}"
             )
+        if value is None and types.NoneType not in typing.get_args(hints[name]):
+            raise RecipeError(f"{prefix}{name} is null; give it a value, or leave the key out for its default")
         inner = _dataclass_in(hints[name])
         arguments[name] = build(inner, value, f"{prefix}{name}.") if inner and isinstance(value, dict) else value
     return kind(**arguments)
@@ -69,11 +76,11 @@ def write_recipe(path: Path, recipe: Any) -> None:
 
 def load_recipe(kind: type[Recipe], path: Path) -> Recipe:
     """Read what `write_recipe` wrote."""
-    import yaml
-
     if not Path(path).is_file():
         raise RecipeError(f"no recipe at {path}")
-    return build(kind, yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    values = _read_yaml(Path(path))
+    _check_keys(kind, values, f"{path}: ")
+    return build(kind, values)
 
 
 def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -120,9 +127,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values or {}, dict):
+    if values is None:
+        raise RecipeError(f"{path} is empty; a recipe holds keys and values")
+    if not isinstance(values, dict):
         raise RecipeError(f"{path} is not a recipe: it holds a {type(values).__name__}, not keys and values")
-    return values or {}
+    return values
 
 
 def _check_keys(kind: Any, values: dict[str, Any], where: str, prefix: str = "") -> None:
@@ -136,6 +145,9 @@ def _check_keys(kind: Any, values: dict[str, Any], where: str, prefix: str = "")
         inner = _dataclass_in(hints[name])
         if inner and isinstance(value, dict):
             _check_keys(inner, value, where, f"{prefix}{name}.")
+        elif inner and not (value is None and types.NoneType in typing.get_args(hints[name])):
+            shown = "null" if value is None else repr(value)
+            raise RecipeError(f"{where}{prefix}{name} is {shown}; it is a group of keys: {', '.join(keys_of(inner))}")
 
 
 def _dataclass_in(hint: Any) -> Any:
@@ -166,8 +178,23 @@ def _nearest_recipe(path: Path) -> str:
 def _one_line(message: str, keys: list[str]) -> str:
     """jsonargparse's report of several lines -> one, with the nearest key where a key is unknown."""
     line = re.sub(r"\s+", " ", message).strip()
-    if unknown := re.search(r"[Uu]nrecognized arguments?: --([\w.]+)(?: (\S+))?", line):
-        return f"unknown key {unknown[1]} (value {unknown[2]!r}){_nearest(unknown[1], keys)}"
+    if unknown := re.search(r"[Uu]nrecognized arguments?: --([\w.-]+)(?:[= ](\S+))?", line):
+        value = f" (value {unknown[2]!r})" if unknown[2] else ""
+        return f"unknown key {unknown[1]}{value}{_nearest(unknown[1], keys)}"
+    if unknown := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", line):
+        return f"unknown key {unknown[1]}.{unknown[2]}{_nearest(f'{unknown[1]}.{unknown[2]}', keys)}"
+    if stray := re.search(r"[Uu]nrecognized arguments?: (.+)", line):
+        return f"{stray[1]!r} belongs to no key; write --key value, or --config FILE for a recipe"
+    if bare := re.search(r"argument --([\w.]+): expected one argument", line):
+        return f"{bare[1]} has no value; write --{bare[1]} VALUE"
+    if group := re.match(r'Parser key "([\w.]+)": Unable to load config \'(.*?)\' -', line):
+        inner = [key for key in keys if key.startswith(f"{group[1]}.")]
+        return f"{group[1]} is {group[2]!r}; it is a group of keys: {', '.join(inner)}"
+    if union := re.match(
+        r'Parser key "([\w.]+)": Does not validate.*Subtypes: \[(.*?)\] Errors:.*Given value: (.*)', line
+    ):
+        names = [re.sub(r"<class '(.*?)'>", r"\1", part).replace("NoneType", "null") for part in union[2].split(", ")]
+        return f"{union[1]} is {union[3]!r}; it must be {' or '.join(names)}"
     if wrong := re.match(r'Parser key "([\w.]+)": Expected an? (.+?)\. Got value: (.*)', line):
         kind = re.sub(r"<class '(.*?)'>", r"\1", wrong[2]).replace("typing.Literal", "one of ")
         choices = re.findall(r"'(\w+)'", kind)
