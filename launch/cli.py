@@ -25,6 +25,28 @@ def shard(arguments: list[str]) -> None:
     write(read_recipe(ShardOptions, arguments, "ligature shard"))
 
 
+def shapes(arguments: list[str]) -> None:
+    import argparse
+
+    from data_tools.shapes import SPLITS, write_source
+
+    parser = argparse.ArgumentParser(
+        "ligature shapes", description="Draw captioned scenes of coloured shapes, as a source for `ligature shard`."
+    )
+    parser.add_argument("out", type=Path, help="folder to make")
+    for split, count in zip(SPLITS, (1000, 200, 500), strict=True):
+        parser.add_argument(f"--{split}", type=int, default=count, help=f"images of the split (default {count})")
+    parser.add_argument("--size", type=int, default=64, help="pixels a side (default 64)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    counts = {split: getattr(options, split) for split in SPLITS}
+    for name, value, least in (*((split, count, 1) for split, count in counts.items()), ("size", options.size, 16)):
+        if value < least:
+            raise RecipeError(f"--{name} is {value}; it must be {least} or more")
+    write_source(options.out, counts, options.size, options.seed)
+    print(f"{options.out}: {', '.join(f'{count:,} {split}' for split, count in counts.items())}; captions_<split>.json")
+
+
 def inspect(arguments: list[str]) -> None:
     import argparse
 
@@ -88,6 +110,7 @@ def demo(arguments: list[str]) -> None:
 
 COMMANDS: dict[str, tuple[Command, str]] = {
     "demo": (demo, "the whole path on drawn shapes, on a CPU, in minutes; prints the table"),
+    "shapes": (shapes, "OUT: draw captioned scenes of coloured shapes to try things on"),
     "shard": (shard, "SOURCE --out DIR: make WebDataset shards from captioned images"),
     "inspect": (inspect, "DIR: verify and describe a shard folder"),
     "pretrain": (pretrain, "--config RECIPE: pretrain, or go on where it stopped"),
