@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, LigatureError
 from runtime.files import committed_folder, read_json, sha256_of, write_json, write_text
 
 if TYPE_CHECKING:
@@ -23,14 +23,20 @@ def write_checkpoint(
 ) -> None:
     """Commit a checkpoint: `<name>.safetensors` for each of `tensors`, `<name>.json` for each of `values`, and what
     `write_more(folder)` adds (tokenizer, recipe); then a manifest with every file's hash. Raises LigatureError where it cannot."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with committed_folder(folder) as temporary:
         for name, group in tensors.items():
-            save_file(
-                {key: tensor.detach().contiguous().cpu() for key, tensor in group.items()},
-                temporary / f"{name}.safetensors",
-            )
+            try:
+                save_file(
+                    {key: tensor.detach().contiguous().cpu() for key, tensor in group.items()},
+                    temporary / f"{name}.safetensors",
+                )
+            except SafetensorError as error:  # a full disk among others; it is no OSError
+                raise LigatureError(
+                    f"cannot write {folder}: {error}; free some space or choose another folder"
+                ) from error
         for name, value in values.items():
             write_json(temporary / f"{name}.json", value)
         write_more(temporary)
@@ -45,14 +51,23 @@ def verify_checkpoint(folder: Path) -> None:
     manifest = Path(folder) / MANIFEST
     if not manifest.is_file():
         raise CheckpointError(f"{folder} is no complete checkpoint: it has no {MANIFEST}")
-    content = read_json(manifest)
-    if content.get("format") != FORMAT or content.get("version") != 1:
+    try:
+        content = read_json(manifest)
+    except LigatureError as error:
+        raise CheckpointError(str(error)) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != 1:
         raise CheckpointError(f"{manifest} is not a {FORMAT} of version 1")
-    for name, stated in content["files"].items():
+    try:
+        files = {name: (stated["bytes"], stated["sha256"]) for name, stated in content["files"].items()}
+    except (AttributeError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{manifest} was altered: it does not list its files; the checkpoint cannot be used"
+        ) from None
+    for name, (size, digest) in files.items():
         path = Path(folder) / name
-        if not path.is_file() or path.stat().st_size != stated["bytes"]:
+        if not path.is_file() or path.stat().st_size != size:
             raise CheckpointError(f"{path} is missing or cut short; the checkpoint cannot be used")
-        if sha256_of(path) != stated["sha256"]:
+        if sha256_of(path) != digest:
             raise CheckpointError(f"{path} was altered: its hash is not the manifest's; the checkpoint cannot be used")
 
 
@@ -63,12 +78,16 @@ def checkpoint_hash(folder: Path) -> str:
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     """The tensors of `<name>.safetensors`. Call `verify_checkpoint` first."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(folder) / f"{name}.safetensors"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {name}.safetensors")
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file ({error})") from error
 
 
 class CheckpointFolder:
@@ -96,15 +115,23 @@ class CheckpointFolder:
         return None
 
     def commit(self, step: int, best: bool, write: Callable[[Path], None]) -> Path:
-        """Write the checkpoint of `step` (unless it is there already), point `latest` to it, and `best` where it is, then
-        forget old ones."""
+        """Write the checkpoint of `step` (unless it is there already and whole), point `latest` to it, and `best` where it
+        is, then forget old ones, and later ones: those are of a future that a run going on from further back has left."""
         path = self.path_of(step)
+        if path.exists():
+            try:
+                verify_checkpoint(path)
+            except CheckpointError:
+                shutil.rmtree(path)
         if not path.exists():
             write(path)
         write_text(self.folder / "latest", path.name + "\n")
         if best:
             write_text(self.folder / "best", path.name + "\n")
-        kept = {self.path_of(kept).name for kept in self.steps()[-self.keep_last :]} | {self._named("best")}
+        elif (self._named("best") or "") > path.name:
+            (self.folder / "best").unlink()
+        newest = [kept for kept in self.steps() if kept <= step][-self.keep_last :]
+        kept = {self.path_of(kept).name for kept in newest} | {self._named("best")}
         for old in self.steps():
             if self.path_of(old).name not in kept:
                 shutil.rmtree(self.path_of(old), ignore_errors=True)
