@@ -82,6 +82,8 @@ class Engine:
             "gradient_clipping": optimizer.clip_norm,
             "wall_clock_breakdown": False,
         }
+        # DeepSpeed makes the masters from weights it has cast already, and at stage 0 decays them once before the first step.
+        start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in named} if self.bf16 else {}
         self.module, *_ = deepspeed.initialize(
             model=student, optimizer=adamw, config=settings, dist_init_required=False
         )
@@ -90,6 +92,8 @@ class Engine:
         self.parameters = dict(student.model.named_parameters())
         self.adamw = adamw
         self._make_states()
+        for name, weight in start.items():
+            self._load_master(name, weight)
 
     def backward(self, loss: Tensor) -> None:
         self.module.backward(loss)
@@ -142,7 +146,6 @@ class Engine:
             raise CheckpointError(
                 f"the checkpoint and the recipe's model differ, first in {missing[0]}; use the recipe it was made with"
             )
-        halves = self._unfused_masters() if self.stage == 0 and self.bf16 else {}
         for state in self.adamw.state.values():
             state["step"].fill_(steps)
         for name in self.names:
@@ -151,18 +154,21 @@ class Engine:
                 raise CheckpointError(
                     f"{name} is {tuple(masters[name].shape)} in the checkpoint and {tuple(parameter.shape)} in the recipe; use the recipe it was made with"
                 )
-            parameter.data.copy_(masters[name])
-            if self.stage == 0:
-                if self.bf16:
-                    halves[id(parameter)].data.copy_(masters[name])
-                for moment in MOMENTS:
-                    self._adam_state(name)[moment].copy_(moments[f"{moment}.{name}"])
-            else:
-                self._fragments.safe_set_full_fp32_param(parameter, masters[name].to(self.device))
-                for moment in MOMENTS:
-                    self._fragments.safe_set_full_optimizer_state(
-                        parameter, moments[f"{moment}.{name}"].to(self.device), moment
-                    )
+            self._load_master(name, masters[name])
+            for moment in MOMENTS:
+                value = moments[f"{moment}.{name}"]
+                if self.stage == 0:
+                    self._adam_state(name)[moment].copy_(value)
+                else:
+                    self._fragments.safe_set_full_optimizer_state(parameter, value.to(self.device), moment)
+
+    def _load_master(self, name: str, master: Tensor) -> None:
+        parameter = self.parameters[name]
+        parameter.data.copy_(master)
+        if self.stage > 0:
+            self._fragments.safe_set_full_fp32_param(parameter, master.to(self.device))
+        elif self.bf16:
+            self._unfused_masters()[id(parameter)].data.copy_(master)
 
     def _unfused_masters(self) -> dict[int, Tensor]:
         optimizer = self.module.optimizer
