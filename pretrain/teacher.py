@@ -24,7 +24,10 @@ class Teacher:
         self.momentum = momentum
         self.averages: dict[str, Tensor] = {name: parameter.data for name, parameter in model.named_parameters()}
         # bf16 cannot hold an average: steps of (1 - momentum) are lost below its resolution. It is a cast, made after each update.
-        self.model = model if precision == torch.float32 else copy.deepcopy(model).to(precision)
+        self.model = model if precision == torch.float32 else copy.deepcopy(model)
+        for parameter in self.model.parameters():
+            # Parameters alone: `.to(precision)` would round the pixels' mean and deviation too, which DeepSpeed leaves to the student.
+            parameter.data = parameter.data.to(precision)
         self.model.eval().requires_grad_(False)
 
     @torch.no_grad()
