@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_tools.manifest import Manifest
 from data_tools.reader import ShardReader
-from data_tools.stream import begin_worker
+from data_tools.stream import begin_worker, raised
 from data_tools.transforms import decode_image
 from runtime.errors import DataError
 
@@ -40,23 +40,32 @@ class Collection(Dataset):
         return [self.reader.key(sample) for sample in range(len(self))]
 
     def __getitem__(self, sample: int) -> Any:
-        raw = self.reader[sample]
+        """An image, or the DataError of one that cannot be read: raised in a loader worker, torch would wrap it in a
+        traceback of its own."""
         try:
-            image = decode_image(raw.image)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(
-                f"image {raw.key} in {self.reader.manifest.folder} cannot be read ({error}); scores need every image, shard it again"
-            ) from error
+            image = decode_image(self.reader[sample].image)
+        except (OSError, ValueError, DataError) as error:
+            return DataError(
+                f"image {self.reader.key(sample)} in {self.reader.manifest.folder} cannot be read ({error}); scores need every image, shard it again"
+            )
         return image if self.transform is None else self.transform(image)
 
     def images(self, transform: Callable, numbers: range, batch_size: int, workers: int) -> Iterator[Tensor]:
-        """Batches (batch, 3, size, size) of the images with these numbers, in their order."""
+        """Batches (batch, 3, size, size) of the images with these numbers, in their order. Raises DataError at one that
+        cannot be read."""
         self.transform = transform
         loader = DataLoader(
             torch.utils.data.Subset(self, numbers),
             batch_size=batch_size,
             num_workers=workers,
+            collate_fn=_collate,
             worker_init_fn=begin_worker,
             multiprocessing_context="fork" if workers else None,
+            generator=torch.Generator(),  # else it would draw from the global one
         )
-        yield from loader
+        yield from raised(loader)
+
+
+def _collate(images: list[Any]) -> Any:
+    errors = [image for image in images if isinstance(image, DataError)]
+    return errors[0] if errors else torch.stack(images)

@@ -75,11 +75,12 @@ class ShardReader:
     def _shard(self, number: int) -> tuple[int, ShardIndex]:
         if number not in self._open:
             shard = self.manifest.shards[number]
+            index = read_index(self.manifest.folder / shard.index)  # first: it may raise, and a file would stay open
             try:
                 opened = os.open(self.manifest.folder / shard.name, os.O_RDONLY)
             except OSError as error:
                 raise DataError(f"cannot open shard {self.manifest.folder / shard.name}: {error.strerror}") from error
-            self._open[number] = (opened, read_index(self.manifest.folder / shard.index))
+            self._open[number] = (opened, index)
             if len(self._open) > OPEN_SHARDS:
                 os.close(self._open.popitem(last=False)[1][0])
         self._open.move_to_end(number)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,14 @@ class ExampleReader(Dataset):
         self.reader, self.seed, self.transform, self.tokenizer = reader, seed, transform, tokenizer
         self.order = SampleOrder(len(reader), seed)
 
-    def __getitem__(self, position: int) -> Example:
+    def __getitem__(self, position: int) -> Example | DataError:
+        """An error is returned, not raised: a loader worker would wrap it in a traceback of its own (see `raised`)."""
+        try:
+            return self._read(position)
+        except DataError as error:
+            return error
+
+    def _read(self, position: int) -> Example:
         failures: list[dict[str, str]] = []
         for attempt in range(STAND_INS):
             # A sample that cannot be read is replaced by one that is itself a function of (seed, position).
@@ -56,15 +65,15 @@ class ExampleReader(Dataset):
             try:
                 raw = self.reader[sample]
                 image: Any = decode_image(raw.image)
-                draw = derived_seed(self.seed, position)
-                caption = raw.captions[draw % len(raw.captions)]
-                image = image if self.transform is None else self.transform(image, draw)
-            except (OSError, ValueError, SyntaxError, DataError) as error:
+            except (OSError, ValueError, DataError) as error:
                 shard = self.reader.manifest.shards[self.reader.place(sample)[0]].name
                 failures.append(
                     {"shard": shard, "key": self.reader.key(sample), "reason": " ".join(str(error).split())}
                 )
                 continue
+            draw = derived_seed(self.seed, position)
+            caption = raw.captions[draw % len(raw.captions)]
+            image = image if self.transform is None else self.transform(image, draw)
             tokens = self.tokenizer.encode([caption])[0] if self.tokenizer else None
             return Example(position, sample, raw.key, image, caption, tokens, failures)
         raise DataError(
@@ -130,8 +139,9 @@ class ShardStream:
             worker_init_fn=begin_worker,
             multiprocessing_context="fork" if self.workers else None,
             prefetch_factor=2 if self.workers else None,
+            generator=torch.Generator(),  # else it would draw from the global one
         )
-        for batch in loader:
+        for batch in raised(loader):
             self._note_failures(batch.pop("failures"))
             self.consumed += self.batch_size * self.world_size
             yield batch
@@ -161,16 +171,9 @@ class ShardStream:
         new = {failure["key"]: failure for failure in failures if failure["key"] not in self.bad}
         if not new:
             return
-        self.bad |= new.keys()
         if self.quarantine:
-            # Other ranks write here as well: what they listed is not listed again.
-            listed = (
-                {json.loads(line)["key"] for line in self.quarantine.read_text().splitlines()}
-                if self.quarantine.exists()
-                else set()
-            )
-            with open(self.quarantine, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(failure) + "\n" for key, failure in new.items() if key not in listed)
+            self.bad |= _list_once(self.quarantine, list(new.values()))
+        self.bad |= new.keys()
         if len(self.bad) > self.max_bad_share * len(self.reader):
             where = f", listed in {self.quarantine}" if self.quarantine else ""
             raise DataError(
@@ -179,7 +182,39 @@ class ShardStream:
             )
 
 
-def _collate(examples: list[Example]) -> dict[str, Any]:
+def _list_once(path: Path, failures: list[dict[str, str]]) -> set[str]:
+    """Append failures to a file of JSON lines -> the keys it listed before, which are not listed again.
+
+    Other ranks write there as well, so it is locked; a line that a crash cut short counts for nothing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    listed = set()
+    with open(path, "a+", encoding="utf-8", errors="replace") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        text = file.read()
+        for line in text.splitlines():
+            with suppress(json.JSONDecodeError, KeyError, TypeError):
+                listed.add(json.loads(line)["key"])
+        cut = "" if not text or text.endswith("\n") else "\n"
+        new = [failure for failure in failures if failure["key"] not in listed]
+        if new:
+            file.write(cut + "".join(json.dumps(failure) + "\n" for failure in new))
+    return listed
+
+
+def raised(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches of a loader whose workers return errors: the first error is raised here, as its own one line."""
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def _collate(read: list[Example | DataError]) -> dict[str, Any] | DataError:
+    if errors := [example for example in read if isinstance(example, DataError)]:
+        return errors[0]
+    examples = [example for example in read if isinstance(example, Example)]
     images = [example.image for example in examples]
     batch = {
         "keys": [example.key for example in examples],

@@ -78,7 +78,18 @@ def load_tokenizer(source: str | Path, caption_tokens: int) -> CaptionTokenizer:
     """A folder with `tokenizer.json` or `vocab.txt`, or a name on the Hugging Face hub (downloaded or cached)."""
     folder = Path(source)
     if (folder / "tokenizer.json").is_file():
-        return CaptionTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")), caption_tokens)
+        try:
+            pipeline = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing narrower
+            raise CheckpointError(f"{folder / 'tokenizer.json'} is not a tokenizer ({error})") from error
+        return CaptionTokenizer(pipeline, caption_tokens)
+    if not folder.exists() and (
+        folder.is_absolute() or folder.parent not in (Path(), folder) and folder.parent.is_dir()
+    ):
+        # A path, not a name: nobody should wait for the hub to say that it does not know it.
+        raise CheckpointError(
+            f"no tokenizer folder {folder}; give a folder with tokenizer.json or vocab.txt, or `train`"
+        )
     if folder.exists() and not (folder / "vocab.txt").is_file():
         raise CheckpointError(f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.txt")
     from transformers import AutoTokenizer, BertTokenizerFast  # type: ignore[attr-defined]  # in 5.x an alias made at run time

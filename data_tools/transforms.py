@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
+import warnings
+from contextlib import suppress
 
 import torch
 from PIL import Image, ImageOps
@@ -17,12 +20,30 @@ MAX_PIXELS = 100_000_000
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Encoded bytes (JPEG, PNG, WebP) -> RGB image, upright by its EXIF orientation. Raises OSError or ValueError."""
-    image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "P", "PA"):
+    """Encoded bytes (JPEG, PNG, WebP) -> RGB image, upright by its EXIF orientation. Raises ValueError that says why."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata does no harm
+            image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+            image.load()
+            with suppress(Exception):  # broken EXIF: the image stays as it is stored
+                image = ImageOps.exif_transpose(image)
+            return _to_rgb(image)
+    except MemoryError:
+        raise
+    except (
+        Exception
+    ) as error:  # Pillow's decoders raise nearly anything on broken bytes; its bomb error has no better base
+        raise ValueError(re.sub(r" <\S+ object at 0x[0-9a-f]+>", "", str(error)) or type(error).__name__) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 255
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+        image.info.pop("transparency", None)
+    if image.has_transparency_data:
         # What is transparent shows white, as it would on a page.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -68,7 +89,7 @@ class TrainTransform:
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         """-> (views, 3, size, size) uint8."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed the GPU's as well
             return torch.stack([self.steps(image) for _ in range(self.views)])
 
 
