@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -26,11 +27,10 @@ def shard(arguments: list[str]) -> None:
 
 
 def shapes(arguments: list[str]) -> None:
-    import argparse
-
     from data_tools.shapes import SPLITS, write_source
+    from runtime.recipe import OptionParser
 
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         "ligature shapes", description="Draw captioned scenes of coloured shapes, as a source for `ligature shard`."
     )
     parser.add_argument("out", type=Path, help="folder to make")
@@ -48,9 +48,9 @@ def shapes(arguments: list[str]) -> None:
 
 
 def inspect(arguments: list[str]) -> None:
-    import argparse
+    from runtime.recipe import OptionParser
 
-    parser = argparse.ArgumentParser("ligature inspect", description="Verify and describe a shard folder.")
+    parser = OptionParser("ligature inspect", description="Verify and describe a shard folder.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--full", action="store_true", help="check every file's hash, not sizes alone")
     options = parser.parse_args(arguments)
@@ -83,11 +83,9 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def plot(arguments: list[str]) -> None:
-    import argparse
+    from runtime.recipe import OptionParser
 
-    parser = argparse.ArgumentParser(
-        "ligature plot", description="Draw the curves of a run, or of several, as one picture."
-    )
+    parser = OptionParser("ligature plot", description="Draw the curves of a run, or of several, as one picture.")
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     options = parser.parse_args(arguments)
@@ -171,6 +169,14 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except BrokenPipeError:  # the reader of our output (`| head`) has gone: nothing more to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"ligature: {error.strerror} ({error.filename or 'a log'}); free some space and run it again",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("ligature: interrupted", file=sys.stderr)
         return 130

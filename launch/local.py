@@ -11,6 +11,7 @@ import sys
 import time
 
 from runtime.errors import LigatureError, RecipeError
+from runtime.recipe import OptionParser
 
 STAGES = ("pretrain", "finetune", "evaluate")
 GRACE = 30.0
@@ -19,7 +20,7 @@ GRACE = 30.0
 
 def launch(arguments: list[str]) -> None:
     """Start the ranks, pass signals on to them, and stop them all when one fails. Raises LigatureError with the first failure's code."""
-    parser = argparse.ArgumentParser("ligature launch", description="Run a stage on several processes.")
+    parser = OptionParser("ligature launch", description="Run a stage on several processes.")
     parser.add_argument("where", choices=["local"])
     parser.add_argument("--nproc", type=int, default=2, help="processes (default 2)")
     parser.add_argument("stage", choices=STAGES)
@@ -48,31 +49,31 @@ def run_ranks(command: list[str], count: int) -> int:
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
     }
-    ranks = [
-        subprocess.Popen(
-            command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, start_new_session=True
-        )
-        for rank in range(count)
-    ]
+    ranks: list[subprocess.Popen] = []
 
-    def forward(number: int, frame) -> None:
+    def forward(number: int, frame: object) -> None:
         for process in ranks:
             if process.poll() is None:
                 process.send_signal(number)
 
+    # Before anything starts: a signal that came in between would leave the ranks without a parent.
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
+        for rank in range(count):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(subprocess.Popen(command, env=os.environ | shared | own, start_new_session=True))
         return _wait(ranks)
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         for process in ranks:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _wait(ranks: list[subprocess.Popen]) -> int:
-    """Until all have ended; once one fails the others get GRACE seconds, then a SIGTERM's worth, then no more."""
+    """Until all have ended, or one has failed and the others have had GRACE seconds. -> 0, or the code of the first failure."""
     failed, since = 0, 0.0
     while any(process.poll() is None for process in ranks):
         codes = [process.returncode for process in ranks if process.returncode]

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import re
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from runtime.errors import RecipeError
 
 Recipe = TypeVar("Recipe")
+
+
+class OptionParser(argparse.ArgumentParser):
+    """For commands without a recipe: a mistake is one line as well, and options are not guessed from their beginning."""
+
+    def __init__(self, prog: str, **settings: Any) -> None:
+        super().__init__(prog, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{self.prog.removeprefix('ligature ')}: {message}; see `{self.prog} --help`")
 
 
 def read_recipe(kind: type[Recipe], arguments: list[str], command: str) -> Recipe:
