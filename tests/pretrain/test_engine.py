@@ -1,0 +1,189 @@
+"""The engine on real processes under real DeepSpeed: ZeRO stages, worlds and accumulation change nothing; state goes round.
+
+Losses cannot show an error of scale, which AdamW hides: gradients are compared as well, by their norm and, parameter by
+parameter, in Adam's moments, which are sums of gradients and of their squares.
+"""
+
+from __future__ import annotations
+
+import engine_jobs
+import pytest
+import tiny
+import torch
+
+STEPS = 5
+STAGES = (0, 1, 2)
+
+
+def changes(stage: int = 1, precision: str = "fp32", **more):
+    return {"training__zero_stage": stage, "training__precision": precision, **more}
+
+
+@pytest.fixture(scope="module")
+def runs(gloo_pool, lone_process):
+    """Runs of five steps, made once each: runs(world, stage, precision, **recipe changes) -> what rank 0 tells."""
+    made: dict = {}
+
+    def run(world: int, stage: int = 1, precision: str = "fp32", **more):
+        key = (world, stage, precision, *sorted(more.items()))
+        if key not in made:
+            pool = gloo_pool if world == 2 else lone_process
+            made[key] = pool.run(engine_jobs.train, changes(stage, precision, **more), STEPS)
+        return made[key][0]
+
+    run.every_rank = lambda *key: made[key]
+    return run
+
+
+def losses_of(told, name: str = "loss") -> list[float]:
+    return [figures[name] for figures in told.losses]
+
+
+def assert_same_gradients(one, other, relative: float) -> None:
+    """Adam's moments agree to `relative` of the largest entry of each tensor."""
+    assert one.state.moments.keys() == other.state.moments.keys()
+    for name, moment in one.state.moments.items():
+        wanted = other.state.moments[name]
+        assert (moment - wanted).abs().max() <= relative * wanted.abs().max(), name
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_zero_stages_give_the_same_losses_and_gradients(runs, stage):
+    told, wanted = runs(2, stage), runs(2, 1)
+    assert losses_of(told) == pytest.approx(losses_of(wanted), rel=1e-6)
+    assert told.norms == pytest.approx(wanted.norms, rel=1e-6)
+    assert_same_gradients(told, wanted, 1e-6)
+
+
+def test_the_losses_fall(runs):
+    losses = losses_of(runs(2, 1))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("micro_batch", [16, 8, 4], ids=["whole batch", "2 accumulated", "4 accumulated"])
+def test_one_process_computes_what_two_do(runs, stage, micro_batch):
+    told, wanted = runs(1, stage, training__micro_batch=micro_batch), runs(2, 1)
+    for name in ("loss", "contrastive", "matching", "masked_language", "codebook", "transport_cost"):
+        assert losses_of(told, name) == pytest.approx(losses_of(wanted, name), rel=1e-5), name
+    assert told.norms == pytest.approx(wanted.norms, rel=1e-5)
+    assert_same_gradients(told, wanted, 1e-5)
+    for name, weight in told.state.masters.items():
+        difference = (weight - wanted.state.masters[name]).abs()
+        if name.endswith(("qkv.bias", "query_key_value.bias", "key_value.bias")):
+            # The keys' bias shifts all logits of a query alike: its gradient is zero, and Adam makes steps of its rounding.
+            assert difference.max() < 1e-3, name
+        else:
+            assert difference.max() < 1e-5, name
+
+
+def test_two_processes_that_accumulate_compute_the_same(runs):
+    told, wanted = runs(2, 2, training__micro_batch=4), runs(2, 1)
+    assert losses_of(told) == pytest.approx(losses_of(wanted), rel=1e-5)
+    assert_same_gradients(told, wanted, 1e-5)
+
+
+def test_teacher_and_queue_are_the_same_in_any_world(runs):
+    one, two = runs(1, 1, training__micro_batch=16).state, runs(2, 1).state
+    assert torch.equal(one.queue["image_ids"], two.queue["image_ids"])
+    assert torch.equal(one.queue["counters"], two.queue["counters"])
+    torch.testing.assert_close(one.queue["image"], two.queue["image"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(one.queue["text"], two.queue["text"], atol=1e-4, rtol=0)
+
+
+def test_every_rank_ends_with_the_same_weights_teacher_and_queue(runs):
+    runs(2, 2)
+    first, second = runs.every_rank(2, 2, "fp32")
+    for part in ("masters", "moments", "teacher", "queue"):
+        ours, theirs = getattr(first.state, part), getattr(second.state, part)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), part
+    assert all(torch.equal(weight, second.parameters[name]) for name, weight in first.parameters.items())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_clipping_scales_gradients_and_reports_the_norm_before_it(runs, stage):
+    clipped, plain = runs(2, stage, optimizer__clip_norm=1.0), runs(2, stage)
+    assert clipped.norms[0] == pytest.approx(plain.norms[0], rel=1e-6) and plain.norms[0] > 1
+    wanted = runs(2, 1, optimizer__clip_norm=1.0)
+    assert losses_of(clipped) == pytest.approx(losses_of(wanted), rel=1e-5)
+    # One step in, the first moment is a tenth of the clipped gradient; after five its norm is at most 1 - 0.9**5.
+    first_moments = [moment for name, moment in clipped.state.moments.items() if name.startswith("exp_avg.")]
+    assert 0 < torch.nn.utils.get_total_norm(first_moments) <= 1 - 0.9**STEPS + 1e-6
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_trains_with_float32_masters_moments_and_teacher(runs, stage):
+    told, plain = runs(2, stage, "bf16"), runs(2, 1)
+    state = told.state
+    for tensors in (state.masters, state.moments, state.teacher):
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    for name, weight in told.parameters.items():
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight, state.masters[name].bfloat16()), name
+        assert not torch.equal(weight.float(), state.masters[name]), f"{name} holds no more than bf16 does"
+    for name, weight in told.teacher_compute.items():
+        assert torch.equal(weight, state.teacher[name].bfloat16()), name
+    assert losses_of(told) == pytest.approx(losses_of(plain), rel=2e-2)
+
+
+def test_bf16_stages_agree(runs):
+    for stage in (0, 2):
+        assert losses_of(runs(2, stage, "bf16")) == pytest.approx(losses_of(runs(2, 1, "bf16")), rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_masters_start_from_the_float32_weights(lone_process, stage):
+    """DeepSpeed by itself makes them from weights that are bf16 already, and at stage 0 decays them once."""
+    start = lone_process.run(engine_jobs.train, changes(stage, "bf16"), 0)[0].state
+    for name, weight in tiny.model().named_parameters():
+        assert torch.equal(start.masters[name], weight), name
+    assert not any(moment.any() for moment in start.moments.values())
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_student_and_teacher_see_the_same_pixels_in_bf16(lone_process, stage):
+    """The pixel statistics stay float32 in both."""
+    assert lone_process.run(engine_jobs.buffer_types, "bf16", stage) == [
+        {"student": ["torch.float32"] * 2, "teacher": ["torch.float32"] * 2}
+    ]
+
+
+@pytest.fixture(scope="module")
+def saved(gloo_pool):
+    """State after two steps at ZeRO 1 on two ranks, as the first rank gathers it, by precision."""
+    return {
+        precision: gloo_pool.run(engine_jobs.train, changes(1, precision), 2)[0].state for precision in ("fp32", "bf16")
+    }
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16")])
+def test_state_saved_at_zero_1_on_two_ranks_loads_anywhere_and_goes_on(
+    gloo_pool, lone_process, saved, runs, world, stage, precision
+):
+    pool = gloo_pool if world == 2 else lone_process
+    state = saved[precision]
+    told = pool.run(engine_jobs.train, changes(stage, precision), STEPS - state.step, state)
+    for rank in told:
+        for part in ("masters", "moments", "teacher", "queue"):
+            loaded, wanted = getattr(rank.loaded, part), getattr(state, part)
+            assert loaded.keys() == wanted.keys()
+            assert all(torch.equal(loaded[name], wanted[name]) for name in wanted), part
+    assert losses_of(told[0]) == losses_of(runs(2, 1, precision))[state.step :], "a resumed run is the run itself"
+    if precision == "fp32" and stage == 2 and world == 2:
+        final, wanted = told[0].state, runs(2, 1).state
+        assert all(torch.equal(final.masters[name], wanted.masters[name]) for name in wanted.masters)
+
+
+def test_state_saved_by_one_process_loads_on_two(gloo_pool, lone_process, runs):
+    state = lone_process.run(engine_jobs.train, changes(0), 2)[0].state
+    told = gloo_pool.run(engine_jobs.train, changes(2), STEPS - 2, state)[0]
+    assert losses_of(told) == pytest.approx(losses_of(runs(2, 1))[2:], rel=1e-6)
+
+
+def test_a_state_of_another_model_is_refused_by_name(lone_process, saved):
+    assert lone_process.run(engine_jobs.load_a_misfit, saved["fp32"]) == [
+        (
+            "the checkpoint and the recipe's model differ, first in codebook; use the recipe it was made with",
+            "codebook is (15, 16) in the checkpoint and (16, 16) in the recipe; use the recipe it was made with",
+        )
+    ]
