@@ -38,7 +38,7 @@ class Progress:
 
     def time_left(self) -> str:
         rate = self.rate()
-        return spell_duration((self.total - self.done) / rate) if rate > 0 else "?"
+        return spell_duration(max(0, self.total - self.done) / rate) if rate > 0 else "?"
 
     def show(self) -> None:
         """Nothing: ranks other than the first stay silent."""

@@ -1,0 +1,83 @@
+"""Which process this is: torchrun's word, else SLURM's, else one alone. Devices are never chosen silently."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from runtime.errors import RecipeError
+from runtime.ranks import Ranks, choose_device, gather_rows, ranks_from_environment, sum_over_ranks
+
+NAMES = [
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "SLURM_PROCID",
+    "SLURM_NTASKS",
+    "SLURM_LOCALID",
+    "SLURM_NTASKS_PER_NODE",
+]
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "2"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+    def make(**values: str) -> Ranks:
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+        return ranks_from_environment()
+
+    return make
+
+
+def test_without_a_launcher_there_is_one_rank(environment):
+    assert environment() == Ranks(0, 1, 0, 1)
+    assert environment().first
+
+
+def test_torchruns_variables_are_read(environment):
+    ranks = environment(**TORCHRUN)
+    assert ranks == Ranks(5, 8, 1, 4) and not ranks.first
+
+
+def test_slurms_variables_are_read_where_the_ranks_can_meet(environment):
+    assert environment(**SLURM, MASTER_ADDR="node1") == Ranks(3, 4, 1, 2)
+
+
+def test_an_interactive_slurm_shell_is_one_rank(environment):
+    """salloc sets SLURM_NTASKS too; nothing there has started the other ranks."""
+    assert environment(**SLURM) == Ranks(0, 1, 0, 1)
+
+
+def test_torchrun_inside_slurm_decides(environment):
+    assert environment(**SLURM, **TORCHRUN, MASTER_ADDR="node1") == Ranks(5, 8, 1, 4)
+
+
+def test_cuda_without_a_gpu_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match="`cuda` but torch sees no GPU"):
+        choose_device("cuda", Ranks())
+
+
+@pytest.mark.parametrize("asked", ["auto", "cpu"])
+def test_without_a_gpu_the_cpu_is_chosen(monkeypatch, asked):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device(asked, Ranks()) == torch.device("cpu")
+
+
+def test_the_cpu_is_chosen_where_it_is_asked_for_beside_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("cpu", Ranks()) == torch.device("cpu")
+
+
+def test_collectives_of_one_rank_change_nothing():
+    rows = torch.arange(6.0).reshape(3, 2)
+    assert torch.equal(gather_rows(rows), rows)
+    summed = sum_over_ranks(rows)
+    assert torch.equal(summed, rows) and summed is not rows

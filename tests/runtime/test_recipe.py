@@ -1,0 +1,267 @@
+"""Recipes: what is right goes round; what is wrong is one line with key, value and nearest right key, before anything is written."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+import configs
+from launch.cli import RECIPES, main
+from pretrain.config import PretrainRecipe, divide_batch
+from runtime.errors import RecipeError
+from runtime.recipe import OptionParser, changed_keys, keys_of, load_recipe, read_recipe, write_recipe
+
+SHIPPED = sorted(Path(configs.__path__[0]).rglob("*.yaml"))
+
+
+def read(*arguments: str) -> PretrainRecipe:
+    return read_recipe(PretrainRecipe, list(arguments), "ligature pretrain")
+
+
+def mistake(*arguments: str) -> str:
+    with pytest.raises(RecipeError) as error:
+        read(*arguments)
+    assert error.value.exit_code == 2
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    def write(text: str | bytes) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+def test_a_file_and_then_the_command_line_decide(recipe_file):
+    path = recipe_file("name: mine\noptimizer:\n  lr: 1e-3\ntraining:\n  steps: 5\n")
+    recipe = read("--config", path, "--optimizer.lr", "3e-4", "--training.zero_stage=2")
+    assert (recipe.name, recipe.optimizer.lr, recipe.training.steps, recipe.training.zero_stage) == ("mine", 3e-4, 5, 2)
+    assert recipe.optimizer.min_lr == PretrainRecipe().optimizer.min_lr
+
+
+def test_of_two_files_the_later_wins(tmp_path):
+    (tmp_path / "a.yaml").write_text("name: a\ntraining:\n  steps: 5\n")
+    (tmp_path / "b.yaml").write_text("name: b\n")
+    recipe = read("--config", str(tmp_path / "a.yaml"), f"--config={tmp_path / 'b.yaml'}")
+    assert (recipe.name, recipe.training.steps) == ("b", 5)
+
+
+UNKNOWN = [
+    (("--optimiser.lr", "1"), ("optimiser.lr", "'1'", "did you mean optimizer.lr?")),
+    (("--optimizer.lrr=1",), ("optimizer.lrr", "'1'", "did you mean optimizer.lr?")),
+    (("--data.augment.filp", "true"), ("data.augment.filp", "'true'", "did you mean data.augment.flip?")),
+    (("--global_batch", "64"), ("global_batch", "'64'", "did you mean training.global_batch?")),
+    (("--optimizer.weight", "1"), ("optimizer.weight", "did you mean optimizer.weight_decay?")),
+    (("--optimizer", '{"lrr": 3}'), ("optimizer.lrr", "did you mean optimizer.lr?")),
+    (("--zzz", "1"), ("zzz", "'1'", "--help")),
+]
+
+
+@pytest.mark.parametrize(("arguments", "parts"), UNKNOWN, ids=[" ".join(arguments) for arguments, _ in UNKNOWN])
+def test_an_unknown_option_is_named_with_its_value_and_the_nearest_key(arguments, parts):
+    message = mistake(*arguments)
+    assert "unknown key" in message and all(part in message for part in parts), message
+
+
+UNKNOWN_IN_FILE = [
+    ("optimiser:\n  lr: 1\n", ("optimiser", "did you mean optimizer?")),
+    ("optimizer:\n  lrr: 1\n", ("optimizer.lrr", "(value 1)", "did you mean optimizer.lr?")),
+    ("model:\n  image:\n    with: 3\n", ("model.image.with", "(value 3)", "did you mean model.image.width?")),
+    ("global_batch: 64\n", ("global_batch", "(value 64)", "did you mean training.global_batch?")),
+    ("1: 2\n", ("1", "(value 2)")),
+]
+
+
+@pytest.mark.parametrize(("text", "parts"), UNKNOWN_IN_FILE, ids=[repr(text) for text, _ in UNKNOWN_IN_FILE])
+def test_an_unknown_key_of_a_file_is_named_with_the_file(recipe_file, text, parts):
+    path = recipe_file(text)
+    message = mistake("--config", path)
+    assert message.startswith(path) and "unknown key" in message and all(part in message for part in parts), message
+
+
+WRONG = [
+    (("--training.global_batch", "many"), ("training.global_batch", "'many'", "int")),
+    (("--training.global_batch", "6.5"), ("training.global_batch", "'6.5'", "int")),
+    (("--optimizer.lr", "fast"), ("optimizer.lr", "'fast'", "float")),
+    (("--optimizer.lr", "nan"), ("optimizer.lr", "'nan'", "float")),
+    (("--data.augment.flip", "perhaps"), ("data.augment.flip", "'perhaps'", "bool")),
+    (("--training.steps", "x"), ("training.steps", "'x'", "int or null")),
+    (("--optimizer.betas", "[0.9, x]"), ("optimizer.betas", "'x'", "float")),
+    (("--training.precision", "bf61"), ("training.precision", "'bf61'", "did you mean bf16?")),
+    (("--training.zero_stage", "5"), ("training.zero_stage", "'5'", "[0, 1, 2]")),
+    (("--optimizer.lr",), ("optimizer.lr", "no value")),
+    (("--optimizer", "3"), ("optimizer", "'3'", "group of keys", "optimizer.lr")),
+    (("recipe.yaml",), ("recipe.yaml", "--config")),
+    (("--config",), ("config", "no value")),
+]
+
+
+@pytest.mark.parametrize(("arguments", "parts"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
+def test_a_wrong_value_is_named_with_its_key_and_what_it_must_be(arguments, parts):
+    message = mistake(*arguments)
+    assert all(part in message for part in parts), message
+
+
+WRONG_FILES = [
+    ("training: [1\n", "not valid YAML"),
+    ("training:\n\tglobal_batch: 3\n", "not valid YAML"),
+    (b"name: caf\xe9\n", "not valid YAML"),
+    ("name: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
+    ("- 1\n", "holds a list"),
+    ("hello\n", "holds a str"),
+    ("", "is empty"),
+    ("training: 3\n", "training is 3; it is a group of keys: global_batch"),
+    ("training:\n", "training is null; it is a group of keys"),
+    ("training:\n  global_batch:\n", "training.global_batch is null"),
+    ("training:\n  global_batch: many\n", "training.global_batch is 'many'; it must be int"),
+    ("training:\n  precision: bf17\n", "did you mean bf16?"),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), WRONG_FILES, ids=[repr(text) for text, _ in WRONG_FILES])
+def test_a_file_that_is_no_recipe_is_one_line(recipe_file, text, says):
+    assert says in mistake("--config", recipe_file(text))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert str(tmp_path / "none.yaml") in mistake("--config", str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.skipif(not SHIPPED, reason="no recipe is shipped yet")
+def test_a_missing_file_is_answered_with_the_nearest_shipped_recipe(tmp_path):
+    nearly = SHIPPED[0].stem + "s.yaml"
+    message = mistake("--config", str(tmp_path / nearly))
+    offered = message.partition("did you mean ")[2].rstrip("?")
+    assert Path(offered).is_file(), message
+
+
+IMPOSSIBLE = [
+    (("--model.codewords", "0"), ("objectives.codebook.weight", "model.codewords is 0")),
+    (("--model.fusion.layers", "0"), ("model.fusion.layers is 0", "matching")),
+    (("--model.text.positions", "16"), ("data.caption_tokens 32", "model.text.positions 16")),
+    (("--model.text.heads", "7"), ("model.text.width 768", "model.text.heads 7")),
+    (("--data.caption_tokens", "2"), ("data.caption_tokens is 2",)),
+    (("--data.workers", "-1"), ("data.workers is -1",)),
+    (("--data.augment.crop_scale", "[0.9, 0.1]"), ("augment.crop_scale is [0.9, 0.1]",)),
+    (("--data.augment.magnitude", "11"), ("augment.magnitude is 11",)),
+    (("--training.global_batch", "0"), ("training.global_batch is 0",)),
+    (("--training.keep_last", "0"), ("training.keep_last is 0",)),
+    (("--name", "../elsewhere"), ("name is '../elsewhere'",)),
+    (("--name", ".hidden"), ("name is '.hidden'",)),
+    (("--name", ""), ("name is ''",)),
+]
+
+
+@pytest.mark.parametrize(("arguments", "parts"), IMPOSSIBLE, ids=[" ".join(arguments) for arguments, _ in IMPOSSIBLE])
+def test_an_impossible_combination_names_its_keys(arguments, parts):
+    message = mistake(*arguments)
+    assert all(part in message for part in parts), message
+
+
+def test_objectives_that_are_off_need_nothing():
+    off = [
+        "--objectives.codebook.weight",
+        "0",
+        "--objectives.matching.weight",
+        "0",
+        "--objectives.masked_language.weight",
+    ]
+    recipe = read(*off, "0", "--model.codewords", "0", "--model.fusion.layers", "0")
+    assert recipe.model.codewords == recipe.model.fusion.layers == 0
+
+
+@pytest.mark.parametrize(
+    "bad", [["--optimiser.lr", "1"], ["--config", "none.yaml"], ["--model.codewords", "0"]], ids=" ".join
+)
+def test_the_command_answers_a_mistake_before_anything_is_written(tmp_path, monkeypatch, capsys, bad):
+    monkeypatch.chdir(tmp_path)
+    assert main(["pretrain", *bad]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("ligature: ") and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_goes_round_through_its_file(tmp_path):
+    recipe = read(
+        "--optimizer.lr", "3e-7", "--training.steps", "7", "--name", "naïve", "--data.augment.crop_scale", "[0.5, 1]"
+    )
+    write_recipe(tmp_path / "config.yaml", recipe)
+    assert load_recipe(PretrainRecipe, tmp_path / "config.yaml") == recipe
+    assert read("--config", str(tmp_path / "config.yaml")) == recipe
+
+
+def test_the_written_recipe_states_every_key(tmp_path):
+    write_recipe(tmp_path / "config.yaml", PretrainRecipe())
+    text = (tmp_path / "config.yaml").read_text()
+    assert all(f"{key.rsplit('.', 1)[-1]}:" in text for key in keys_of(PretrainRecipe))
+
+
+def test_a_stored_recipe_that_was_damaged_is_one_line(tmp_path):
+    path = tmp_path / "config.yaml"
+    for text, says in [("training: [", "not valid YAML"), ("optimizer:\n  lrr: 3\n", "unknown key optimizer.lrr")]:
+        path.write_text(text)
+        with pytest.raises(RecipeError, match=says):
+            load_recipe(PretrainRecipe, path)
+    with pytest.raises(RecipeError, match="no recipe at"):
+        load_recipe(PretrainRecipe, tmp_path / "none.yaml")
+
+
+def test_changed_keys_names_every_leaf_that_differs_and_no_other():
+    old, new = read(), read("--optimizer.lr", "1e-3", "--model.image.width", "192", "--name", "other")
+    assert sorted(changed_keys(old, new)) == [
+        "model.image.width: None -> 192",
+        "name: codis -> other",
+        "optimizer.lr: 0.0001 -> 0.001",
+    ]
+    assert changed_keys(old, read()) == []
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_shipped_recipe_fits_its_stage(path):
+    """Keys that only the user can know are given; everything else comes from the file."""
+    given = {
+        "pretrain": [],
+        "finetune": ["--checkpoint", "x", "--dataset", "x"],
+        "evaluate": ["--checkpoint", "x", "--dataset", "x", "--data", "x", "--split", "x"],
+    }
+    stages = [path.parent.name] if path.parent.name == "pretrain" else ["finetune", "evaluate"]
+    mistakes = {}
+    for stage in stages:
+        home, name = RECIPES[stage]
+        kind = getattr(importlib.import_module(home), name)
+        try:
+            read_recipe(kind, [*given[stage], "--config", str(path)], stage)
+        except RecipeError as error:
+            mistakes[stage] = str(error)
+    assert len(mistakes) < len(stages), mistakes
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "world", "expected"),
+    [(512, 64, 8, (64, 1)), (512, 64, 1, (64, 8)), (96, 64, 1, (48, 2)), (7, 4, 1, (1, 7)), (8, 64, 2, (4, 1))],
+)
+def test_the_global_batch_is_divided_exactly(global_batch, micro_batch, world, expected):
+    micro, accumulation = divide_batch(global_batch, micro_batch, world)
+    assert (micro, accumulation) == expected
+    assert micro * accumulation * world == global_batch
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(RecipeError, match="global_batch 10 does not divide over 4 ranks"):
+        divide_batch(10, 64, 4)
+
+
+def test_commands_without_a_recipe_answer_in_one_line_too():
+    parser = OptionParser("ligature inspect")
+    parser.add_argument("--full", action="store_true")
+    for arguments in (["--ful"], ["what"]):
+        with pytest.raises(RecipeError, match="--help") as error:
+            parser.parse_args(arguments)
+        assert arguments[0] in str(error.value)
