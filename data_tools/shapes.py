@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import lru_cache, partial
-from itertools import islice, permutations
+from itertools import permutations
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -50,10 +50,8 @@ RELATIONS = {"left": "left of", "right": "right of", "top": "above", "bottom": "
 """How the group at a place stands to the one at the opposite place."""
 SPLITS = ("train", "validation", "test")
 
-SINGLE_SHARE = 0.15
-"""Scenes of one group: every word has only one thing to mean, which grounds names and places before the two-group
-scenes ask which goes with which."""
-PLAIN_SHARE = 0.5
+MISSES_ALLOWED = 10_000
+"""Scenes drawn in a row without a new one of the split, before a world counts as exhausted."""
 OMISSION_SHARE = 0.25
 """Captions that leave something out, as people do."""
 
@@ -149,6 +147,41 @@ class Scene:
         return replace(self, place=OPPOSITE[self.place])
 
 
+@dataclass(frozen=True)
+class World:
+    """What scenes are made of. A small world has many near-twins, scenes that differ in one attribute or place only."""
+
+    colours: tuple[str, ...] = tuple(COLOURS)
+    shapes: tuple[str, ...] = SHAPES
+    counts: tuple[int, ...] = COUNTS
+    sizes: tuple[str, ...] = tuple(SIZES)
+    textures: tuple[str, ...] = TEXTURES[1:]
+    """Of the groups that are not plain."""
+    plain_share: float = 0.5
+    single_share: float = 0.15
+    """Scenes of one group, where every word has only one thing to mean."""
+
+    def __post_init__(self) -> None:
+        if len(self.colours) * len(self.shapes) < 2:
+            raise ValueError("a world needs two colours or two shapes: the groups of a scene differ in kind")
+
+    def _group(self, rng: Random) -> Group:
+        texture = "plain" if rng.random() < self.plain_share else rng.choice(self.textures)
+        return Group(
+            rng.choice(self.colours), rng.choice(self.shapes), rng.choice(self.counts), rng.choice(self.sizes), texture
+        )
+
+    def sample(self, rng: Random) -> Scene:
+        """One scene, of whatever split."""
+        background, first = rng.choice(tuple(BACKGROUNDS)), self._group(rng)
+        if rng.random() < self.single_share:
+            return Scene(background, first, rng.choice(PLACES))
+        second = self._group(rng)
+        while second.kind == first.kind:
+            second = self._group(rng)
+        return Scene(background, first, rng.choice(PLACES), second)
+
+
 # --- splits -----------------------------------------------------------------------------------------------------------
 
 
@@ -179,30 +212,26 @@ def split_of(scene: Scene) -> str:
     return "test" if bucket < 2 else "validation" if bucket < 4 else "train"
 
 
-def _random_group(rng: Random) -> Group:
-    texture = "plain" if rng.random() < PLAIN_SHARE else rng.choice(TEXTURES[1:])
-    return Group(rng.choice(list(COLOURS)), rng.choice(SHAPES), rng.choice(COUNTS), rng.choice(list(SIZES)), texture)
+def scenes(split: str, count: int, seed: int = 0, world: World | None = None) -> list[Scene]:
+    """`count` distinct scenes of a split. A longer list of the same seed and world begins with the shorter one.
 
-
-def _random_scene(rng: Random) -> Scene:
-    background, first = rng.choice(list(BACKGROUNDS)), _random_group(rng)
-    if rng.random() < SINGLE_SHARE:
-        return Scene(background, first, rng.choice(PLACES))
-    second = _random_group(rng)
-    while second.kind == first.kind:
-        second = _random_group(rng)
-    return Scene(background, first, rng.choice(PLACES), second)
-
-
-def scenes(split: str, count: int, seed: int = 0) -> list[Scene]:
-    """`count` distinct scenes of a split. A longer list of the same seed begins with the shorter one."""
+    Raises:
+        ValueError: an unknown split, or a world that does not hold so many scenes of it.
+    """
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}; choose from {', '.join(SPLITS)}")
-    rng, found = Random(f"scenes {split} {seed}"), dict[Scene, None]()
+    world = world or World()
+    rng, found, misses = Random(f"scenes {split} {seed}"), dict[Scene, None](), 0
     while len(found) < count:
-        scene = _random_scene(rng)
-        if split_of(scene) == split:
-            found[scene] = None
+        scene = world.sample(rng)
+        if split_of(scene) == split and scene not in found:
+            found[scene], misses = None, 0
+        else:
+            misses += 1
+        if misses == MISSES_ALLOWED:
+            raise ValueError(
+                f"this world holds hardly more than {len(found)} {split} scenes; ask for fewer or widen it"
+            )
     return list(found)
 
 
@@ -315,15 +344,17 @@ def captions(scene: Scene, seed: int = 0, n: int = 5) -> list[str]:
     return [caption.text for caption in describe(scene, seed, n)]
 
 
-def relation_pairs(count: int, seed: int = 0, split: str = "test") -> list[tuple[Told, Told]]:
+def relation_pairs(
+    count: int, seed: int = 0, split: str = "test", world: World | None = None
+) -> list[tuple[Told, Told]]:
     """Pairs of scenes that differ only in which group stands where, with one caption each.
 
     The two captions are made of the same words ('a red circle left of a blue square', 'a blue square left of a red
     circle'): a bag of words scores 50 %.
     """
     rng, pairs = Random(f"relation pairs {seed}"), []
-    pool = (scene for scene in scenes(split, 2 * count + 32, seed) if scene.relation)
-    for scene in islice(pool, count):
+    of_two = replace(world or World(), single_share=0.0)
+    for scene in scenes(split, count, seed, of_two):
         said = _facts(scene)
         first, second = (_noun_phrase(facts, rng) for facts in said)
         here, there = SIDES[scene.place], SIDES[OPPOSITE[scene.place]]
@@ -419,7 +450,14 @@ def _save(folder: Path, size: int, item: tuple[str, Scene, int]) -> None:
     draw(scene, size, seed).save(folder / file_name)
 
 
-def write_source(folder: Path, counts: dict[str, int], size: int = 64, seed: int = 0, workers: int = 1) -> None:
+def write_source(
+    folder: Path,
+    counts: dict[str, int],
+    size: int = 64,
+    seed: int = 0,
+    workers: int = 1,
+    world: World | None = None,
+) -> None:
     """Draw a dataset: `images/*.png`, COCO's `captions_<split>.json` for each split, and `scenes.jsonl` with the truth.
 
     `counts` gives the images of each split. A line of `scenes.jsonl` holds an image's id, file name, split, scene,
@@ -433,7 +471,7 @@ def write_source(folder: Path, counts: dict[str, int], size: int = 64, seed: int
         drawings, lines = list[tuple[str, Scene, int]](), list[str]()
         for split, count in counts.items():
             images, annotations = [], []
-            for index, scene in enumerate(scenes(split, count, seed)):
+            for index, scene in enumerate(scenes(split, count, seed, world)):
                 identifier, file_name = len(drawings), f"{split}_{index:06d}.png"
                 told = describe(scene, seed)
                 drawings.append((file_name, scene, seed))

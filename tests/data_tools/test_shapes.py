@@ -15,6 +15,7 @@ from data_tools.shapes import (
     Caption,
     Group,
     Scene,
+    World,
     captions,
     describe,
     draw,
@@ -101,6 +102,17 @@ def test_splits_are_distinct_and_hold_out_what_they_say():
 def test_arranging_the_same_groups_otherwise_does_not_change_the_split():
     for scene in scenes("train", 300):
         assert {shapes.split_of(replace(scene, place=place, background="grey")) for place in shapes.PLACES} == {"train"}
+
+
+def test_a_small_world_keeps_to_its_values_and_says_when_it_is_exhausted():
+    world = World(colours=("red", "blue"), shapes=("cross", "square"), counts=(1,), plain_share=1.0, single_share=0.0)
+    for scene in scenes("train", 100, world=world):
+        assert all(group.colour in world.colours and group.shape in world.shapes for group in scene.groups)
+        assert len(scene.groups) == 2 and {(group.count, group.texture) for group in scene.groups} == {(1, "plain")}
+    with pytest.raises(ValueError, match="holds hardly more than .* train scenes"):
+        scenes("train", 5000, world=world)
+    with pytest.raises(ValueError, match="colour cannot be 'rde'"):
+        scenes("train", 1, world=World(colours=("rde",)))
 
 
 def test_one_scene_told_from_either_side_is_equal():
