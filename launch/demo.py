@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -18,7 +19,9 @@ def demo(arguments: list[str]) -> None:
     """Run every stage by its own command, as a user would; a stage that is done already is not done again."""
     parser = argparse.ArgumentParser("ligature demo", description="The whole path on drawn shapes, on a CPU.")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for all of it (default runs/demo)")
-    parser.add_argument("--images", type=int, nargs=3, default=list(IMAGES.values()), metavar=("TRAIN", "VALIDATION", "TEST"))
+    parser.add_argument(
+        "--images", type=int, nargs=3, default=list(IMAGES.values()), metavar=("TRAIN", "VALIDATION", "TEST")
+    )
     parser.add_argument("--pretrain-steps", type=int, help="fewer steps than the recipe's, for a quick look")
     parser.add_argument("--finetune-steps", type=int)
     options = parser.parse_args(arguments)
@@ -67,7 +70,9 @@ def run(*command: str) -> None:
     heading("ligature " + " ".join(command))
     code = subprocess.run([sys.executable, "-m", "launch.cli", *command], env=os.environ, check=False).returncode
     if code:
-        error = LigatureError(f"the demo stopped in `ligature {command[0]}` (exit code {code}); the same command goes on from there")
+        error = LigatureError(
+            f"the demo stopped in `ligature {command[0]}` (exit code {code}); the same command goes on from there"
+        )
         error.exit_code = code
         raise error
 
@@ -78,6 +83,14 @@ def heading(text: str) -> None:
 
 def ambiguity(out: Path) -> str:
     """How many test captions fit more than one test image: no model can tell those apart."""
-    from data_tools.shapes import read_truth
+    from data_tools.shapes import Caption, Group, Scene, fits
 
-    return read_truth(out / "source", "test")
+    scenes, captions = [], []
+    for line in (out / "source" / "scenes.jsonl").read_text(encoding="utf-8").splitlines():
+        truth = json.loads(line)
+        if truth["split"] == "test":
+            groups = {name: Group(**truth["scene"][name]) for name in ("first", "second") if truth["scene"][name]}
+            scenes.append(Scene(**truth["scene"] | groups))
+            captions += [Caption(**told) for told in truth["captions"]]
+    several = sum(sum(fits(caption, scene) for scene in scenes) > 1 for caption in captions)
+    return f"{several:,} of the {len(captions):,} test captions fit more than one of the {len(scenes):,} test images."

@@ -14,9 +14,8 @@ STEPS = 8
 
 
 @pytest.fixture(scope="module")
-def recipe(tiny_shards):
-    """tests/conftest.py draws `tiny_shards`: a folder with train/, validation/ and test/."""
-    data = ["--data.train", str(tiny_shards / "train"), "--data.validation", str(tiny_shards / "validation")]
+def recipe(drawn):
+    data = ["--data.train", str(drawn / "train"), "--data.validation", str(drawn / "validation")]
     small = ["--training.steps", str(STEPS), "--training.log_every", "1", "--training.validate_every", "4"]
     small += ["--training.checkpoint_every", "2", "--training.keep_last", "9", "--teacher.queue", "100"]
     small += ["--data.workers", "1", "--training.global_batch", "16"]
@@ -77,6 +76,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(recipe, undisturbed, tmp_
 
 def same_weights(first, second):
     for name in ("model", "optimizer", "teacher", "queue"):
-        one, other = (load_file(folder / "pretrain" / "checkpoints" / f"step-{STEPS:08}" / f"{name}.safetensors") for folder in (first, second))
+        one, other = (
+            load_file(folder / "pretrain" / "checkpoints" / f"step-{STEPS:08}" / f"{name}.safetensors")
+            for folder in (first, second)
+        )
         assert one.keys() == other.keys()
         assert all(one[key].equal(other[key]) for key in one), name
