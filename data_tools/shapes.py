@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import lru_cache, partial
@@ -91,7 +91,7 @@ class Group:
     texture: str
 
     def __post_init__(self) -> None:
-        allowed = (COLOURS, SHAPES, COUNTS, SIZES, TEXTURES)
+        allowed: tuple[Collection[Any], ...] = (COLOURS, SHAPES, COUNTS, SIZES, TEXTURES)
         for (name, value), values in zip(vars(self).items(), allowed, strict=True):
             if value not in values:
                 raise ValueError(f"a group's {name} cannot be {value!r}; choose from {', '.join(map(str, values))}")
