@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from runtime.errors import CheckpointError, DataError
 from runtime.files import write_text
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+ALPHABET = 1000
+"""Letters that a trained vocabulary has at most; rarer ones are [UNK]."""
 
 
 class CaptionTokenizer:
@@ -59,19 +62,40 @@ def pad_tokens(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary: int, caption_tokens: int) -> CaptionTokenizer:
-    """Learn a lower-case WordPiece vocabulary of at most `vocabulary` tokens, BERT's special tokens first."""
+    """Learn a lower-case WordPiece vocabulary of at most `vocabulary` tokens, BERT's special tokens first, then single
+    letters. The same captions give the same vocabulary."""
+    captions = list(captions)
     pipeline = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     pipeline.normalizer = normalizers.BertNormalizer(lowercase=True)
     pipeline.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     pipeline.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary, special_tokens=list(SPECIAL), min_frequency=2, show_progress=False
-    )
-    pipeline.train_from_iterator(captions, trainer)
-    ids = pipeline.get_vocab()
-    cls, sep = ((token, ids[token]) for token in ("[CLS]", "[SEP]"))
-    pipeline.post_processor = processors.BertProcessing(sep, cls)
-    return CaptionTokenizer(pipeline, caption_tokens)
+
+    # The library numbers inner letters (##a) in the order of a hash map, another one each time, and breaks ties between
+    # merges by those numbers. So the letters are collected first, without merges, and then given their numbers.
+    counted: Counter[str] = Counter()
+    for start in range(0, len(captions), 10_000):
+        counted.update(pipeline.normalizer.normalize_str(" ".join(captions[start : start + 10_000])))
+    frequent = sorted(counted, key=lambda letter: (-counted[letter], letter))
+    letters = [letter for letter in frequent if not letter.isspace()][:ALPHABET]
+
+    def learn(size: int, first: list[str]) -> list[str]:
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=size, special_tokens=first, min_frequency=2, show_progress=False,
+            initial_alphabet=letters, limit_alphabet=len(letters),
+        )  # fmt: skip
+        pipeline.train_from_iterator(captions, trainer)
+        numbers = pipeline.get_vocab()
+        return sorted(numbers, key=numbers.__getitem__)
+
+    numbered = [*SPECIAL, *sorted(set(learn(0, list(SPECIAL))) - set(SPECIAL))]
+    words = learn(vocabulary, numbered)
+    # Made anew: to the trained one, letters would be special tokens as well.
+    clean = Tokenizer(models.WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    clean.normalizer, clean.pre_tokenizer, clean.decoder = pipeline.normalizer, pipeline.pre_tokenizer, pipeline.decoder
+    clean.add_special_tokens(list(SPECIAL))
+    cls, sep = ((token, SPECIAL.index(token)) for token in ("[CLS]", "[SEP]"))
+    clean.post_processor = processors.BertProcessing(sep, cls)
+    return CaptionTokenizer(clean, caption_tokens)
 
 
 def load_tokenizer(source: str | Path, caption_tokens: int) -> CaptionTokenizer:
