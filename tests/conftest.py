@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 # Before torch is imported: two threads of each process on shared cores are far slower than one.
 os.environ["OMP_NUM_THREADS"] = "1"
