@@ -29,8 +29,8 @@ DEVELOP = [
     "pytest>=8",
     "hypothesis>=6",  # properties of cursors, metrics, transport
     "scipy>=1.11",  # what metrics are checked against
-    "ruff>=0.8",  # lint and format
-    "mypy>=1.13",  # types
+    "ruff>=0.17,<0.18",  # lint and format; another minor version lays code out differently
+    "mypy>=2.4,<2.5",  # types; likewise
     "types-PyYAML",
     "pre-commit>=4",
 ]
