@@ -69,7 +69,10 @@ def _prepare(cost: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, 
     n, k = cost.shape[-2:]
     a = cost.new_full((*cost.shape[:-2], n), 1 / n) if a is None else a.to(cost)
     b = cost.new_full((*cost.shape[:-2], k), 1 / k) if b is None else b.to(cost)
-    return cost, a.log().expand(*cost.shape[:-1]).contiguous(), b.log().expand(*cost.shape[:-2], k).contiguous()
+    # No mass is a logarithm so low that nothing is left of it, not -inf: the difference of two infinite potentials is no number.
+    lowest = torch.finfo(cost.dtype).min / 8
+    log_a, log_b = a.log().clamp(min=lowest), b.log().clamp(min=lowest)
+    return cost, log_a.expand(*cost.shape[:-1]).contiguous(), log_b.expand(*cost.shape[:-2], k).contiguous()
 
 
 def _finish(kernel: Tensor, f: Tensor, g: Tensor, log_a: Tensor, log_b: Tensor) -> Transport:
