@@ -10,11 +10,11 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: help demo test controls lint clean
 help:
-	@echo 'make demo    make .venv, install, and run the whole path on drawn shapes'
-	@echo 'make test    make .venv, install, and run the tests'
+	@echo 'make demo      make .venv, install, and run the whole path on drawn shapes'
+	@echo 'make test      make .venv, install, and run the tests'
 	@echo 'make controls  the demo, then what stands beside its claims: shuffled pairs, relations, the gate'
-	@echo 'make lint    ruff (rules and format) and mypy'
-	@echo 'make clean   remove caches and build outputs; .venv and runs stay'
+	@echo 'make lint      ruff (rules and format) and mypy'
+	@echo 'make clean     remove caches and build outputs; .venv and runs stay'
 
 demo: $(VENV)/.installed
 	$(BIN)/ligature demo $(ARGS)

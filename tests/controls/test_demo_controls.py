@@ -40,8 +40,9 @@ def test_trained_on_shuffled_pairs_it_scores_chance(tmp_path):
     recipe = ["--config", "pretrain/demo.yaml", "--runs", str(tmp_path), *data, "--training.steps", str(STEPS)]
     assert main(["launch", "local", "--nproc", "2", "pretrain", *recipe]) == 0
     asked = ["--config", "finetune/demo_evaluate.yaml", "--checkpoint", str(tmp_path / "pretrain"), "--heads", "[dual]"]
-    assert main(["evaluate", *asked, "--data", str(DEMO / "shards" / "test"), "--out", str(tmp_path / "scores.json")]) == 0
-    shuffled = read_record(tmp_path / "scores.json")
+    out = tmp_path / "scores.json"
+    assert main(["evaluate", *asked, "--data", str(DEMO / "shards" / "test"), "--out", str(out)]) == 0
+    shuffled = read_record(out)
     true = next(line for line in read_metrics(DEMO / "pretrain") if line["step"] == STEPS and "validation/rsum" in line)
     for way in WAYS:
         low, high = shuffled[way]["interval"]["R@10"]
