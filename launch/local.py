@@ -75,15 +75,13 @@ def run_ranks(command: list[str], count: int) -> int:
 def _wait(ranks: list[subprocess.Popen]) -> int:
     """Until all have ended, or one has failed and the others have had GRACE seconds. -> 0, or the code of the first failure."""
     failed, since = 0, 0.0
-    while any(process.poll() is None for process in ranks):
-        codes = [process.returncode for process in ranks if process.returncode]
-        if codes and not failed:
-            failed, since = codes[0], time.monotonic()
-        if failed and time.monotonic() - since > GRACE:
+    while None in (codes := [process.poll() for process in ranks]):  # every one is asked, whichever still runs
+        if not failed and any(codes):
+            failed, since = next(code for code in codes if code), time.monotonic()
+        if failed and time.monotonic() - since >= GRACE:
             break
         time.sleep(0.1)
-    codes = [process.returncode for process in ranks if process.returncode]
-    failed = failed or (codes[0] if codes else 0)
+    failed = failed or next((code for code in codes if code), 0)
     return failed if failed >= 0 else 128 - failed
 
 

@@ -1,0 +1,154 @@
+"""The command: help at once, a mistake in one line with its exit code, nothing written before it is answered."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import cli
+from launch.cli import COMMANDS, main
+from runtime.errors import DataError, Interrupted, LigatureError, RecipeError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def answer(capsys, tmp_path, monkeypatch):
+    """answer(*arguments) -> (exit code, the one line on stderr); run in an empty folder that stays empty."""
+    monkeypatch.chdir(tmp_path)
+
+    def ask(*arguments: str) -> tuple[int, str]:
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert captured.err.startswith("ligature: ") and captured.err.count("\n") == 1, captured.err
+        assert list(tmp_path.iterdir()) == []
+        return code, captured.err.strip()
+
+    return ask
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]], ids=str)
+def test_help_lists_every_command(capsys, arguments):
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n  {name} " in said for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "demo"])
+def test_every_command_has_help(capsys, command):
+    with pytest.raises(SystemExit) as leaving:
+        main([command, "--help"])
+    assert leaving.value.code == 0
+    assert f"usage: ligature {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("pretrian", "pretrain"), ("evalute", "evaluate"), ("shards", "shard")])
+def test_an_unknown_command_is_answered_with_the_nearest(answer, typed, meant):
+    assert answer(typed) == (2, f"ligature: no command `{typed}`; did you mean {meant}?")
+
+
+def test_a_command_like_no_other_is_sent_to_help(answer):
+    assert answer("zzz") == (2, "ligature: no command `zzz`; `ligature --help` lists them")
+
+
+def test_a_missing_caption_file_is_named(answer, tmp_path):
+    code, line = answer("shard", tmp_path / "captions.json", "--out", tmp_path / "out")
+    assert code == 1 and str(tmp_path / "captions.json") in line
+
+
+def test_sharding_without_out_says_so(answer):
+    code, line = answer("shard", "captions.json")
+    assert code == 2 and "out" in line
+
+
+def test_a_misspelt_option_of_shard_is_named(answer):
+    code, line = answer("shard", "captions.json", "--out", "o", "--shard_sample", "5")
+    assert code == 2 and "unknown key shard_sample (value '5'); did you mean shard_samples?" in line
+
+
+def test_a_missing_shard_folder_is_named(answer, tmp_path):
+    code, line = answer("inspect", tmp_path / "none")
+    assert code == 1 and str(tmp_path / "none") in line
+
+
+@pytest.mark.parametrize("command", ["inspect", "plot", "launch", "shapes"])
+def test_a_command_without_what_it_needs_says_so(answer, command):
+    code, line = answer(command)
+    assert code == 2 and f"{command}: " in line and f"ligature {command} --help" in line
+
+
+def test_a_shard_folder_is_described(drawn, capsys):
+    assert main(["inspect", str(drawn / "train"), "--full"]) == 0
+    assert "64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(LigatureError, 1), (DataError, 1), (RecipeError, 2), (Interrupted, 75)],
+    ids=lambda value: str(value),
+)
+def test_an_error_is_one_line_and_its_exit_code(answer, monkeypatch, error, code):
+    def fail(arguments):
+        raise error("what is wrong\n  and what to do")
+
+    monkeypatch.setitem(cli.COMMANDS, "demo", (fail, ""))
+    assert answer("demo") == (code, "ligature: what is wrong and what to do")
+
+
+def test_other_ranks_say_who_they_are(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert main(["zzz"]) == 2
+    assert capsys.readouterr().err.startswith("ligature (rank 3): ")
+
+
+def test_a_full_disk_is_one_line(answer, monkeypatch):
+    def fail(arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/metrics.jsonl")
+
+    monkeypatch.setitem(cli.COMMANDS, "demo", (fail, ""))
+    code, line = answer("demo")
+    assert code == 1 and "No space left" in line and "runs/x/metrics.jsonl" in line
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def fail(arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(cli.COMMANDS, "demo", (fail, ""))
+    with pytest.raises(ZeroDivisionError):
+        main(["demo"])
+
+
+def test_ctrl_c_is_no_traceback(answer, monkeypatch):
+    def fail(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "demo", (fail, ""))
+    assert answer("demo") == (130, "ligature: interrupted")
+
+
+def ligature(*arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "launch.cli", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **options)
+
+
+def test_the_process_leaves_with_the_exit_code_and_the_line():
+    result = ligature("pretrian")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "ligature: no command `pretrian`; did you mean pretrain?\n"
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    """`ligature --help | head -1`"""
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "--help"], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, check=False
+    )
+    os.close(write)
+    assert (result.returncode, result.stderr) == (0, b"")
