@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -11,13 +10,14 @@ from pathlib import Path
 from runtime.errors import LigatureError
 from runtime.files import write_text
 from runtime.progress import spell_duration
+from runtime.recipe import OptionParser
 
 IMAGES = {"train": 8000, "validation": 250, "test": 500}
 
 
 def demo(arguments: list[str]) -> None:
     """Run every stage by its own command, as a user would; a stage that is done already is not done again."""
-    parser = argparse.ArgumentParser("ligature demo", description="The whole path on drawn shapes, on a CPU.")
+    parser = OptionParser("ligature demo", description="The whole path on drawn shapes, on a CPU.")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for all of it (default runs/demo)")
     parser.add_argument(
         "--images", type=int, nargs=3, default=list(IMAGES.values()), metavar=("TRAIN", "VALIDATION", "TEST")

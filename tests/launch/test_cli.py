@@ -39,7 +39,7 @@ def test_help_lists_every_command(capsys, arguments):
     assert all(f"\n  {name} " in said for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "demo"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(capsys, command):
     with pytest.raises(SystemExit) as leaving:
         main([command, "--help"])
@@ -80,6 +80,11 @@ def test_a_missing_shard_folder_is_named(answer, tmp_path):
 def test_a_command_without_what_it_needs_says_so(answer, command):
     code, line = answer(command)
     assert code == 2 and f"{command}: " in line and f"ligature {command} --help" in line
+
+
+def test_a_wrong_option_of_the_demo_is_one_line(answer):
+    code, line = answer("demo", "--image", "3")
+    assert code == 2 and "--image" in line
 
 
 def test_a_shard_folder_is_described(drawn, capsys):
