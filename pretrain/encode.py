@@ -78,9 +78,7 @@ def encode_collection(
         text,
         _whole(token_parts, images, (patches, image_width), device),
         _whole(state_parts, len(captions), (tokenizer.caption_tokens, width), device),
-        _whole(
-            [part.to(torch.uint8) for part in mask_parts], len(captions), (tokenizer.caption_tokens,), device
-        ).bool(),
+        _whole([part.float() for part in mask_parts], len(captions), (tokenizer.caption_tokens,), device).bool(),
     )
 
 

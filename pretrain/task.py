@@ -156,11 +156,13 @@ class PretrainTask:
             return None, {}
         image_rows, text_rows = keys.image, keys.text
         if settings.features == "student":
-            model = self.student.model
+            model, training = self.student.model, self.student.model.training
+            model.eval()  # dropout is not seeded here, and a plan must not depend on what was drawn before it
             own_image = torch.cat([model.image_features(model.image_encoder(images[part])) for part in parts])
             own_text = torch.cat(
                 [model.text_features(model.text_encoder(text.ids[part], text.mask[part])) for part in parts]
             )
+            model.train(training)
             image_rows, text_rows = (
                 torch.cat([gather_rows(own), teacher[samples:]])
                 for own, teacher in ((own_image, keys.image), (own_text, keys.text))
