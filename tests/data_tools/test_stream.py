@@ -266,6 +266,16 @@ def test_a_broken_image_has_a_stand_in_that_is_a_function_of_seed_and_position(c
     assert changed == [place for place, key in enumerate(clean) if key == "k007"] != []
 
 
+def test_broken_images_do_not_all_have_the_same_stand_in(copy):
+    broken = [f"k{number:03}" for number in range(8)]
+    for key in broken:
+        overwrite(copy, key)
+    was = expected_keys(copy, 0, range(74))
+    keys = joined(take(copy, 2, 37, max_bad_share=1)[0], "keys")
+    stand_ins = [key for key, before in zip(keys, was, strict=True) if before in broken]
+    assert len(stand_ins) == 16 and len(set(stand_ins)) > 8 and not set(stand_ins) & set(broken)
+
+
 def test_a_broken_image_is_listed_once_with_shard_key_and_reason(copy, tmp_path):
     overwrite(copy, "k007")
     for world in (1, 2):  # and again in the next life of the run

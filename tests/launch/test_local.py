@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -129,17 +130,23 @@ def stop(number, frame):
     Path("{tmp_path}", f"got-{{rank}}-{{number}}").touch()
     sys.exit(75)
 signal.signal({int(number)}, stop)
-print("ready", flush=True)
+print(os.getpid(), flush=True)
 while True:
     signal.pause()
 """
     launcher = (
         f"import sys\nfrom launch.local import run_ranks\nsys.exit(run_ranks([sys.executable, '-c', {rank!r}], 2))"
     )
-    with subprocess.Popen([sys.executable, "-c", launcher], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
+    process = subprocess.Popen([sys.executable, "-c", launcher], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    pids = [int(process.stdout.readline()) for _ in range(2)]
+    try:
         process.send_signal(number)
-        assert process.wait() == 75
+        assert process.wait(60) == 75
+    finally:
+        for pid in [process.pid, *pids]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
     assert {path.name for path in tmp_path.iterdir()} == {f"got-{rank}-{int(number)}" for rank in range(2)}
 
 
