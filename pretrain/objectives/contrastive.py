@@ -14,7 +14,7 @@ def soft_targets(teacher_logits: Tensor, positives: Tensor, distill_weight: floa
 
     teacher_logits: (batch, keys), -inf where a key is left out; positives: (batch, keys) bool. Rows sum to 1.
     """
-    hard = positives / positives.sum(-1, keepdim=True)
+    hard = positives.to(teacher_logits.dtype) / positives.sum(-1, keepdim=True)
     if distill_weight == 0:
         return hard
     # A row whose every key is left out (one sample, empty queue) has no teacher's opinion: the hard target stands alone.
