@@ -14,8 +14,12 @@ def entries(start: int, count: int):
     return numbers[:, None] + torch.tensor([0.0, 0.25, 0.5]), -numbers[:, None] - torch.ones(3), numbers
 
 
+def kept(queue: FeatureQueue):
+    return FeatureQueue.keys(queue)
+
+
 def numbers_in(queue: FeatureQueue) -> list[int]:
-    image, text, ids = queue.keys()
+    image, text, ids = kept(queue)
     assert torch.equal(image[:, 0].long(), ids) and torch.equal(-text[:, 0].long() - 1, ids), "the three stay together"
     return ids.tolist()
 
@@ -40,7 +44,7 @@ def test_it_wraps_around_and_overwrites_the_oldest():
 
 def test_a_cold_queue_offers_only_what_was_put_in():
     queue = FeatureQueue(8, 3)
-    assert [len(part) for part in queue.keys()] == [0, 0, 0]
+    assert [len(part) for part in kept(queue)] == [0, 0, 0]
     queue.enqueue(*entries(0, 3))
     assert numbers_in(queue) == [0, 1, 2]
 
@@ -48,7 +52,7 @@ def test_a_cold_queue_offers_only_what_was_put_in():
 def test_a_queue_of_length_0_stays_empty():
     queue = FeatureQueue(0, 3)
     queue.enqueue(*entries(0, 4))
-    assert [part.shape for part in queue.keys()] == [(0, 3), (0, 3), (0,)]
+    assert [part.shape for part in kept(queue)] == [(0, 3), (0, 3), (0,)]
     again = FeatureQueue(0, 3)
     again.load_state_dict(queue.state_dict())
     assert again.filled == 0
@@ -73,4 +77,4 @@ def test_lower_precision_features_are_kept_in_float32():
     queue = FeatureQueue(4, 3)
     image, text, ids = entries(0, 2)
     queue.enqueue(image.bfloat16(), text.bfloat16(), ids.int())
-    assert [part.dtype for part in queue.keys()] == [torch.float32, torch.float32, torch.int64]
+    assert [part.dtype for part in kept(queue)] == [torch.float32, torch.float32, torch.int64]
