@@ -1,0 +1,159 @@
+"""Which parameters each loss reaches, by name; and the order of a step."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from pretrain.task import PretrainTask
+
+OBJECTIVES = ("contrastive", "matching", "masked_language", "codebook")
+NAMES = [name for name, _ in tiny.model().named_parameters()]
+
+
+def named(*beginnings: str, without: tuple[str, ...] = ()) -> set[str]:
+    chosen = {name for name in NAMES if name.startswith(beginnings)}
+    assert all(any(name.startswith(beginning) for name in NAMES) for beginning in (*beginnings, *without))
+    return {name for name in chosen if not name.startswith(without)} if without else chosen
+
+
+ENCODERS = named("image_encoder", "text_encoder")
+REACHED = {
+    "contrastive": ENCODERS | named("image_projection", "text_projection", "temperature"),
+    "matching": ENCODERS | named("fusion_encoder", "matching_head"),
+    "masked_language": ENCODERS | named("fusion_encoder", "masked_language_head"),
+    "codebook": ENCODERS | named("image_projection", "text_projection", "codebook"),
+}
+
+
+def only(objective: str, **changes) -> PretrainTask:
+    weights = {f"objectives__{name}__weight": 0.0 for name in OBJECTIVES if name != objective}
+    return tiny.task(tiny.recipe(**weights, **changes))
+
+
+def gradients(task: PretrainTask, size: int = 8) -> dict[str, torch.Tensor | None]:
+    inputs, _ = task.prepare(tiny.batch(size), 1.0, size)
+    task.student(inputs[0])[0].backward()
+    return {name: parameter.grad for name, parameter in task.student.model.named_parameters()}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_each_loss_reaches_these_parameters_and_no_others(objective):
+    found = gradients(only(objective))
+    reached = {name for name, gradient in found.items() if gradient is not None}
+    assert reached == REACHED[objective]
+    zero = {name for name in reached if not found[name].any()}
+    assert not zero, "a gradient that is zero everywhere is none"
+
+
+def test_together_they_reach_everything():
+    found = gradients(tiny.task(tiny.recipe()))
+    assert {name for name, gradient in found.items() if gradient is not None and gradient.any()} == set(NAMES)
+
+
+def test_intra_modal_terms_off_reach_the_same():
+    found = gradients(only("contrastive", objectives__contrastive__intra_modal=False))
+    assert {name for name, gradient in found.items() if gradient is not None} == REACHED["contrastive"]
+
+
+def test_the_total_is_the_weighted_sum_of_the_named_losses():
+    weights = {"contrastive": 0.5, "matching": 2.0, "masked_language": 3.0, "codebook": 0.25}
+    task = tiny.task(tiny.recipe(**{f"objectives__{name}__weight": weight for name, weight in weights.items()}))
+    (inputs,), _ = task.prepare(tiny.batch(8), 1.0, 8)
+    total, figures = task.student(inputs)
+    torch.testing.assert_close(total, sum(weight * figures[name] for name, weight in weights.items()))
+    assert not any(figure.requires_grad for figure in figures.values())
+
+
+def test_an_objective_with_weight_0_is_not_computed():
+    task = only("contrastive")
+    (inputs,), figures = task.prepare(tiny.batch(8), 1.0, 8)
+    assert inputs.masked is None and inputs.plans is None
+    assert set(task.student(inputs)[1]) == {"loss", "contrastive"} and set(figures) == {"distill_weight"}
+
+
+def test_a_model_without_codebook_or_fusion_encoder_trains_what_it_has():
+    weights = {f"objectives__{name}__weight": 0.0 for name in OBJECTIVES[1:]}
+    task = tiny.task(tiny.recipe(model__codewords=0, model__fusion={"layers": 0}, **weights))
+    found = gradients(task)
+    assert {name for name, gradient in found.items() if gradient is not None} >= REACHED["contrastive"]
+
+
+def test_distillation_ramps_from_0_over_the_first_epoch():
+    task = tiny.task(tiny.recipe())
+    for epoch, wanted in ((0.0, 0.0), (0.25, 0.1), (1.0, 0.4), (7.5, 0.4)):
+        (inputs,), figures = task.prepare(tiny.batch(8), epoch, 8)
+        assert inputs.distill_weight == pytest.approx(wanted) == float(figures["distill_weight"])
+        assert (inputs.masked.teacher_logits is None) == (wanted == 0)
+
+
+def test_keys_are_the_teachers_features_of_the_batch_and_then_the_queue():
+    task = tiny.task(tiny.recipe())
+    batch = tiny.batch(8)
+    teacher = task.teacher.model
+    with torch.no_grad():
+        wanted = teacher.image_features(teacher.image_encoder(batch["images"][1]))
+    (inputs,), _ = task.prepare(batch, 1.0, 8)
+    assert torch.equal(inputs.keys.image, wanted), "of the second view; the queue is empty"
+    assert torch.equal(inputs.images, batch["images"][0]), "the student sees the first"
+    task.finish((name, parameter.data) for name, parameter in task.student.model.named_parameters())
+    (inputs,), _ = task.prepare(tiny.batch(8, step=1), 1.0, 8)
+    assert len(inputs.keys.image_ids) == 16 and torch.equal(inputs.keys.image[8:], wanted)
+    assert torch.equal(inputs.keys.image_ids[8:], batch["image_ids"])
+
+
+def test_teacher_and_queue_move_only_when_a_step_is_finished():
+    task = tiny.task(tiny.recipe())
+    before = {name: average.clone() for name, average in task.teacher.averages.items()}
+    (inputs,), _ = task.prepare(tiny.batch(8), 1.0, 8)
+    task.student(inputs)[0].backward()
+    assert task.queue.filled == 0
+    assert all(torch.equal(average, before[name]) for name, average in task.teacher.averages.items())
+    task.finish((name, parameter.data + 1) for name, parameter in task.student.model.named_parameters())
+    assert task.queue.filled == 8
+    torch.testing.assert_close(task.teacher.averages["image_projection.bias"], before["image_projection.bias"] + 0.1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"objectives__codebook__features": "student", "model__text__dropout": 0.5}])
+def test_what_is_prepared_is_a_function_of_the_batch_and_not_of_the_random_state(changes):
+    task = tiny.task(tiny.recipe(**changes))
+    task.student.train()
+    batch = tiny.batch(8)
+    made = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        (inputs,), _ = task.prepare(batch, 1.0, 8)
+        made.append(inputs)
+    first, second = made
+    assert torch.equal(first.plans.image, second.plans.image) and torch.equal(first.plans.text, second.plans.text)
+    assert torch.equal(first.draws, second.draws) and torch.equal(first.masked.text.ids, second.masked.text.ids)
+    assert task.student.model.training, "the student's mode is left as it was"
+
+
+def test_plans_from_the_students_features_differ_once_teacher_and_student_do():
+    task = tiny.task(tiny.recipe(objectives__codebook__features="student", teacher__second_view=False))
+    same = tiny.task(tiny.recipe(teacher__second_view=False))
+    batch = tiny.batch(8)
+    batch["images"] = batch["images"][:1]
+    torch.testing.assert_close(
+        task.prepare(batch, 1.0, 8)[0][0].plans.image, same.prepare(batch, 1.0, 8)[0][0].plans.image
+    )
+    for either in (task, same):
+        either.student.model.load_state_dict(tiny.model(seed=3).state_dict())
+    assert not torch.allclose(
+        task.prepare(batch, 1.0, 8)[0][0].plans.image, same.prepare(batch, 1.0, 8)[0][0].plans.image, atol=1e-3
+    )
+
+
+def test_the_queue_joins_the_plan_where_the_recipe_says_so():
+    task = tiny.task(tiny.recipe(transport__samples="batch+queue"))
+    alone = tiny.task(tiny.recipe())
+    for step in range(2):
+        plans = []
+        for either in (task, alone):
+            (inputs,), _ = either.prepare(tiny.batch(8, step), 1.0, 8)
+            assert inputs.plans.image.shape == (8, 16)
+            plans.append(inputs.plans.image)
+            either.finish((name, parameter.data) for name, parameter in either.student.model.named_parameters())
+        assert torch.allclose(*plans) == (step == 0), "the queue is empty at first"
