@@ -134,6 +134,9 @@ class TeacherConfig:
     """Share of the teacher's soft targets (ALBEF's alpha); ramps up from 0 over the first epoch."""
     queue: int = 65536
     """Past image-text pairs kept as keys."""
+    queue_from_epoch: float = 0.0
+    """The queue's keys join from this epoch on. A model from random weights needs a while without them: as long as the features
+    of a batch lie closer together than the teacher moves between batches, telling old keys from new is all the queue teaches."""
     second_view: bool = True
     """The teacher sees another augmentation of the image than the student (CODIS); off: the same one (ALBEF)."""
 

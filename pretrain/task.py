@@ -100,7 +100,8 @@ class PretrainTask:
         )
         arrived = gather_rows(image), gather_rows(text_feature), gather_rows(ids)
         self._arrived = arrived
-        keys = Keys(*(torch.cat([new, old]) for new, old in zip(arrived, self.queue.keys(), strict=True)))
+        past = self.queue.keys() if epoch >= self.recipe.teacher.queue_from_epoch else ()
+        keys = Keys(*(torch.cat(parts) for parts in zip(arrived, past, strict=True))) if past else Keys(*arrived)
         rows = torch.arange(size, device=self.device) + self.ranks.rank * size
 
         seed = self.recipe.training.seed
