@@ -38,8 +38,9 @@ class Matching:
     def __call__(self, state: StudentState) -> dict[str, Tensor]:
         """-> `matching` (cross-entropy over the pairs) and `matching_accuracy`."""
         batch, model, size = state.batch, state.model, len(state.batch.image_ids)
-        wrong_image, has_image = self.draw(state, state.text, state.image, batch.draws[:, 0])
-        wrong_text, has_text = self.draw(state, state.image, state.text, batch.draws[:, 1])
+        # As in ALBEF: the similarities of the contrastive loss, which are to the teacher's features.
+        wrong_image, has_image = self.draw(state, state.text, batch.keys.image[batch.rows], batch.draws[:, 0])
+        wrong_text, has_text = self.draw(state, state.image, batch.keys.text[batch.rows], batch.draws[:, 1])
         own = torch.arange(size, device=batch.rows.device)
         states = torch.cat([state.text_states, state.text_states, state.text_states[wrong_text]])
         mask = torch.cat([batch.text.mask, batch.text.mask, batch.text.mask[wrong_text]])
