@@ -7,7 +7,9 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.models import load_checkpoint
+from safetensors import SafetensorError
+from timm.models import load_state_dict
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
 from pretrain.config import ImageEncoderConfig, TextEncoderConfig
@@ -19,15 +21,22 @@ def load_starting_weights(model: AlignmentModel) -> list[str]:
     """Load what the recipe's `weights` keys ask for. -> lines that report what was and was not used."""
     config, report = model.config, []
     if config.image.weights != "none":
-        _load_image(model, config.image)
-        report.append(f"image encoder: started from {config.image.weights}")
+        unused = _load_image(model, config.image)
+        report.append(
+            f"image encoder: started from {config.image.weights}; not used of it: {', '.join(unused) or 'nothing'}"
+        )
     if config.text.weights != "none":
         report += _load_bert(model, config.text)
     return report
 
 
-def _load_image(model: AlignmentModel, config: ImageEncoderConfig) -> None:
-    source = config.weights
+CLASSIFIER = ("head.", "head_dist.", "fc_norm.", "pre_logits.")
+"""What timm's files hold beside the encoder."""
+
+
+def _load_image(model: AlignmentModel, config: ImageEncoderConfig) -> list[str]:
+    """-> names that were not used."""
+    source, vit, unused = config.weights, model.image_encoder.vit, list[str]()
     if source != "timm" and not Path(source).is_file():
         raise CheckpointError(
             f"model.image.weights: no file {source}; give a safetensors or .pth file, `timm` or `none`"
@@ -37,14 +46,18 @@ def _load_image(model: AlignmentModel, config: ImageEncoderConfig) -> None:
             start = timm.create_model(
                 config.architecture, pretrained=True, img_size=config.image_size, num_classes=0, global_pool=""
             )
-            model.image_encoder.vit.load_state_dict(start.state_dict())
+            vit.load_state_dict(start.state_dict())
         else:
-            load_checkpoint(model.image_encoder.vit, source, strict=True)
+            # Interpolates position embeddings to our resolution, and patch embeddings to our patch.
+            weights = checkpoint_filter_fn(load_state_dict(source), vit)
+            unused = sorted(name for name in weights if name.startswith(CLASSIFIER))
+            vit.load_state_dict({name: weight for name, weight in weights.items() if name not in unused})
     except Exception as error:  # a download, or a file of another shape, fails in many ways: all of them stop the run
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"model.image.weights: cannot load `{source}` into {config.architecture} ({reason}); without network, give a file"
         ) from error
+    return unused
 
 
 # BERT's names -> ours, for one layer and for the rest.
@@ -101,7 +114,7 @@ def _load_bert(model: AlignmentModel, config: TextEncoderConfig) -> list[str]:
 
     try:
         bert = BertForMaskedLM.from_pretrained(config.weights)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"model.text.weights: cannot load a BERT from `{config.weights}` ({reason}); without network, give a folder"
