@@ -1,0 +1,276 @@
+"""ALBEF's own numbers for a reduced model: its checkpoint under our names gives its features, logits, losses and gradients."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+
+from pretrain.config import (
+    ContrastiveConfig,
+    FusionEncoderConfig,
+    ImageEncoderConfig,
+    ModelConfig,
+    TextEncoderConfig,
+)
+from pretrain.model.alignment_model import AlignmentModel, TextBatch
+from pretrain.objectives.contrastive import Contrastive
+from pretrain.objectives.masked_language import masked_language_loss, word_logits
+from pretrain.objectives.matching import draw_negatives
+from pretrain.objectives.state import Keys, Masked, MicroBatch, StudentState
+from pretrain.teacher import Teacher
+
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+
+NAMES = {
+    "visual_encoder": "image_encoder.vit",
+    "vision_proj": "image_projection",
+    "text_proj": "text_projection",
+    "itm_head": "matching_head",
+    "text_encoder.bert.embeddings.word_embeddings": "text_encoder.words",
+    "text_encoder.bert.embeddings.position_embeddings": "text_encoder.positions",
+    "text_encoder.bert.embeddings.token_type_embeddings": "text_encoder.segments",
+    "text_encoder.bert.embeddings.LayerNorm": "text_encoder.norm",
+    "text_encoder.cls.predictions.transform.dense": "masked_language_head.dense",
+    "text_encoder.cls.predictions.transform.LayerNorm": "masked_language_head.norm",
+    "text_encoder.cls.predictions.bias": "masked_language_head.bias",
+}
+LAYER_NAMES = {
+    "attention.output.dense": "self_attention.output",
+    "attention.output.LayerNorm": "self_attention.norm",
+    "crossattention.self.query": "cross_attention.query",
+    "crossattention.output.dense": "cross_attention.output",
+    "crossattention.output.LayerNorm": "cross_attention.norm",
+    "intermediate.dense": "intermediate",
+    "output.dense": "output",
+    "output.LayerNorm": "norm",
+}
+JOINED = {
+    "attention.self.": ("self_attention.query_key_value", ("query", "key", "value")),
+    "crossattention.self.": ("cross_attention.key_value", ("key", "value")),
+}
+
+
+def our_names(theirs: dict[str, Tensor], text_layers: int) -> dict[str, Tensor]:
+    """ALBEF's tensors (weights, or gradients of them) under our names. What has no place here is left out."""
+    ours: dict[str, Tensor] = {}
+    for name, tensor in theirs.items():
+        layer = re.fullmatch(r"text_encoder\.bert\.encoder\.layer\.(\d+)\.(.+)\.(weight|bias)", name)
+        if layer is None:
+            for old, new in NAMES.items():
+                if name == old or name.startswith(old + "."):
+                    ours[new + name[len(old) :]] = tensor
+            continue
+        number, part, kind = int(layer[1]), layer[2], layer[3]
+        home = (
+            f"text_encoder.layers.{number}" if number < text_layers else f"fusion_encoder.layers.{number - text_layers}"
+        )
+        if part in LAYER_NAMES:
+            ours[f"{home}.{LAYER_NAMES[part]}.{kind}"] = tensor
+        for start, (joined, parts) in JOINED.items():
+            if part == start + parts[0]:
+                before = name[: -len(f"{part}.{kind}")] + start
+                ours[f"{home}.{joined}.{kind}"] = torch.cat([theirs[f"{before}{which}.{kind}"] for which in parts])
+    return ours
+
+
+@dataclass
+class Albef:
+    sizes: dict
+    checkpoint: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+    expected: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    model: AlignmentModel
+    text: TextBatch
+
+    @property
+    def image(self) -> Tensor:
+        return self.inputs["image"]
+
+    def of_teacher(self) -> dict[str, Tensor]:
+        """The teacher's tensors under the student's names."""
+        renamed = {
+            re.sub(r"^(\w+?)_m\.", r"\1.", name): tensor for name, tensor in self.checkpoint.items() if "_m." in name
+        }
+        return our_names(renamed, self.sizes["fusion_layer"])
+
+    def teacher(self) -> Teacher:
+        """The teacher after the one update that the figures are made with."""
+        teacher = Teacher(self.model, self.sizes["momentum"])
+        teacher.load(self.of_teacher())
+        teacher.update((name, parameter.data) for name, parameter in self.model.named_parameters())
+        return teacher
+
+    def fuse(self, model: AlignmentModel, image_tokens: Tensor, ids: Tensor) -> Tensor:
+        states = model.text_encoder(ids, self.text.mask)
+        return model.fusion_encoder(states, self.text.mask, model.fusion_encoder.read_images(image_tokens))
+
+
+@pytest.fixture(scope="module")
+def albef(shared) -> Albef:
+    folder = shared / "fixtures" / "albef_small"
+    sizes = json.loads((folder / "sizes.json").read_text())
+    checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)["model"]
+    inputs, expected, gradients = (
+        load_file(folder / f"{name}.safetensors") for name in ("inputs", "expected", "gradients")
+    )
+    config = ModelConfig(
+        image=ImageEncoderConfig(
+            "vit_base_patch16_224",
+            sizes["image_size"],
+            sizes["patch"],
+            sizes["vision_width"],
+            sizes["vision_depth"],
+            sizes["heads"],
+        ),
+        text=TextEncoderConfig(
+            sizes["text_width"], sizes["fusion_layer"], sizes["heads"], 4 * sizes["text_width"], 0.0, positions=64
+        ),
+        fusion=FusionEncoderConfig(layers=sizes["text_layers"] - sizes["fusion_layer"]),
+        feature_dim=sizes["embed_dim"],
+        codewords=0,
+        temperature=sizes["temperature"],
+    )
+    model = AlignmentModel(config, sizes["vocab"])
+    weights = our_names(checkpoint, sizes["fusion_layer"])
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert missing == ["temperature.logit"] and not unexpected
+    text = TextBatch(inputs["input_ids"], inputs["attention_mask"].bool())
+    return Albef(sizes, checkpoint, inputs, expected, gradients, model.eval(), text)
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, **TOLERANCE)
+
+
+def close_to_scale(found: Tensor, wanted: Tensor) -> None:
+    """To 1e-5 of the largest entry: word logits reach 17, and the figures themselves are 1.7e-5 from the float64 result."""
+    scale = float(wanted.abs().max())
+    torch.testing.assert_close(found / scale, wanted / scale, atol=1e-5, rtol=0)
+
+
+def test_every_tensor_of_the_checkpoint_has_a_place(albef):
+    student = our_names(albef.checkpoint, albef.sizes["fusion_layer"])
+    assert set(student) == {name for name, _ in albef.model.named_parameters()} - {"temperature.logit"}
+    assert set(albef.of_teacher()) == set(albef.teacher().averages)
+    tied = albef.checkpoint["text_encoder.cls.predictions.decoder.weight"]
+    assert torch.equal(tied, student["text_encoder.words.weight"])
+
+
+def test_encoders(albef):
+    tokens = albef.model.image_encoder.vit(albef.image)
+    states = albef.model.text_encoder(albef.text.ids, albef.text.mask)
+    close(tokens, albef.expected["image_tokens"])
+    close(states[albef.text.mask], albef.expected["text_tokens"][albef.text.mask])
+    close(albef.model.image_features(tokens), albef.expected["image_feature"])
+    close(albef.model.text_features(states), albef.expected["text_feature"])
+
+
+def test_fusion_and_heads(albef):
+    tokens = albef.model.image_encoder.vit(albef.image)
+    fused = albef.fuse(albef.model, tokens, albef.text.ids)
+    close(fused[albef.text.mask], albef.expected["fusion_tokens"][albef.text.mask])
+    close(albef.model.matching_logits(fused), albef.expected["itm_logits_matched"])
+    rolled = albef.fuse(albef.model, tokens.roll(1, 0), albef.text.ids)
+    close(albef.model.matching_logits(rolled), albef.expected["itm_logits_image_rolled"])
+    logits = albef.model.masked_language_logits(albef.fuse(albef.model, tokens, albef.inputs["masked_input_ids"]))
+    close_to_scale(logits[albef.text.mask], albef.expected["mlm_logits"][albef.text.mask])
+
+
+def test_the_teacher_after_one_update(albef):
+    teacher = albef.teacher()
+    close(teacher.averages["image_projection.weight"], albef.expected["teacher_vision_proj_after_update"])
+    tokens = teacher.model.image_encoder.vit(albef.image)
+    close(teacher.model.image_features(tokens), albef.expected["teacher_image_feature"])
+    states = teacher.model.text_encoder(albef.text.ids, albef.text.mask)
+    close(teacher.model.text_features(states), albef.expected["teacher_text_feature"])
+    logits = teacher.model.masked_language_logits(albef.fuse(teacher.model, tokens, albef.inputs["masked_input_ids"]))
+    close_to_scale(logits[albef.text.mask], albef.expected["mlm_teacher_logits"][albef.text.mask])
+
+
+def test_weights_of_hard_negatives(albef):
+    """Draws at 200,000 even points of the unit interval count the weights out."""
+    points, size = 200_000, albef.sizes["batch"]
+    draws = ((torch.arange(points, dtype=torch.float64) + 0.5) / points)[:, None].expand(-1, size)
+    same = torch.eye(size, dtype=torch.bool)
+    expected, temperature = albef.expected, albef.sizes["temperature"]
+    of_image = expected["image_feature"] @ expected["teacher_text_feature"].T / temperature
+    of_text = expected["text_feature"] @ expected["teacher_image_feature"].T / temperature
+    for logits, name in ((of_image, "itm_weight_image_to_text"), (of_text, "itm_weight_text_to_image")):
+        column, _ = draw_negatives(logits.expand(points, -1, -1), same.expand(points, -1, -1), draws)
+        shares = torch.stack([torch.bincount(column[:, row], minlength=size) / points for row in range(size)])
+        weights = expected[name]
+        torch.testing.assert_close(shares, weights / weights.sum(-1, keepdim=True), atol=2e-5, rtol=0)
+
+
+def losses(albef: Albef) -> dict[str, Tensor]:
+    """ALBEF's three losses through our objectives, with a graph to the student."""
+    model, teacher = albef.model, albef.teacher()
+    size = albef.sizes["batch"]
+    queue = (albef.checkpoint["image_queue"].T, albef.checkpoint["text_queue"].T)
+    with torch.no_grad():
+        teacher_tokens = teacher.model.image_encoder.vit(albef.image)
+        new = (
+            teacher.model.image_features(teacher_tokens),
+            teacher.model.text_features(teacher.model.text_encoder(albef.text.ids, albef.text.mask)),
+        )
+    image_keys, text_keys = (torch.cat(pair) for pair in zip(new, queue, strict=True))
+    keys = Keys(image_keys, text_keys, torch.arange(len(image_keys)))
+    tokens = model.image_encoder.vit(albef.image)
+    states = model.text_encoder(albef.text.ids, albef.text.mask)
+    rows, nothing = torch.arange(size), torch.zeros(0)
+    batch = MicroBatch(albef.image, albef.text, rows, rows, nothing, keys, albef.sizes["alpha"])
+    state = StudentState(model, batch, tokens, states)
+    contrastive = Contrastive(ContrastiveConfig(intra_modal=False))(state)["contrastive"]
+
+    both = torch.cat([rows, rows.roll(1)])
+    fused = model.fusion_encoder(states.repeat(2, 1, 1), albef.text.mask.repeat(2, 1), state.images_read, both)
+    labels = torch.cat([torch.ones_like(rows), torch.zeros_like(rows)])
+    matching = functional.cross_entropy(model.matching_logits(fused), labels)
+
+    chosen = albef.inputs["mlm_labels"] != -100
+    altered = TextBatch(albef.inputs["masked_input_ids"], albef.text.mask)
+    with torch.no_grad():
+        opinion = word_logits(teacher.model, altered, chosen, teacher.model.fusion_encoder.read_images(teacher_tokens))
+    masked = Masked(altered, chosen, albef.inputs["mlm_labels"][chosen], float(chosen.sum()), opinion)
+    words = word_logits(model, altered, chosen, state.images_read)
+    return {
+        "itc": contrastive,
+        "itm": matching,
+        "mlm": masked_language_loss(words, masked, albef.sizes["alpha"]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "figure"), [("itc", "loss_itc"), ("itm", "loss_itm_matched_and_rolled"), ("mlm", "loss_mlm")]
+)
+def test_losses_and_the_gradient_of_every_parameter(albef, name, figure):
+    found = losses(albef)[name]
+    close(found, albef.expected[figure])
+    theirs = {
+        key.removeprefix(f"{name}/"): gradient
+        for key, gradient in albef.gradients.items()
+        if key.startswith(f"{name}/")
+    }
+    of_temperature = theirs.pop("temp", None)
+    wanted = our_names(theirs, albef.sizes["fusion_layer"])
+    parameters = dict(albef.model.named_parameters())
+    gradients = dict(
+        zip(parameters, torch.autograd.grad(found, list(parameters.values()), allow_unused=True), strict=True)
+    )
+    own_temperature = gradients.pop("temperature.logit")
+    assert {key for key, gradient in gradients.items() if gradient is not None} == set(wanted)
+    for key, gradient in wanted.items():
+        torch.testing.assert_close(gradients[key], gradient, **TOLERANCE, msg=lambda text, key=key: f"{key}: {text}")
+    assert (own_temperature is None) == (of_temperature is None)
+    if of_temperature is not None:
+        # Theirs is with respect to the temperature; ours to the parameter it is a function of.
+        (slope,) = torch.autograd.grad(albef.model.temperature(), parameters["temperature.logit"])
+        close(own_temperature, (of_temperature * slope).view(1))
