@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data_tools.images import decode_image
 from data_tools.manifest import Manifest
 from data_tools.reader import ShardReader
 from data_tools.stream import begin_worker, raised
-from data_tools.transforms import decode_image
 from runtime.errors import DataError
 
 

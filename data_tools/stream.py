@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from data_tools.images import decode_image
 from data_tools.manifest import Manifest
 from data_tools.order import SampleOrder, derived_seed
 from data_tools.reader import ShardReader
 from data_tools.tokenizer import CaptionTokenizer, pad_tokens
-from data_tools.transforms import decode_image
 from runtime.errors import DataError
 
 STAND_INS = 100

@@ -41,7 +41,7 @@ from runtime.files import read_json, replaced_file, sha256_of, write_json, write
 from runtime.progress import progress
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 PLAN_NAME, QUARANTINE_NAME = "plan.json", "quarantine.jsonl"
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -141,12 +141,6 @@ def summary(manifest: Manifest) -> str:
 # -- One image --------------------------------------------------------------------------------------------------------
 
 
-def _rgb(image: Image) -> Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 255
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    return image.convert("RGB")
-
-
 def encode(raw: bytes, resize_shorter: int | None, quality: int) -> tuple[bytes, str, int, int]:
     """Decode an image whole and give the bytes to store: `(bytes, extension, width, height)`.
 
@@ -156,6 +150,8 @@ def encode(raw: bytes, resize_shorter: int | None, quality: int) -> tuple[bytes,
     """
     from PIL import Image, ImageOps
 
+    from data_tools.images import to_rgb
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata does no harm
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -164,7 +160,7 @@ def encode(raw: bytes, resize_shorter: int | None, quality: int) -> tuple[bytes,
             scale = min(1.0, (resize_shorter or math.inf) / min(image.size))
             if image.format in EXTENSIONS and scale == 1:
                 return raw, EXTENSIONS[image.format], *image.size
-            upright = _rgb(ImageOps.exif_transpose(image))
+            upright = to_rgb(ImageOps.exif_transpose(image))
     if scale < 1:
         width, height = (max(1, round(side * scale)) for side in upright.size)
         upright = upright.resize((width, height), Image.Resampling.LANCZOS)

@@ -48,6 +48,8 @@ class RetrievalLosses(nn.Module):
         losses = {"contrastive": dual_loss(state.image, state.text, batch.image_ids, self.model.temperature())}
         total = self.contrastive_weight * losses["contrastive"]
         if self.matching_weight:
+            # There is no teacher: negatives are drawn by the model's own similarities.
+            batch.keys = Keys(state.image.detach(), state.text.detach(), batch.image_ids)
             losses |= self.matching(state)
             total = total + self.matching_weight * losses["matching"]
         return total, {"loss": total.detach(), **{name: value.detach() for name, value in losses.items()}}
@@ -151,7 +153,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
 
 
 def retrieval_batch(batch: dict[str, Any], seed: int, device: torch.device) -> MicroBatch:
-    """A batch of the stream as the heads read it; there are no teacher keys in fine-tuning."""
+    """A batch of the stream as the heads read it; its keys are the model's own features, which come later."""
     ids = batch["image_ids"].to(device)
     draws = torch.from_numpy(uniforms(seed + NEGATIVES, batch["positions"].numpy(), 2)).to(device)
     nothing = torch.empty(0, device=device)

@@ -181,9 +181,13 @@ class LoopConfig:
     """Newest checkpoints to keep; the best by validation is kept beside them."""
 
     def __post_init__(self) -> None:
-        for name in ("global_batch", "log_every", "validate_every", "checkpoint_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"training.{name} is {getattr(self, name)}; it must be 1 or more")
+        for name in ("global_batch", "steps", "log_every", "validate_every", "checkpoint_every", "keep_last"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise RecipeError(f"training.{name} is {value}; it must be 1 or more")
+        if self.epochs <= 0 or self.seed < 0:
+            raise RecipeError(
+                f"training.epochs is {self.epochs}, training.seed {self.seed}; epochs are above 0, a seed 0 or more"
+            )
 
     def total_steps(self, samples: int) -> int:
         """Steps of the whole run over a data set of so many samples."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from gloo_pool import GlooPool
 from hypothesis import settings
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -45,3 +47,19 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
         captions = folder / "source" / f"captions_{split}.json"
         shard(ShardOptions(captions, folder / split, folder / "source" / "images", shard_samples=16, workers=1))
     return folder
+
+
+@pytest.fixture(scope="session")
+def gloo_pool() -> Iterator[GlooPool]:
+    """Two processes joined by gloo: `gloo_pool.run(function, ...)` -> the result of each rank."""
+    pool = GlooPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def lone_process() -> Iterator[GlooPool]:
+    """One process in a group of its own: what the two are compared with."""
+    pool = GlooPool(1)
+    yield pool
+    pool.close()

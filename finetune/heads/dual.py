@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from pretrain.encode import Encodings
 from pretrain.objectives.contrastive import soft_cross_entropy
+from runtime.ranks import gather_rows, sum_over_ranks
 
 
 def dual_scores(encodings: Encodings) -> Tensor:
@@ -20,11 +23,7 @@ def dual_loss(image: Tensor, text: Tensor, image_ids: Tensor, temperature: Tenso
     image, text: unit-norm features (batch, feature_dim) of this rank; image_ids: (batch,). Candidates are gathered from all
     ranks with their gradient, so the mean over ranks is the loss of the global batch.
     """
-    all_image, all_text, all_ids = (
-        gather_with_gradient(image),
-        gather_with_gradient(text),
-        gather_with_gradient(image_ids),
-    )
+    all_image, all_text, all_ids = GatherRows.apply(image), GatherRows.apply(text), gather_rows(image_ids)
     positives = (image_ids[:, None] == all_ids[None]).float()
     targets = positives / positives.sum(-1, keepdim=True)
     to_text = soft_cross_entropy(image @ all_text.T / temperature, targets)
@@ -32,16 +31,15 @@ def dual_loss(image: Tensor, text: Tensor, image_ids: Tensor, temperature: Tenso
     return (to_text + to_image) / 2
 
 
-def gather_with_gradient(rows: Tensor) -> Tensor:
-    """(n, …) on each rank -> (world * n, …) in rank order; gradients flow back to the rank they belong to."""
-    from torch import distributed
+class GatherRows(torch.autograd.Function):
+    """(n, …) on each rank -> (world * n, …) in rank order; the gradient goes back to the rank that a row came from."""
 
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return rows
-    if rows.requires_grad:
-        from torch.distributed.nn.functional import all_gather
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.rows = len(rows)
+        return gather_rows(rows)
 
-        return torch.cat(all_gather(rows))
-    parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        rank = distributed.get_rank() if distributed.is_initialized() else 0
+        return sum_over_ranks(gradient)[rank * ctx.rows : (rank + 1) * ctx.rows]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from data_tools import Collection
+from data_tools.images import decode_image
 from data_tools.manifest import read_index
-from data_tools.transforms import EvaluationTransform, decode_image
+from data_tools.transforms import EvaluationTransform
 from runtime.errors import DataError
 
 

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from data_tools.config import AugmentConfig
-from data_tools.transforms import MAX_PIXELS, EvaluationTransform, TrainTransform, decode_image
+from data_tools.images import MAX_PIXELS, decode_image
+from data_tools.transforms import EvaluationTransform, TrainTransform
 
 ORIENTATION = 0x0112
 RED, GREEN = (255, 0, 0), (0, 255, 0)

@@ -1,0 +1,65 @@
+"""The fusion head's re-ranking of a shortlist."""
+
+import numpy as np
+import pytest
+import torch
+
+from finetune.heads.fusion import fusion_scores, match_pairs
+from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
+from pretrain.encode import Encodings
+from pretrain.model.alignment_model import AlignmentModel
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    image = ImageEncoderConfig("vit_tiny_patch16_224", image_size=32, patch=16, width=32, depth=1, heads=2)
+    text = TextEncoderConfig(width=32, layers=1, heads=2, feed_forward=64, positions=16)
+    network = AlignmentModel(ModelConfig(image, text, FusionEncoderConfig(layers=2), feature_dim=16, codewords=0), 50)
+    for parameter in network.parameters():  # BERT's start makes all pairs nearly alike
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else None
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def encodings(model):
+    torch.manual_seed(1)
+    lengths = torch.tensor([3, 7, 5, 4, 6, 7, 3, 5, 4])
+    mask = torch.arange(8)[None] < lengths[:, None]
+    ids = torch.randint(5, 50, (9, 8)) * mask
+    with torch.no_grad():
+        tokens = model.image_encoder(torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8))
+        states = model.text_encoder(ids, mask)
+        return Encodings(model.image_features(tokens), model.text_features(states), tokens, states, mask)
+
+
+def test_a_pair_scores_what_the_model_gives_it_alone(model, encodings):
+    image, text = torch.tensor([2, 0, 2, 1]), torch.tensor([0, 8, 5, 1])
+    found = match_pairs(model, encodings, image, text, CPU)
+    for number in range(4):
+        mask = encodings.text_mask[text[number]][None]
+        with torch.no_grad():
+            read = model.fusion_encoder.read_images(encodings.image_tokens[image[number]][None])
+            fused = model.fusion_encoder(encodings.text_states[text[number]][None], mask, read)
+            logits = model.matching_logits(fused)[0]
+        assert found[number].item() == pytest.approx((logits[1] - logits[0]).item(), abs=1e-5)
+
+
+def test_a_shortlist_of_all_orders_by_matching_alone(model, encodings):
+    similarity = (encodings.image @ encodings.text.T).numpy()
+    to_text, to_image = fusion_scores(model, encodings, similarity, 100, CPU)  # larger than either gallery
+    image, text = torch.arange(3).repeat_interleave(9), torch.arange(9).repeat(3)
+    matching = match_pairs(model, encodings, image, text, CPU).view(3, 9).numpy()
+    assert np.array_equal(to_text.argsort(1), matching.argsort(1))
+    assert np.array_equal(to_image.argsort(1), matching.T.argsort(1))
+
+
+def test_what_is_not_on_the_shortlist_keeps_its_order_below_it(model, encodings):
+    similarity = (encodings.image @ encodings.text.T).numpy()
+    to_text, _ = fusion_scores(model, encodings, similarity, 4, CPU)
+    for row in range(3):
+        dual, reranked = np.argsort(-similarity[row]), np.argsort(-to_text[row])
+        assert set(reranked[:4]) == set(dual[:4])
+        assert np.array_equal(reranked[4:], dual[4:])
