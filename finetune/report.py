@@ -9,38 +9,44 @@ from runtime.files import replaced_file
 from runtime.metrics import read_metrics
 
 PANELS = {
-    "loss": ("train/loss", "train/contrastive", "train/matching", "train/masked_language", "train/codebook"),
-    "validation R@10, %": ("validation/image_to_text_R@10", "validation/text_to_image_R@10"),
+    "loss": ["train/loss"],
+    "contrastive": ["train/contrastive"],
+    "matching": ["train/matching"],
+    "masked language": ["train/masked_language"],
+    "codebook": ["train/codebook"],
+    "validation R@10, % (solid: image to text, dashed: text to image)": [
+        "validation/image_to_text_R@10",
+        "validation/text_to_image_R@10",
+    ],
 }
+"""Title -> figures of metrics.jsonl, the first one solid, the second dashed."""
 
 
 def plot_curves(runs: list[Path], out: Path) -> None:
-    """One picture (PNG): a panel for the losses and one for validation, a colour for each run."""
+    """One picture (PNG): a panel a figure, a colour a run. Raises DataError where a run has logged nothing."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(6.4 * len(PANELS), 4.2))
-    styles = ("-", "--", ":", "-.", (0, (1, 3)))
-    for number, run in enumerate(runs):
-        lines = read_metrics(run)
-        if not lines:
-            raise DataError(f"{run} has no metrics.jsonl, or nothing in it yet; give a run's folder")
-        for panel, (title, names) in zip(axes, PANELS.items(), strict=True):
-            for style, name in zip(styles, names, strict=False):
+    histories = {run: read_metrics(run) for run in runs}
+    if empty := [run for run, lines in histories.items() if not lines]:
+        raise DataError(f"{empty[0]} has no metrics.jsonl, or nothing in it yet; give a run's folder")
+    figure, axes = pyplot.subplots(2, 3, figsize=(15, 7.5))
+    for axis, (title, names) in zip(axes.flat, PANELS.items(), strict=True):
+        for number, lines in enumerate(histories.values()):
+            for name, style in zip(names, ("-", "--"), strict=False):
                 points = [(line["step"], line[name]) for line in lines if name in line]
                 if points:
-                    label = f"{run.name}: {name.split('/')[1].replace('_', ' ')}"
-                    panel.plot(
-                        *zip(*points, strict=True), linestyle=style, color=f"C{number}", label=label, linewidth=1.2
-                    )
-            panel.set(title=title, xlabel="step")
-            panel.grid(alpha=0.3)
-    axes[0].set_yscale("log")
-    for panel in axes:
-        panel.legend(fontsize=7)
-    figure.tight_layout()
+                    marker = "o" if name.startswith("validation") else None
+                    steps, values = zip(*points, strict=True)
+                    axis.plot(steps, values, style, color=f"C{number}", marker=marker, markersize=3, linewidth=1.2)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    handles = [pyplot.Line2D([], [], color=f"C{number}", label=run.name) for number, run in enumerate(runs)]
+    figure.legend(handles=handles, loc="lower center", ncols=len(runs), frameon=False)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     with replaced_file(out) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+        figure.savefig(temporary, dpi=90, format="png")
     pyplot.close(figure)
