@@ -38,7 +38,7 @@ class RankFailed(Exception):
 class GlooPool:
     """`world` processes in one gloo group, started on first use."""
 
-    def __init__(self, world: int = 2, timeout: float = 180.0) -> None:
+    def __init__(self, world: int = 2, timeout: float = 600.0) -> None:
         self.world, self.timeout = world, timeout
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
@@ -124,7 +124,7 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(minutes=5)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(minutes=15)
     )
     while True:
         try:
