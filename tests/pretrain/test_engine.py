@@ -71,10 +71,11 @@ def test_one_process_computes_what_two_do(runs, stage, micro_batch):
     for name, weight in told.state.masters.items():
         difference = (weight - wanted.state.masters[name]).abs()
         if name.endswith(("qkv.bias", "query_key_value.bias", "key_value.bias")):
-            # The keys' bias shifts all logits of a query alike: its gradient is zero, and Adam makes steps of its rounding.
-            assert difference.max() < 1e-3, name
-        else:
-            assert difference.max() < 1e-5, name
+            # A bias of the keys shifts all logits of a query alike: its gradient is zero, and Adam makes steps of its rounding.
+            *others, keys, values = difference.chunk(2 if name.endswith(".key_value.bias") else 3)
+            assert keys.max() <= 2 * STEPS * 1e-3, name
+            difference = torch.cat([*others, values])
+        assert difference.max() < 1e-5, name
 
 
 def test_two_processes_that_accumulate_compute_the_same(runs):

@@ -103,6 +103,14 @@ def test_keys_are_the_teachers_features_of_the_batch_and_then_the_queue():
     assert torch.equal(inputs.keys.image_ids[8:], batch["image_ids"])
 
 
+def test_the_queues_keys_join_from_the_epoch_that_the_recipe_says_though_it_fills_before():
+    task = tiny.task(tiny.recipe(teacher__queue_from_epoch=2.0))
+    for step, (epoch, keys) in enumerate([(0.0, 8), (1.9, 8), (2.0, 24), (3.0, 32)]):
+        (inputs,), _ = task.prepare(tiny.batch(8, step), epoch, 8)
+        assert len(inputs.keys.image) == len(inputs.keys.text) == len(inputs.keys.image_ids) == keys
+        task.finish((name, parameter.data) for name, parameter in task.student.model.named_parameters())
+
+
 def test_teacher_and_queue_move_only_when_a_step_is_finished():
     task = tiny.task(tiny.recipe())
     before = {name: average.clone() for name, average in task.teacher.averages.items()}
