@@ -155,7 +155,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
 def retrieval_batch(batch: dict[str, Any], seed: int, device: torch.device) -> MicroBatch:
     """A batch of the stream as the heads read it; its keys are the model's own features, which come later."""
     ids = batch["image_ids"].to(device)
-    draws = torch.from_numpy(uniforms(seed + NEGATIVES, batch["positions"].numpy(), 2)).to(device)
+    draws = torch.from_numpy(uniforms(derived_seed(seed, NEGATIVES), batch["positions"].numpy(), 2)).to(device)
     nothing = torch.empty(0, device=device)
     return MicroBatch(
         images=batch["images"][0].to(device),

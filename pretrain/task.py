@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_tools.order import uniforms
+from data_tools.order import derived_seed, uniforms
 from data_tools.tokenizer import CaptionTokenizer
 from pretrain.config import PretrainRecipe
 from pretrain.feature_queue import FeatureQueue
@@ -105,7 +105,7 @@ class PretrainTask:
         rows = torch.arange(size, device=self.device) + self.ranks.rank * size
 
         seed = self.recipe.training.seed
-        draws = torch.from_numpy(uniforms(seed + NEGATIVES, batch["positions"].numpy(), 2)).to(self.device)
+        draws = torch.from_numpy(uniforms(derived_seed(seed, NEGATIVES), batch["positions"].numpy(), 2)).to(self.device)
         masked = self._mask(text, positions, tokens, parts, distill_weight)
         plans, figures = self._plan(views[0], text, parts, keys, len(arrived[2]))
         micro_batches = [
@@ -137,7 +137,9 @@ class PretrainTask:
         if not self.student.weights["masked_language"]:
             return [None] * len(parts)
         share = self.recipe.objectives.masked_language.share
-        altered, chosen = mask_words(text, positions, self.tokenizer, share, self.recipe.training.seed + MASKS)
+        altered, chosen = mask_words(
+            text, positions, self.tokenizer, share, derived_seed(self.recipe.training.seed, MASKS)
+        )
         normaliser = float(sum_over_ranks(chosen.sum())) / (self.ranks.world * len(parts)) or 1.0
         masked: list[Masked | None] = []
         for part, image_tokens in zip(parts, tokens, strict=True):

@@ -101,7 +101,7 @@ def test_micro_batches_with_unequal_counts_average_to_the_loss_of_the_whole_batc
     objective = MaskedLanguage()
 
     def losses(micro_batch: int) -> list[torch.Tensor]:
-        made, _ = task.prepare(tiny.batch(16), 1.0, micro_batch)
+        made, _ = task.prepare(tiny.batch(16, step=1), 1.0, micro_batch)
         assert micro_batch == 16 or len({int(inputs.masked.chosen.sum()) for inputs in made}) > 1
         return [objective(tiny.state(task.student.model, inputs))["masked_language"] for inputs in made]
 
