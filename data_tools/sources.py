@@ -12,6 +12,7 @@ import os
 import re
 import tarfile
 import zlib
+from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class Collected:
 # -- Images: in a folder or in a tar ----------------------------------------------------------------------------------
 
 
-class Images:
+class Images(ABC):
     """Finds images by path or, failing that, by base name."""
 
     def __init__(self, place: Path) -> None:
@@ -101,11 +102,13 @@ class Images:
             raise DataError(f"{name} may be {paths[0]} or {paths[1]} in {self.place}; give one folder as --images")
         return self._at(paths[0]) if paths else None
 
+    @abstractmethod
     def _at(self, path: str) -> StoredBytes | None:
-        raise NotImplementedError
+        """The image of this very path."""
 
+    @abstractmethod
     def _paths(self) -> Iterable[str]:
-        raise NotImplementedError
+        """The paths of all files."""
 
 
 class FolderImages(Images):

@@ -59,8 +59,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     """Fine-tune by the recipe, or go on from its last checkpoint. -> the run's folder."""
     run = RunFolder(recipe)
     run.check(recipe)
-    if run.finished:
-        print(f"{run.path} is finished ({run.finished['steps']} steps); nothing to do")
+    if run.finished():
         return run.path
     ranks, device = join(recipe.training.device)
     if recipe.training.global_batch % ranks.world:

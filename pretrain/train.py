@@ -44,8 +44,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
     """
     run = RunFolder(recipe)
     run.check(recipe)
-    if run.finished:
-        print(f"{run.path} is finished ({run.finished['steps']} steps); nothing to do")
+    if run.finished():
         return run.path
     ranks, device = join(recipe.training.device)
     micro_batch, accumulation = divide_batch(recipe.training.global_batch, recipe.training.micro_batch, ranks.world)

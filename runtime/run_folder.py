@@ -12,6 +12,7 @@ from typing import Any
 from runtime.checkpoint import CheckpointFolder
 from runtime.errors import RecipeError
 from runtime.files import read_json, write_json
+from runtime.ranks import ranks_from_environment
 from runtime.recipe import changed_keys, load_recipe, write_recipe
 
 PACKAGES = (
@@ -61,11 +62,12 @@ class RunFolder:
         write_recipe(self.config, recipe)
         write_json(self.path / "environment.json", environment())
 
-    @property
-    def finished(self) -> dict[str, Any] | None:
-        """The summary of a run that reached its end."""
+    def finished(self) -> bool:
+        """Whether the run reached its end; the first rank says so."""
         path = self.path / "finished.json"
-        return read_json(path) if path.exists() else None
+        if path.exists() and ranks_from_environment().first:
+            print(f"{self.path} is finished ({read_json(path)['steps']} steps); nothing to do")
+        return path.exists()
 
     def finish(self, summary: dict[str, Any]) -> None:
         write_json(self.path / "finished.json", summary)

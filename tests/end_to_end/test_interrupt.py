@@ -17,7 +17,16 @@ STEPS = 8
 def recipe(drawn):
     data = ["--data.train", str(drawn / "train"), "--data.validation", str(drawn / "validation")]
     small = ["--training.steps", str(STEPS), "--training.log_every", "1", "--training.validate_every", "4"]
-    small += ["--training.checkpoint_every", "2", "--training.keep_last", "9", "--teacher.queue", "100", "--teacher.queue_from_epoch", "0"]
+    small += [
+        "--training.checkpoint_every",
+        "2",
+        "--training.keep_last",
+        "9",
+        "--teacher.queue",
+        "100",
+        "--teacher.queue_from_epoch",
+        "0",
+    ]
     small += ["--data.workers", "1", "--training.global_batch", "16"]
     return ["launch", "local", "--nproc", "2", "pretrain", "--config", "pretrain/demo.yaml", *data, *small]
 

@@ -29,7 +29,7 @@ def test_the_folder_is_a_function_of_the_name(tmp_path):
 def test_looking_at_a_run_writes_nothing(tmp_path):
     run = RunFolder(recipe(tmp_path))
     run.check(recipe(tmp_path))
-    assert run.finished is None
+    assert not run.finished()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -70,6 +70,7 @@ def test_free_keys_are_keys_of_the_recipe():
     assert set(FREE_KEYS) <= set(keys_of(PretrainRecipe))
 
 
-def test_a_finished_run_says_how_it_ended(opened):
+def test_a_finished_run_says_how_it_ended(opened, capsys):
     opened.finish({"steps": 7})
-    assert opened.finished == {"steps": 7}
+    assert opened.finished()
+    assert "finished (7 steps); nothing to do" in capsys.readouterr().out
