@@ -81,14 +81,16 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    source = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(
-        ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    source = str(Path(__file__).resolve().parent.parent)
+    git = ["git", "-C", source]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    changed = subprocess.run(
+        [*git, "status", "--porcelain"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     return {
         "versions": versions,
         "python": platform.python_version(),
         "host": platform.node(),
         "command": sys.argv,
-        "commit": commit.stdout.strip() if commit.returncode == 0 else "not a git checkout",
+        "commit": (commit + " with uncommitted changes" * bool(changed)) or "not a git checkout",
     }
