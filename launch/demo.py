@@ -64,9 +64,6 @@ def demo(arguments: list[str]) -> None:
 
 def run(*command: str) -> None:
     """One `ligature` command in this process's environment, its line shown first."""
-    import os
-    import subprocess
-
     heading("ligature " + " ".join(command))
     code = subprocess.run([sys.executable, "-m", "launch.cli", *command], env=os.environ, check=False).returncode
     if code:
