@@ -151,26 +151,37 @@ class ShardIndex:
     height: np.ndarray
     captions: np.ndarray
     """(samples,) int32, how many captions the sample has."""
+    image_id: np.ndarray
+    """(samples,) int64, 0 or more: `image_number` of what the source calls the image. Samples with the same number show
+    the same picture. A folder of an older Ligature has its keys' numbers here, all different."""
 
     def __len__(self) -> int:
         return len(self.key)
 
     @classmethod
-    def from_rows(cls, rows: Sequence[tuple]) -> ShardIndex:
-        """One tuple a sample, its values in the order of the fields."""
+    def from_rows(cls, rows: Sequence[tuple], image_ids: Sequence[str] | None = None) -> ShardIndex:
+        """One tuple a sample, its values in the order of the fields up to `captions`; `image_ids` are the source's own
+        names of the images (none: each key is an image of its own)."""
         import numpy as np
 
-        values = list(zip(*rows, strict=True)) or [()] * len(_COLUMNS)
+        named = image_ids if image_ids is not None else [row[0] for row in rows]
+        full = [(*row, image_number(name)) for row, name in zip(rows, named, strict=True)]
+        values = list(zip(*full, strict=True)) or [()] * len(_COLUMNS)
         columns: dict[str, Any] = {}
         for (name, kind), column in zip(_COLUMNS.items(), values, strict=True):
             columns[name] = list(column) if kind == "string" else np.array(column, kind)
         return cls(**columns)
 
 
+def image_number(image_id: str) -> int:
+    """A source's image id (any text) -> 63 bits of its BLAKE2b: the same in every shard and on every machine."""
+    return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "big") >> 1
+
+
 _COLUMNS = {
     "key": "string", "image_offset": "int64", "image_size": "int64", "image_format": "string",
     "text_offset": "int64", "text_size": "int64", "text_format": "string",
-    "width": "int32", "height": "int32", "captions": "int32",
+    "width": "int32", "height": "int32", "captions": "int32", "image_id": "int64",
 }  # fmt: skip
 _NOTE = b"ligature"
 
@@ -205,9 +216,15 @@ def _read_parquet(path: Path):
 
 def read_index(path: str | Path) -> ShardIndex:
     """Load a shard's index. A missing, cut or foreign file is a `DataError` that names it."""
+    import pyarrow as pa
+
     table = _read_parquet(Path(path))
-    if missing := [name for name in _COLUMNS if name not in table.column_names]:
+    missing = [name for name in _COLUMNS if name not in table.column_names]
+    if missing and missing != ["image_id"]:
         raise DataError(f"{path} is no shard index: it has no column {missing[0]!r}")
+    if missing:  # written before indexes had image ids
+        keys = table.column("key").to_pylist()
+        table = table.append_column("image_id", pa.array([image_number(key) for key in keys], pa.int64()))
     columns = {}
     for name, kind in _COLUMNS.items():
         column = table.column(name)

@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_tools.manifest import (
     MANIFEST_NAME,
@@ -39,9 +39,6 @@ from data_tools.sources import CaptionedImage, collect, safe_key
 from runtime.errors import DataError, LigatureError, RecipeError
 from runtime.files import read_json, replaced_file, sha256_of, write_json, write_text
 from runtime.progress import progress
-
-if TYPE_CHECKING:
-    pass
 
 PLAN_NAME, QUARANTINE_NAME = "plan.json", "quarantine.jsonl"
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -203,6 +200,7 @@ def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
 
 def _write_shard(task: _Task) -> _Written:
     rows: list[tuple] = []
+    image_ids: list[str] = []
     quarantine: list[dict[str, Any]] = []
     path = task.folder / f"{task.stem}.tar"
     with replaced_file(path) as temporary:
@@ -221,10 +219,11 @@ def _write_shard(task: _Task) -> _Written:
                 text_offset = _add_member(tar, f"{item.key}.json", text)
                 rows.append((item.key, image_offset, len(data), extension, text_offset, len(text), "json",
                              width, height, len(item.captions)))  # fmt: skip
+                image_ids.append(item.image_id)
         size, digest = temporary.stat().st_size, sha256_of(temporary)
     # The index follows its tar and carries what else is known of the shard: it is the mark of a complete one.
     note = {"bytes": size, "sha256": digest, "quarantine": quarantine}
-    write_index(path.with_suffix(".parquet"), ShardIndex.from_rows(rows), note)
+    write_index(path.with_suffix(".parquet"), ShardIndex.from_rows(rows, image_ids), note)
     return _as_written(task, len(rows), sum(row[-1] for row in rows), note)
 
 

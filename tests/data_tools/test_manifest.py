@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
@@ -83,8 +84,26 @@ def test_an_index_has_the_promised_columns(tmp_path):
     long, short = "int64", "int32"
     assert found == {
         "key": "string", "image_offset": long, "image_size": long, "image_format": "string", "text_offset": long,
-        "text_size": long, "text_format": "string", "width": short, "height": short, "captions": short,
+        "text_size": long, "text_format": "string", "width": short, "height": short, "captions": short, "image_id": long,
     }  # fmt: skip
+
+
+def test_image_ids_join_samples_of_one_picture_and_older_indexes_are_still_read(tmp_path):
+    import pyarrow.parquet as pq
+
+    index = ShardIndex.from_rows([ROWS[0], ROWS[1], ("c", *ROWS[1][1:])], ["7", "9", "7"])
+    write_index(tmp_path / "index.parquet", index)
+    found = read_index(tmp_path / "index.parquet").image_id
+    assert found[0] == found[2] != found[1] and found.dtype == np.int64 and (found >= 0).all()
+    # BLAKE2b's first 8 bytes, big-endian, without the last bit: stated by the standard library, not by our function.
+    assert found[0] == int(hashlib.blake2b(b"7", digest_size=8).hexdigest(), 16) // 2
+
+    pq.write_table(pq.read_table(tmp_path / "index.parquet").drop_columns(["image_id"]), tmp_path / "old.parquet")
+    old = read_index(tmp_path / "old.parquet")
+    assert (
+        len(set(old.image_id)) == 3
+        and (old.image_id == ShardIndex.from_rows([(k, *ROWS[0][1:]) for k in old.key]).image_id).all()
+    )
 
 
 def replace(folder, **changes):
