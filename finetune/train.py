@@ -59,8 +59,16 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     """Fine-tune by the recipe, or go on from its last checkpoint. -> the run's folder."""
     run = RunFolder(recipe)
     run.check(recipe)
-    if run.finished():
-        return run.path
+    if not run.finished():
+        try:
+            train(recipe, run)
+        finally:
+            run.close()
+    return run.path
+
+
+def train(recipe: FinetuneRecipe, run: RunFolder) -> None:
+    """The run itself."""
     ranks, device = join(recipe.training.device)
     if recipe.training.global_batch % ranks.world:
         raise RecipeError(
@@ -76,8 +84,7 @@ def finetune(recipe: FinetuneRecipe) -> Path:
         model.matching_head.requires_grad_(False)
     model.masked_language_head.requires_grad_(False)
     validation = Collection(recipe.data.validation) if recipe.data.validation else None
-    if ranks.first:
-        run.open(recipe)
+    run.open(recipe, ranks)
     stream = ShardStream(
         recipe.data.train,
         recipe.training.global_batch // ranks.world,
@@ -148,7 +155,6 @@ def finetune(recipe: FinetuneRecipe) -> Path:
         run, recipe.training, stream, step, best, take_step, measure if validation else None, commit, ranks, device
     )
     barrier()
-    return run.path
 
 
 def retrieval_batch(batch: dict[str, Any], seed: int, device: torch.device) -> MicroBatch:
@@ -214,4 +220,6 @@ def save(
 
     state = {"step": step, "best_rsum": best, "stream": stream.state_dict()}
     tensors, values = {"model": weights, "optimizer": moments}, {"state": state, "model": about}
-    run.checkpoints.commit(step, improved, lambda folder: write_checkpoint(folder, tensors, values, write_more))
+    run.checkpoints.commit(
+        step, improved, lambda folder, staging: write_checkpoint(folder, tensors, values, write_more, staging)
+    )

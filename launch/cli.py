@@ -165,7 +165,8 @@ def main(arguments: list[str] | None = None) -> int:
     except LigatureError as error:
         rank = os.environ.get("RANK", "0")
         message = " ".join(str(error).split())
-        print(f"ligature: {message}" if rank == "0" else f"ligature (rank {rank}): {message}", file=sys.stderr)
+        if message:  # without one, the first rank has told it
+            print(f"ligature: {message}" if rank == "0" else f"ligature (rank {rank}): {message}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output (`| head`) has gone: nothing more to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -40,7 +40,7 @@ def run_loop(
 ) -> None:
     """From `step` to the last one. Raises Interrupted, its state saved, when any rank was asked to stop."""
     steps = config.total_steps(len(stream.reader))
-    log = MetricsLog(run.path, step) if ranks.first else None
+    log = MetricsLog(run.path, step, run.lease) if ranks.first else None
     with watch_interrupts() as interrupts, progress(run.path.name, steps, "steps", step, silent=not ranks.first) as bar:
         batches = iter(stream)
         while step < steps:

@@ -29,7 +29,7 @@ from retrieval.metrics import rank_positives
 from runtime.checkpoint import read_tensors, verify_checkpoint, write_checkpoint
 from runtime.errors import LigatureError
 from runtime.files import read_json
-from runtime.ranks import Ranks, barrier, join
+from runtime.ranks import Ranks, barrier, from_first, join
 from runtime.recipe import write_recipe
 from runtime.run_folder import RunFolder
 
@@ -44,14 +44,21 @@ def pretrain(recipe: PretrainRecipe) -> Path:
     """
     run = RunFolder(recipe)
     run.check(recipe)
-    if run.finished():
-        return run.path
+    if not run.finished():
+        try:
+            train(recipe, run)
+        finally:
+            run.close()
+    return run.path
+
+
+def train(recipe: PretrainRecipe, run: RunFolder) -> None:
+    """The run itself."""
     ranks, device = join(recipe.training.device)
     micro_batch, accumulation = divide_batch(recipe.training.global_batch, recipe.training.micro_batch, ranks.world)
     data = ShardReader(recipe.data.train)
     validation = Collection(recipe.data.validation) if recipe.data.validation else None
-    if ranks.first:
-        run.open(recipe)
+    run.open(recipe, ranks)
     tokenizer = prepare_tokenizer(recipe, run, data, ranks)
 
     torch.manual_seed(recipe.training.seed)
@@ -116,7 +123,6 @@ def pretrain(recipe: PretrainRecipe) -> Path:
         run, recipe.training, stream, step, best, take_step, measure if validation else None, commit, ranks, device
     )
     barrier()
-    return run.path
 
 
 def prepare_tokenizer(recipe: PretrainRecipe, run: RunFolder, data: ShardReader, ranks: Ranks) -> CaptionTokenizer:
@@ -206,7 +212,9 @@ def save(
         run.checkpoints.commit(
             step,
             improved,
-            lambda folder: write_checkpoint(folder, tensors, {"state": state, "model": about}, write_more),
+            lambda folder, staging: write_checkpoint(
+                folder, tensors, {"state": state, "model": about}, write_more, staging
+            ),
         )
     barrier()
 
@@ -218,12 +226,7 @@ def describe_model(model: Any, caption_tokens: int, training: str) -> dict[str, 
 
 def find_resume(run: RunFolder, ranks: Ranks) -> Path | None:
     """The newest checkpoint that verifies, as the first rank sees it."""
-    found = [run.checkpoints.newest_valid() if ranks.first else None]
-    if ranks.world > 1:
-        torch.distributed.broadcast_object_list(
-            found, device=torch.device("cpu") if torch.distributed.get_backend() == "gloo" else None
-        )
-    return found[0]
+    return from_first(ranks, run.checkpoints.newest_valid)
 
 
 def resume(folder: Path, task: PretrainTask, engine: Engine, stream: ShardStream) -> tuple[int, float]:

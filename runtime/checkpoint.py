@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +16,26 @@ from runtime.files import committed_folder, read_json, sha256_of, write_json, wr
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from runtime.lease import Lease
+
 MANIFEST = "manifest.json"
 FORMAT = "ligature-checkpoint"
 
 
 def write_checkpoint(
-    folder: Path, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any], write_more: Callable[[Path], None]
+    folder: Path,
+    tensors: dict[str, dict[str, Tensor]],
+    values: dict[str, Any],
+    write_more: Callable[[Path], None],
+    staging: Path | None = None,
 ) -> None:
     """Commit a checkpoint: `<name>.safetensors` for each of `tensors`, `<name>.json` for each of `values`, and what
-    `write_more(folder)` adds (tokenizer, recipe); then a manifest with every file's hash. Raises LigatureError where it cannot."""
+    `write_more(folder)` adds (tokenizer, recipe); then a manifest with every file's hash. Raises LigatureError where it cannot.
+    `staging`: where to prepare it, else beside `folder`."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with committed_folder(folder) as temporary:
+    with committed_folder(folder, staging) as temporary:
         for name, group in tensors.items():
             try:
                 save_file(
@@ -90,11 +99,25 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is not a safetensors file ({error})") from error
 
 
+def _discard(path: Path, staging: Path) -> None:
+    """Remove a checkpoint or a pointer to one. It leaves by a rename: nobody sees half of it, and no process does it that has
+    lost its lease, and with it `staging`."""
+    bin = staging / f".{path.name}.discarded"
+    shutil.rmtree(bin, ignore_errors=True)
+    os.rename(path, bin)
+    if bin.is_dir():
+        shutil.rmtree(bin, ignore_errors=True)
+    else:
+        bin.unlink()
+
+
 class CheckpointFolder:
     """`checkpoints/` of a run: `step-XXXXXXXX/` folders, `latest`, and the `best` by validation."""
 
     def __init__(self, folder: Path, keep_last: int) -> None:
         self.folder, self.keep_last = Path(folder), keep_last
+        self.lease: Lease | None = None
+        """Held by a run that commits here: it stops a process that another one has succeeded."""
 
     def path_of(self, step: int) -> Path:
         return self.folder / f"step-{step:08}"
@@ -114,28 +137,40 @@ class CheckpointFolder:
                 return self.path_of(step)
         return None
 
-    def commit(self, step: int, best: bool, write: Callable[[Path], None]) -> Path:
-        """Write the checkpoint of `step` (unless it is there already and whole), point `latest` to it, and `best` where it
-        is, then forget old ones, and later ones: those are of a future that a run going on from further back has left."""
+    def commit(self, step: int, best: bool, write: Callable[[Path, Path], None]) -> Path:
+        """Write the checkpoint of `step` by `write(path, staging)` (unless it is there already and whole), point `latest` to it,
+        and `best` where it is, then forget old ones, and later ones: those are of a future that a run going on from further
+        back has left. Raises Superseded where the run's lease is lost: nothing changes then."""
         path = self.path_of(step)
-        if path.exists():
-            try:
-                verify_checkpoint(path)
-            except CheckpointError:
-                shutil.rmtree(path)
-        if not path.exists():
-            write(path)
-        write_text(self.folder / "latest", path.name + "\n")
-        if best:
-            write_text(self.folder / "best", path.name + "\n")
-        elif (self._named("best") or "") > path.name:
-            (self.folder / "best").unlink()
-        newest = [kept for kept in self.steps() if kept <= step][-self.keep_last :]
-        kept = {self.path_of(kept).name for kept in newest} | {self._named("best")}
-        for old in self.steps():
-            if self.path_of(old).name not in kept:
-                shutil.rmtree(self.path_of(old), ignore_errors=True)
+        with self._staging() as staging:
+            if path.exists():
+                try:
+                    verify_checkpoint(path)
+                except CheckpointError:
+                    _discard(path, staging)
+            if not path.exists():
+                write(path, staging)
+            write_text(self.folder / "latest", path.name + "\n", staging)
+            if best:
+                write_text(self.folder / "best", path.name + "\n", staging)
+            elif (self._named("best") or "") > path.name:
+                _discard(self.folder / "best", staging)
+            newest = [kept for kept in self.steps() if kept <= step][-self.keep_last :]
+            kept = {self.path_of(kept).name for kept in newest} | {self._named("best")}
+            for old in self.steps():
+                if self.path_of(old).name not in kept:
+                    _discard(self.path_of(old), staging)
         return path
+
+    @contextmanager
+    def _staging(self) -> Iterator[Path]:
+        """The folder that commits are prepared in: the lease's, if there is one."""
+        if self.lease:
+            with self.lease.guarded() as work:
+                yield work
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            yield self.folder
 
     def _named(self, name: str) -> str | None:
         path = self.folder / name

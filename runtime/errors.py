@@ -28,3 +28,15 @@ class Interrupted(LigatureError):
     """
 
     exit_code = 75
+
+
+class RunHeld(LigatureError):
+    """Another process is writing into the run's folder. The code is `EX_UNAVAILABLE`: starting again at once does not help."""
+
+    exit_code = 69
+
+
+class Superseded(LigatureError):
+    """Another process has taken over the run, so this one must stop. The code is `EX_NOPERM`: never requeue it."""
+
+    exit_code = 77

@@ -13,6 +13,8 @@ from typing import Any
 
 from runtime.errors import LigatureError
 
+PARTIAL = ".partial"
+
 
 def sha256_of(path: Path) -> str:
     """Hex sha256 of a file, read in blocks of 1 MiB."""
@@ -33,12 +35,15 @@ def sync_file(path: Path) -> None:
 
 
 @contextmanager
-def replaced_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is synced and renamed over `path`, on failure removed."""
+def replaced_file(path: Path, staging: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, or in `staging` (of the same file system); on success it is synced and renamed
+    over `path`, on failure removed."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = (staging or path.parent) / f".{path.name}.{os.getpid()}{PARTIAL}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # Inside a folder that is not committed yet nothing is made: where it is gone, somebody has ended that commit.
+        if not any(part.endswith(PARTIAL) for part in path.parent.parts):
+            path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         sync_file(temporary)
         os.replace(temporary, path)
@@ -53,16 +58,18 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def committed_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success every file in it is synced and it is renamed to `path`.
+def committed_folder(path: Path, staging: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, or in `staging` (of the same file system, never made here); on success every
+    file in it is synced and it is renamed to `path`.
 
     `path` must not exist: a committed folder is never written into again.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = (staging or path.parent) / f".{path.name}{PARTIAL}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
         yield temporary
         for entry in temporary.rglob("*"):
             sync_file(entry)
@@ -77,15 +84,15 @@ def committed_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, staging: Path | None = None) -> None:
     """Replace a file's text atomically (UTF-8)."""
-    with replaced_file(path) as temporary:
+    with replaced_file(path, staging) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, staging: Path | None = None) -> None:
     """Replace a JSON file atomically. NaN and infinity are refused: they are not JSON."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n", staging)
 
 
 def read_json(path: Path) -> Any:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from runtime.errors import LigatureError, RecipeError
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,25 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     if distributed.is_initialized() and distributed.get_world_size() > 1:
         distributed.all_reduce(value)
     return value
+
+
+def from_first(ranks: Ranks, make: Callable[[], T]) -> T:
+    """What `make()` returns on the first rank, on every rank. A LigatureError it raises stops them all; the first rank tells it."""
+    import torch
+    from torch import distributed
+
+    told: list[Any] = [None, None]
+    if ranks.first:
+        try:
+            told[0] = make()
+        except LigatureError as error:
+            told[1] = error
+    if ranks.world > 1:
+        device = torch.device("cpu") if distributed.get_backend() == "gloo" else None
+        distributed.broadcast_object_list(told, device=device)
+    if told[1] is not None:
+        raise told[1] if ranks.first else type(told[1])()
+    return told[0]
 
 
 def barrier() -> None:

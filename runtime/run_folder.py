@@ -12,7 +12,8 @@ from typing import Any
 from runtime.checkpoint import CheckpointFolder
 from runtime.errors import RecipeError
 from runtime.files import read_json, write_json
-from runtime.ranks import ranks_from_environment
+from runtime.lease import Lease, take
+from runtime.ranks import Ranks, from_first, ranks_from_environment
 from runtime.recipe import changed_keys, load_recipe, write_recipe
 
 PACKAGES = (
@@ -39,11 +40,12 @@ FREE_KEYS = (
 
 
 class RunFolder:
-    """`config.yaml`, `environment.json`, `metrics.jsonl`, `tensorboard/`, `quarantine.jsonl`, `checkpoints/`, `finished.json`."""
+    """`config.yaml`, `environment.json`, `metrics.jsonl`, `tensorboard/`, `quarantine.jsonl`, `checkpoints/`, `lease/`, `finished.json`."""
 
     def __init__(self, recipe: Any) -> None:
         self.path = Path(recipe.runs) / recipe.name
         self.config, self.quarantine = self.path / "config.yaml", self.path / "quarantine.jsonl"
+        self.lease: Lease | None = None
         self.checkpoints = CheckpointFolder(self.path / "checkpoints", recipe.training.keep_last)
 
     def check(self, recipe: Any) -> None:
@@ -57,10 +59,23 @@ class RunFolder:
                 f"{self.path} belongs to another recipe ({'; '.join(changes)}); choose another --name, or remove the folder"
             )
 
-    def open(self, recipe: Any) -> None:
-        """Make the folder and write down the recipe and the environment. Rank 0 only."""
-        write_recipe(self.config, recipe)
-        write_json(self.path / "environment.json", environment())
+    def open(self, recipe: Any, ranks: Ranks) -> None:
+        """Hold the folder (made on the first start) until `close`, and write down the recipe and the environment.
+
+        All ranks come here. Raises RunHeld while another process holds it.
+        """
+
+        def take_and_write() -> None:
+            self.lease = self.checkpoints.lease = take(self.path)
+            write_recipe(self.config, recipe)
+            write_json(self.path / "environment.json", environment())
+
+        from_first(ranks, take_and_write)
+
+    def close(self) -> None:
+        """Leave the folder to whoever comes next."""
+        if self.lease:
+            self.lease.release()
 
     def finished(self) -> bool:
         """Whether the run reached its end; the first rank says so."""
@@ -70,7 +85,9 @@ class RunFolder:
         return path.exists()
 
     def finish(self, summary: dict[str, Any]) -> None:
-        write_json(self.path / "finished.json", summary)
+        assert self.lease, "only the process that holds the run ends it"
+        with self.lease.guarded() as staging:
+            write_json(self.path / "finished.json", summary, staging)
 
 
 def environment() -> dict[str, Any]:

@@ -8,6 +8,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
+from runtime.errors import RunHeld
 from runtime.metrics import read_metrics
 
 STEPS = 8
@@ -70,14 +71,22 @@ def test_a_signal_stops_at_a_step_boundary_and_the_same_command_goes_on(recipe, 
     same_weights(tmp_path, undisturbed)
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(recipe, undisturbed, tmp_path):
-    def kill(process):
+def test_a_living_run_is_not_disturbed_and_a_killed_one_goes_on_from_its_last_checkpoint(
+    recipe, undisturbed, tmp_path, capfd
+):
+    def signal_ranks(process, number):
         for line in subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout.splitlines()[1:]:
             child, parent = (int(part) for part in line.split())
             if parent == process.pid:
-                os.kill(child, signal.SIGKILL)
+                os.kill(child, number)
 
-    assert run(recipe, tmp_path, when_step_logged(tmp_path, 5, kill)) not in (0, 75)
+    def disturb(process):
+        signal_ranks(process, signal.SIGSTOP)  # a holder that is slow still holds
+        assert run(recipe[recipe.index("pretrain") :], tmp_path) == RunHeld.exit_code
+        assert "is being written by process" in capfd.readouterr().err
+        signal_ranks(process, signal.SIGKILL)
+
+    assert run(recipe, tmp_path, when_step_logged(tmp_path, 5, disturb)) not in (0, 75)
     assert run(recipe, tmp_path) == 0
     assert losses(tmp_path) == losses(undisturbed)
     same_weights(tmp_path, undisturbed)

@@ -175,7 +175,7 @@ def test_a_writer_killed_in_the_middle_leaves_no_checkpoint(tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert list(tmp_path.iterdir()), "it was killed while it wrote"
     assert folder.steps() == [] and folder.newest_valid() is None
-    folder.commit(3, False, write)
+    folder.commit(3, False, lambda path, staging: write(path))
     assert folder.newest_valid() == folder.path_of(3)
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000003", "latest"}
 
@@ -187,7 +187,7 @@ def folder(tmp_path):
 
 def commit(folder: CheckpointFolder, *steps: int, best: int | None = None) -> None:
     for step in steps:
-        folder.commit(step, step == best, lambda path, step=step: write(path, step))
+        folder.commit(step, step == best, lambda path, staging, step=step: write(path, step))
 
 
 def test_latest_and_best_point_to_their_checkpoints(folder):
@@ -236,7 +236,7 @@ def test_a_broken_checkpoint_is_written_again_when_its_step_comes_back(folder):
 
 def test_a_whole_checkpoint_is_not_written_twice(folder):
     commit(folder, 1)
-    folder.commit(1, True, lambda path: pytest.fail("written twice"))
+    folder.commit(1, True, lambda path, staging: pytest.fail("written twice"))
     assert folder.named("best") == folder.path_of(1)
 
 

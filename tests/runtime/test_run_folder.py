@@ -7,6 +7,7 @@ import pytest
 from pretrain.config import PretrainRecipe
 from runtime.errors import RecipeError
 from runtime.files import read_json
+from runtime.ranks import Ranks
 from runtime.recipe import keys_of, load_recipe, read_recipe
 from runtime.run_folder import FREE_KEYS, RunFolder
 
@@ -18,8 +19,9 @@ def recipe(tmp_path, *arguments: str) -> PretrainRecipe:
 @pytest.fixture
 def opened(tmp_path):
     run = RunFolder(recipe(tmp_path))
-    run.open(recipe(tmp_path))
-    return run
+    run.open(recipe(tmp_path), Ranks())
+    yield run
+    run.close()
 
 
 def test_the_folder_is_a_function_of_the_name(tmp_path):
