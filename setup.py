@@ -22,7 +22,8 @@ REQUIRED = [
     "fsspec>=2024.6",  # shards behind http, s3, gs
     "tokenizers>=0.21",  # WordPiece, trained on the captions
     "numpy>=1.26",  # scores and metrics
-    "pillow>=10.3",  # decoding images, drawing the demo's scenes
+    "pillow>=11.3",  # decoding images (AVIF among them), drawing the demo's scenes
+    "simplejpeg>=1.8",  # the same JPEG decoder as Pillow's, into an array at once; its pixels are Pillow's to the bit
     "matplotlib>=3.8",  # curves as pictures
 ]
 DEVELOP = [

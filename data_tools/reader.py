@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.images import MAX_BYTES
 from data_tools.manifest import Manifest, ShardIndex, read_index, read_manifest
 from runtime.errors import DataError
 
@@ -66,7 +67,7 @@ class ShardReader:
         try:
             text = _read(descriptor, int(index.text_offset[row]), int(index.text_size[row]), key).decode("utf-8")
             captions = json.loads(text)["captions"] if index.text_format[row] == "json" else [text.strip()]
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
             raise DataError(f"sample {key}: its captions cannot be read ({error})") from error
         if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
             raise DataError(f"sample {key}: `captions` is not a list of strings")
@@ -93,6 +94,8 @@ class ShardReader:
 
 
 def _read(descriptor: int, offset: int, size: int, key: str) -> bytes:
+    if size > MAX_BYTES:
+        raise DataError(f"sample {key}: a member of {size:,} bytes is more than {MAX_BYTES:,}")
     data = os.pread(descriptor, size, offset)
     if len(data) != size:
         raise DataError(f"sample {key}: the shard ends before it ({len(data)} of {size} bytes); it was cut short")

@@ -16,7 +16,6 @@ import re
 import signal
 import tarfile
 import threading
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -142,28 +141,23 @@ def encode(raw: bytes, resize_shorter: int | None, quality: int) -> tuple[bytes,
     """Decode an image whole and give the bytes to store: `(bytes, extension, width, height)`.
 
     The bytes are kept unless the shorter side is above `resize_shorter` or the format is not JPEG, PNG or WebP; those
-    become RGB JPEG, upright. Whatever Pillow finds wrong, too many pixels included, is raised as it comes: its errors
-    have no common base class.
+    become RGB JPEG, upright. Raises ValueError with what is wrong with it: broken, of no known format, too many pixels.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    from data_tools.images import to_rgb
+    from data_tools.images import SOURCE_FORMATS, open_image, upright
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd metadata does no harm
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(raw)) as image:
-            image.load()
-            scale = min(1.0, (resize_shorter or math.inf) / min(image.size))
-            if image.format in EXTENSIONS and scale == 1:
-                return raw, EXTENSIONS[image.format], *image.size
-            upright = to_rgb(ImageOps.exif_transpose(image))
+    stored = open_image(raw, SOURCE_FORMATS)
+    scale = min(1.0, (resize_shorter or math.inf) / min(stored.size))
+    if stored.format in EXTENSIONS and scale == 1:
+        return raw, EXTENSIONS[stored.format], *stored.size
+    image = upright(stored)
     if scale < 1:
-        width, height = (max(1, round(side * scale)) for side in upright.size)
-        upright = upright.resize((width, height), Image.Resampling.LANCZOS)
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    upright.save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue(), "jpg", *upright.size
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue(), "jpg", *image.size
 
 
 # -- One shard --------------------------------------------------------------------------------------------------------

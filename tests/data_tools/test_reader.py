@@ -25,6 +25,7 @@ TEXTS = [
     ("empty", "json", b'{"captions": []}'),
     ("numbers", "json", b'{"captions": [1]}'),
     ("a_string", "json", b'{"captions": "abc"}'),
+    ("too_deep", "json", b'{"captions": ' + b"[" * 100_000),
 ]
 
 
@@ -54,12 +55,12 @@ def folder(tmp_path):
 def test_samples_are_numbered_through_the_shards(folder):
     reader = ShardReader(folder)
     assert len(reader) == 2 * len(TEXTS)
-    assert [reader.key(sample) for sample in (0, 1, 8, 9, 15)] == ["one0", "two0", "one1", "two1", "a_string1"]
-    assert reader.place(7) == (0, 7) and reader.place(8) == (1, 0)
+    assert [reader.key(sample) for sample in (0, 1, 9, 10, 16)] == ["one0", "two0", "one1", "two1", "a_string1"]
+    assert reader.place(8) == (0, 8) and reader.place(9) == (1, 0)
 
 
 def test_a_sample_has_its_bytes_and_its_captions(folder):
-    sample = ShardReader(folder)[8]
+    sample = ShardReader(folder)[9]
     assert (sample.key, sample.shard, sample.image, sample.captions) == ("one1", "1.tar", b"one1", ["a café", "two"])
 
 
@@ -74,6 +75,13 @@ def test_captions_that_are_none_are_one_line_with_the_key(folder, sample):
     assert "\n" not in str(error.value)
 
 
+def test_a_monstrous_member_is_not_read(folder, monkeypatch):
+    monkeypatch.setattr(module, "MAX_BYTES", 3)
+    monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(DataError, match="sample one0: a member of 4 bytes is more than 3"):
+        ShardReader(folder)[0]
+
+
 def test_a_reader_sent_to_another_process_opens_its_own_files(folder):
     reader = ShardReader(folder)
     assert reader[0].image == b"one0"
@@ -86,8 +94,8 @@ def test_no_more_shards_stay_open_than_stated(folder, monkeypatch):
     monkeypatch.setattr(module, "OPEN_SHARDS", 1)
     reader = ShardReader(folder)
     before = len(os.listdir("/proc/self/fd"))
-    for sample in (0, 8, 0, 8, 1, 9):
-        assert reader[sample].key == TEXTS[sample % 8][0] + str(sample // 8)
+    for sample in (0, 9, 0, 9, 1, 10):
+        assert reader[sample].key == TEXTS[sample % 9][0] + str(sample // 9)
     assert len(os.listdir("/proc/self/fd")) == before + 1
     reader.close()
     assert len(os.listdir("/proc/self/fd")) == before
