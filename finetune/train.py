@@ -18,18 +18,20 @@ from data_tools.transforms import TrainTransform
 from finetune.config import FinetuneRecipe
 from finetune.heads.dual import dual_loss
 from pretrain.load import ImageTextModel, load_model, load_weights
-from pretrain.loop import run_loop
+from pretrain.loop import Stage, run_loop
 from pretrain.model.alignment_model import AlignmentModel, TextBatch
 from pretrain.objectives.matching import Matching
 from pretrain.objectives.state import Keys, MicroBatch, StudentState
+from pretrain.sick_steps import SickSteps
 from pretrain.task import NEGATIVES
 from pretrain.train import describe_model, find_resume, validate
 from runtime.checkpoint import read_tensors, write_checkpoint
-from runtime.errors import LigatureError, RecipeError
+from runtime.errors import RecipeError, SickRun
 from runtime.files import read_json
-from runtime.ranks import barrier, join
+from runtime.ranks import Ranks, any_rank, join, sum_over_ranks
 from runtime.recipe import write_recipe
 from runtime.run_folder import RunFolder
+from runtime.watchdog import Watchdog, watch_ranks
 
 
 class RetrievalLosses(nn.Module):
@@ -60,16 +62,17 @@ def finetune(recipe: FinetuneRecipe) -> Path:
     run = RunFolder(recipe)
     run.check(recipe)
     if not run.finished():
+        ranks, device = join(recipe.training.device, recipe.training.rank_timeout)
         try:
-            train(recipe, run)
+            with watch_ranks(ranks, recipe.training.rank_timeout) as watchdog:
+                train(recipe, run, ranks, device, watchdog)
         finally:
             run.close()
     return run.path
 
 
-def train(recipe: FinetuneRecipe, run: RunFolder) -> None:
-    """The run itself."""
-    ranks, device = join(recipe.training.device)
+def train(recipe: FinetuneRecipe, run: RunFolder, ranks: Ranks, device: torch.device, watchdog: Watchdog) -> None:
+    """One rank's part of the run, from what is saved of it to its end."""
     if recipe.training.global_batch % ranks.world:
         raise RecipeError(
             f"training.global_batch {recipe.training.global_batch} does not divide over {ranks.world} ranks"
@@ -107,11 +110,10 @@ def train(recipe: FinetuneRecipe, run: RunFolder) -> None:
         betas=(recipe.optimizer.betas[0], recipe.optimizer.betas[1]),
     )
     losses, prepared = accelerator.prepare(RetrievalLosses(model, recipe), optimizer)
+    sick = SickSteps(recipe.training.sick_steps)
     step, best = 0, -1.0
     if (resumed := find_resume(run, ranks)) is not None:
-        state = read_json(resumed / "state.json")
-        load_weights(model, read_tensors(resumed, "model"), resumed)
-        load_moments(optimizer, named, read_tensors(resumed, "optimizer"), state["step"])
+        state = resume(resumed, model, optimizer, named, sick)
         stream.load_state_dict(state["stream"])
         step, best = state["step"], state["best_rsum"]
         if ranks.first:
@@ -126,14 +128,13 @@ def train(recipe: FinetuneRecipe, run: RunFolder) -> None:
         for group in optimizer.param_groups:
             group["lr"] = recipe.optimizer.lr_at(step, steps)
         torch.manual_seed(derived_seed(recipe.training.seed, step, ranks.rank))
+        watchdog.meet()
         loss, figures = losses(retrieval_batch(batch, recipe.training.seed, device))
         accelerator.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(named.values(), recipe.optimizer.clip_norm or math.inf)
-        if not torch.isfinite(norm):
-            raise LigatureError(
-                f"the gradient is not finite at step {step + 1}; lower optimizer.lr or set optimizer.clip_norm"
-            )
-        prepared.step()
+        mean_loss = float(sum_over_ranks(figures["loss"])) / ranks.world
+        if sick.admits(mean_loss, float(norm)):
+            prepared.step()
         prepared.zero_grad()
         return figures | {
             "lr": torch.tensor(group["lr"]),
@@ -145,16 +146,21 @@ def train(recipe: FinetuneRecipe, run: RunFolder) -> None:
         assert validation is not None
         return validate(model, start.tokenizer, validation, ranks, device, 64, recipe.data.workers)
 
-    def commit(step: int, best: float, improved: bool) -> None:
-        if ranks.first:
-            save(run, recipe, start, optimizer, named, stream, step, best, improved)
-        barrier()
+    def commit(step: int, best: float, improved: bool) -> bool:
+        saved = not ranks.first or save(run, recipe, start, optimizer, named, stream, sick, step, best, improved)
+        return not any_rank(not saved)
+
+    def go_back(healthy: int) -> int:
+        folder = find_resume(run, ranks, healthy)
+        if folder is None:
+            raise SickRun(
+                f"no checkpoint of step {healthy} or before to go back to; start again with a lower optimizer.lr"
+            )
+        return resume(folder, model, optimizer, named, sick)["step"]
 
     steps = recipe.training.total_steps(len(stream.reader))
-    run_loop(
-        run, recipe.training, stream, step, best, take_step, measure if validation else None, commit, ranks, device
-    )
-    barrier()
+    stage = Stage(take_step, measure if validation else None, commit, go_back)
+    run_loop(run, recipe.training, stream, stage, sick, watchdog, ranks, device, step, best)
 
 
 def retrieval_batch(batch: dict[str, Any], seed: int, device: torch.device) -> MicroBatch:
@@ -184,6 +190,21 @@ def at_resolution(start: ImageTextModel, image_size: int) -> ImageTextModel:
     return ImageTextModel(network, start.tokenizer, start.folder, start.training, start.device)
 
 
+def resume(
+    folder: Path,
+    model: AlignmentModel,
+    optimizer: torch.optim.Optimizer,
+    named: dict[str, nn.Parameter],
+    sick: SickSteps,
+) -> dict[str, Any]:
+    """Restore everything but the data's cursor from a checkpoint. -> its `state.json`."""
+    state = read_json(folder / "state.json")
+    sick.load(state.get("sick"))
+    load_weights(model, read_tensors(folder, "model"), folder)
+    load_moments(optimizer, named, read_tensors(folder, "optimizer"), state["step"] - sick.skipped)
+    return state
+
+
 def load_moments(
     optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], moments: dict[str, Tensor], steps: int
 ) -> None:
@@ -200,11 +221,12 @@ def save(
     optimizer: torch.optim.Optimizer,
     named: dict[str, nn.Parameter],
     stream: ShardStream,
+    sick: SickSteps,
     step: int,
     best: float,
     improved: bool,
-) -> None:
-    """Commit a checkpoint of the model, Adam's moments and the cursor."""
+) -> bool:
+    """Commit a checkpoint of the model, Adam's moments and the cursor. -> whether it stands."""
     config = dataclasses.replace(start.network.config, codewords=0)
     about = describe_model(config, start.tokenizer.caption_tokens, f"fine-tuned-on {recipe.dataset}")
     weights = dict(start.network.named_parameters())
@@ -218,8 +240,8 @@ def save(
         start.tokenizer.save(folder)
         write_recipe(folder / "config.yaml", recipe)
 
-    state = {"step": step, "best_rsum": best, "stream": stream.state_dict()}
+    state = {"step": step, "best_rsum": best, "stream": stream.state_dict(), "sick": sick.state_dict()}
     tensors, values = {"model": weights, "optimizer": moments}, {"state": state, "model": about}
-    run.checkpoints.commit(
+    return run.checkpoints.try_commit(
         step, improved, lambda folder, staging: write_checkpoint(folder, tensors, values, write_more, staging)
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import LigatureError, RecipeError
+from runtime.interrupts import hold_interrupts
 
 Command = Callable[[list[str]], None]
 
@@ -186,6 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def entry() -> None:
     """The console command. Standard output is flushed and the process left at once: loader threads of a failed run are not waited for."""
+    if sys.argv[1:2] in (["pretrain"], ["finetune"]) and not {"-h", "--help"} & set(sys.argv):
+        hold_interrupts()  # these stop by themselves, at a step boundary, and their exit code must get out
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

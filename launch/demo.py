@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from launch.local import end_with_parent
 from runtime.errors import LigatureError
 from runtime.files import write_text
 from runtime.progress import spell_duration
@@ -67,7 +68,8 @@ def demo(arguments: list[str]) -> None:
 def run(*command: str) -> None:
     """One `ligature` command in this process's environment, its line shown first."""
     heading("ligature " + " ".join(command))
-    code = subprocess.run([sys.executable, "-m", "launch.cli", *command], env=os.environ, check=False).returncode
+    line = [sys.executable, "-m", "launch.cli", *command]
+    code = subprocess.run(line, env=os.environ, check=False, preexec_fn=end_with_parent(os.getpid())).returncode
     if code:
         error = LigatureError(
             f"the demo stopped in `ligature {command[0]}` (exit code {code}); the same command goes on from there"

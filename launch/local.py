@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 from runtime.errors import LigatureError, RecipeError
 from runtime.recipe import OptionParser
 
 STAGES = ("pretrain", "finetune", "evaluate")
+PR_SET_PDEATHSIG = 1
 GRACE = 30.0
 """Seconds the other ranks have to stop after one has failed."""
 
@@ -61,7 +64,14 @@ def run_ranks(command: list[str], count: int) -> int:
     try:
         for rank in range(count):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(subprocess.Popen(command, env=os.environ | shared | own, start_new_session=True))
+            ranks.append(
+                subprocess.Popen(
+                    command,
+                    env=os.environ | shared | own,
+                    start_new_session=True,
+                    preexec_fn=end_with_parent(os.getpid()),
+                )
+            )
         return _wait(ranks)
     finally:
         for process in ranks:
@@ -83,6 +93,20 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
         time.sleep(0.1)
     failed = failed or next((code for code in codes if code), 0)
     return failed if failed >= 0 else 128 - failed
+
+
+def end_with_parent(parent: int) -> Callable[[], None] | None:
+    """What a started process does first (Linux): ask for SIGTERM when `parent` is gone, even by kill -9, so that no rank runs
+    on without its launcher. A stage then saves at its step boundary and leaves; other processes end."""
+    if sys.platform != "linux":
+        return None
+    set_signal = ctypes.CDLL(None, use_errno=True).prctl  # found before the fork: little is safe after it
+
+    def ask() -> None:
+        if set_signal(PR_SET_PDEATHSIG, signal.SIGTERM) != 0 or os.getppid() != parent:
+            os._exit(1)
+
+    return ask
 
 
 def free_port() -> int:

@@ -162,6 +162,29 @@ class OptimizerConfig:
 
 
 @dataclass
+class SickStepConfig:
+    """When a step is skipped on all ranks, and what follows many such steps; `pretrain/sick_steps.py`."""
+
+    norm_factor: float = 10.0
+    """A gradient norm so many times the median of the last `window` applied ones is sick; 0 leaves only what is not finite."""
+    window: int = 128
+    """Steps of history; it judges from a quarter of them on."""
+    in_a_row: int = 8
+    """Sick steps in a row after which skipping is given up."""
+    then: Literal["go_back", "stop"] = "go_back"
+    """`go_back` restores the last checkpoint before them and goes on with the data after them; `stop` ends the run."""
+    returns: int = 3
+    """Times to go back without a new checkpoint in between, before the run stops after all."""
+
+    def __post_init__(self) -> None:
+        for name in ("window", "in_a_row", "returns"):
+            if (value := getattr(self, name)) < 1:
+                raise RecipeError(f"training.sick_steps.{name} is {value}; it must be 1 or more")
+        if self.norm_factor and self.norm_factor <= 1:
+            raise RecipeError(f"training.sick_steps.norm_factor is {self.norm_factor}; it is above 1, or 0 for none")
+
+
+@dataclass
 class LoopConfig:
     """How long a loop runs, on what, and how often it looks up."""
 
@@ -179,11 +202,17 @@ class LoopConfig:
     checkpoint_every: int = 1000
     keep_last: int = 2
     """Newest checkpoints to keep; the best by validation is kept beside them."""
+    sick_steps: SickStepConfig = field(default_factory=SickStepConfig)
+    rank_timeout: float = 600.0
+    """Seconds without progress after which a rank counts as hung and the run stops, naming it; more than the longest validation
+    or compilation takes. A rank that died is noticed within a twentieth of it, and 30 seconds at most."""
 
     def __post_init__(self) -> None:
         for name in ("global_batch", "steps", "log_every", "validate_every", "checkpoint_every", "keep_last"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise RecipeError(f"training.{name} is {value}; it must be 1 or more")
+        if self.rank_timeout <= 0:
+            raise RecipeError(f"training.rank_timeout is {self.rank_timeout}; it is a number of seconds above 0")
         if self.epochs <= 0 or self.seed < 0:
             raise RecipeError(
                 f"training.epochs is {self.epochs}, training.seed {self.seed}; epochs are above 0, a seed 0 or more"

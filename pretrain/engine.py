@@ -11,8 +11,9 @@ stage 1 and 2   flat float32 partitions, mapped to parameters by DeepSpeed's `sa
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -46,6 +47,16 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and not name.endswith(".bias")
 
 
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW whose step can be refused: at every ZeRO stage DeepSpeed knows the gradient's norm before it calls `step` and not
+    sooner, and what it does after it (copying masters into parameters) changes nothing then."""
+
+    allowed: Callable[[], bool] = staticmethod(lambda: True)
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure) if self.allowed() else None
+
+
 class Engine:
     """The student under DeepSpeed."""
 
@@ -70,7 +81,7 @@ class Engine:
             {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
         ]
         # `fused` has no kernel for CPUs in older torch; foreach is as good there.
-        adamw = torch.optim.AdamW(
+        adamw = GuardedAdamW(
             groups, lr=optimizer.lr, betas=(optimizer.betas[0], optimizer.betas[1]), fused=device.type == "cuda"
         )
         settings = {
@@ -90,7 +101,7 @@ class Engine:
         self.device: torch.device = self.module.device
         self.names = [name for name, _ in named]
         self.parameters = dict(student.model.named_parameters())
-        self.adamw = adamw
+        self.adamw, self.applied = adamw, False
         self._make_states()
         for name, weight in start.items():
             self._load_master(name, weight)
@@ -98,15 +109,30 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         self.module.backward(loss)
 
-    def step(self) -> float:
-        """Apply the gradients where the micro-batches of a step are complete; the gradients' global norm before clipping."""
-        norm = (
-            self._plain_norm()
-            if self.stage == 0 and not self.bf16 and self.module.is_gradient_accumulation_boundary()
-            else None
-        )
+    def step(self, admits: Callable[[float], bool] = math.isfinite) -> float:
+        """Apply the gradients where the micro-batches of a step are complete; -> their global norm before clipping.
+
+        admits: asked once, with that norm, whether they may be applied; `applied` tells afterwards whether they were.
+        """
+        if not self.module.is_gradient_accumulation_boundary():
+            self.module.step()
+            return 0.0
+        plain = self._plain_norm() if self.stage == 0 and not self.bf16 else None
+        verdicts: list[bool] = []
+
+        def norm() -> float:
+            return float(self.module.optimizer._global_grad_norm) if plain is None else plain
+
+        def allowed() -> bool:  # asked for each group of parameters
+            if not verdicts:
+                verdicts.append(admits(norm()))
+            return verdicts[0]
+
+        self.adamw.allowed = allowed
         self.module.step()
-        return float(self.module.get_global_grad_norm() or 0.0) if norm is None else norm
+        # Where a gradient is not finite DeepSpeed skips the step by itself and never asks.
+        self.applied = verdicts[0] if verdicts else admits(norm()) and self.module.was_step_applied()
+        return norm()
 
     def _plain_norm(self) -> float:
         """Without ZeRO or bf16 DeepSpeed keeps no norm; the averaged gradients are at hand before the step."""

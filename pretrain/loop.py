@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,59 +12,90 @@ from torch import Tensor
 
 from data_tools.stream import ShardStream
 from pretrain.config import LoopConfig
-from runtime.errors import Interrupted
+from pretrain.sick_steps import SickSteps
+from runtime.errors import Interrupted, LigatureError
 from runtime.interrupts import watch_interrupts
 from runtime.metrics import MetricsLog
 from runtime.progress import progress
 from runtime.ranks import Ranks, sum_over_ranks
 from runtime.run_folder import RunFolder
+from runtime.straggler import StragglerWatch
+from runtime.watchdog import Watchdog
 
-TakeStep = Callable[[dict[str, Any], float, int], dict[str, Tensor]]
-"""(batch, epochs consumed before it, steps taken before it) -> figures of the step, scalars."""
-Validate = Callable[[], dict[str, float]]
-"""-> figures, `validation/rsum` among them."""
-Save = Callable[[int, float, bool], None]
-"""(step, best rsum so far, whether this step is the best) -> a committed checkpoint."""
+
+@dataclass
+class Stage:
+    """What a stage brings to the loop."""
+
+    take_step: Callable[[dict[str, Any], float, int], dict[str, Tensor]]
+    """(batch, epochs consumed before it, steps taken before it) -> figures of the step, scalars, `loss` among them. It asks
+    `sick.admits` before it applies anything."""
+    validate: Callable[[], dict[str, float]] | None
+    """-> figures, `validation/rsum` among them."""
+    save: Callable[[int, float, bool], bool]
+    """(step, best rsum so far, whether this step is the best) -> whether a checkpoint stands; where not, it has been said why."""
+    go_back: Callable[[int], int]
+    """Restore weights, optimizer, teacher and queue from the newest checkpoint not after a step, the data's cursor left where it
+    is. -> that checkpoint's step."""
 
 
 def run_loop(
     run: RunFolder,
     config: LoopConfig,
     stream: ShardStream,
-    step: int,
-    best: float,
-    take_step: TakeStep,
-    validate: Validate | None,
-    save: Save,
+    stage: Stage,
+    sick: SickSteps,
+    watchdog: Watchdog,
     ranks: Ranks,
     device: torch.device,
+    step: int,
+    best: float,
 ) -> None:
     """From `step` to the last one. Raises Interrupted, its state saved, when any rank was asked to stop."""
     steps = config.total_steps(len(stream.reader))
     log = MetricsLog(run.path, step, run.lease) if ranks.first else None
+    straggler = StragglerWatch(ranks)
+    sick_log = run.path / "sick_steps.jsonl"
     with watch_interrupts() as interrupts, progress(run.path.name, steps, "steps", step, silent=not ranks.first) as bar:
+        if interrupts.agreed():
+            raise Interrupted(f"stopped at step {step} of {steps}, before a step was taken; the same command goes on")
         batches = iter(stream)
         while step < steps:
             began = time.monotonic()
             epoch = stream.epoch
+            watchdog.doing("reading data", step + 1)
             batch = next(batches)
             waited = time.monotonic() - began
-            figures = take_step(batch, epoch, step)
+            watchdog.doing("its own part of the step", step + 1)
+            figures = stage.take_step(batch, epoch, step)
             step += 1
             last, improved = step == steps, False
+            straggler.add(waited, watchdog.own_work, time.monotonic() - began)
+
+            if sick.reason:
+                sick.note(step, float(figures["loss"]), batch["keys"], ranks, sick_log)
+                if sick.exhausted:
+                    healthy = sick.give_up_or_return(step, sick_log)
+                    watchdog.doing("going back to a checkpoint", step)
+                    step = stage.go_back(healthy)
+                    bar.done = step
+                    if log:
+                        log.forget_after(step)
+                    continue
 
             if step % config.log_every == 0 or last:
-                taken = time.monotonic() - began
                 figures |= {"epoch": torch.tensor(stream.epoch), "quarantined": torch.tensor(len(stream.bad))}
-                figures |= {"samples_per_second": torch.tensor(config.global_batch / taken)}
-                figures |= {"data_wait": torch.tensor(waited / taken)}
-                shown = over_ranks(figures, device, ranks)
+                figures |= {"skipped_steps": torch.tensor(sick.skipped)}
+                shown = over_ranks(figures, device, ranks) | straggler.look(step, run.path)
+                shown |= {"samples_per_second": config.global_batch / shown["step_seconds"]}
                 bar.note = f"loss {shown['loss']:.3f}  {shown['samples_per_second']:.0f} samples/s"
                 if log:
                     log.write(step, {f"train/{name}": value for name, value in shown.items()})
-            if validate and (step % config.validate_every == 0 or last):
-                scores = validate()
-                improved, best = scores["validation/rsum"] > best, max(best, scores["validation/rsum"])
+            candidate = best
+            if stage.validate and (step % config.validate_every == 0 or last):
+                watchdog.doing("validating", step)
+                scores = stage.validate()
+                improved, candidate = scores["validation/rsum"] > best, max(best, scores["validation/rsum"])
                 found = (scores[f"validation/{way}_R@10"] for way in ("image_to_text", "text_to_image"))
                 bar.note = "validation R@10 {:.1f} / {:.1f}".format(*found)
                 if log:
@@ -71,16 +103,24 @@ def run_loop(
             bar.advance(1)
 
             stopping = interrupts.agreed()
-            if improved or last or stopping or step % config.checkpoint_every == 0:
-                save(step, best, improved)
+            # Nothing is kept of a sick streak but what a signal asks for: the last good checkpoint must not be pushed out by it.
+            due = (improved or step % config.checkpoint_every == 0) and not sick.in_a_row
+            saved = False
+            if due or last or stopping:
+                watchdog.doing("saving a checkpoint", step)
+                saved = stage.save(step, candidate, improved)
+                best = candidate if saved else best
+                sick.returns = sick.returns if sick.in_a_row or not saved else 0
             if stopping and not last:
-                where = run.checkpoints.path_of(step)
-                raise Interrupted(
-                    f"stopped at step {step} of {steps}, saved in {where}; the same command goes on from there"
+                where = f"saved in {run.checkpoints.path_of(step)}" if saved else "NOT saved"
+                raise Interrupted(f"stopped at step {step} of {steps}, {where}; the same command goes on from there")
+            if last and not saved:
+                raise LigatureError(
+                    f"all {steps} steps are taken, but the last checkpoint cannot be written; make room and start again"
                 )
     if log:
         log.close()
-        run.finish({"steps": step, "best_rsum": best, "quarantined": len(stream.bad)})
+        run.finish({"steps": step, "best_rsum": best, "quarantined": len(stream.bad), "skipped_steps": sick.skipped})
 
 
 def over_ranks(figures: dict[str, Tensor], device: torch.device, ranks: Ranks) -> dict[str, float]:

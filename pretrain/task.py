@@ -74,6 +74,8 @@ class PretrainTask:
         self.teacher = Teacher(model, recipe.teacher.ema_momentum, precision)
         self.queue = FeatureQueue(recipe.teacher.queue, recipe.model.feature_dim, device)
         self._arrived: tuple[Tensor, Tensor, Tensor] | None = None
+        self.before_meeting: Callable[[], None] = lambda: None
+        """Called in each step before this rank waits for the others, its own part (the teacher's forward) done."""
 
     @torch.no_grad()
     def prepare(
@@ -98,6 +100,7 @@ class PretrainTask:
         text_feature = torch.cat(
             [model.text_features(model.text_encoder(text.ids[part], text.mask[part])) for part in parts]
         )
+        self.before_meeting()
         arrived = gather_rows(image), gather_rows(text_feature), gather_rows(ids)
         self._arrived = arrived
         past = self.queue.keys() if epoch >= self.recipe.teacher.queue_from_epoch else ()

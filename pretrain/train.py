@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,19 @@ from data_tools.transforms import TrainTransform
 from pretrain.config import PretrainRecipe, divide_batch
 from pretrain.encode import encode_collection
 from pretrain.engine import Engine
-from pretrain.loop import mean_figures, run_loop
+from pretrain.loop import Stage, mean_figures, run_loop
 from pretrain.model.alignment_model import AlignmentModel
+from pretrain.sick_steps import SickSteps
 from pretrain.starting_weights import load_starting_weights
 from pretrain.task import PretrainTask
 from retrieval.metrics import rank_positives
 from runtime.checkpoint import read_tensors, verify_checkpoint, write_checkpoint
-from runtime.errors import LigatureError
+from runtime.errors import SickRun
 from runtime.files import read_json
-from runtime.ranks import Ranks, barrier, from_first, join
+from runtime.ranks import Ranks, any_rank, barrier, from_first, join, sum_over_ranks
 from runtime.recipe import write_recipe
 from runtime.run_folder import RunFolder
+from runtime.watchdog import Watchdog, watch_ranks
 
 TOKENIZER_CAPTIONS = 2_000_000
 """Captions the tokenizer is trained on, at most."""
@@ -45,16 +46,17 @@ def pretrain(recipe: PretrainRecipe) -> Path:
     run = RunFolder(recipe)
     run.check(recipe)
     if not run.finished():
+        ranks, device = join(recipe.training.device, recipe.training.rank_timeout)
         try:
-            train(recipe, run)
+            with watch_ranks(ranks, recipe.training.rank_timeout) as watchdog:
+                train(recipe, run, ranks, device, watchdog)
         finally:
             run.close()
     return run.path
 
 
-def train(recipe: PretrainRecipe, run: RunFolder) -> None:
-    """The run itself."""
-    ranks, device = join(recipe.training.device)
+def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.device, watchdog: Watchdog) -> None:
+    """One rank's part of the run, from what is saved of it to its end."""
     micro_batch, accumulation = divide_batch(recipe.training.global_batch, recipe.training.micro_batch, ranks.world)
     data = ShardReader(recipe.data.train)
     validation = Collection(recipe.data.validation) if recipe.data.validation else None
@@ -70,6 +72,7 @@ def train(recipe: PretrainRecipe, run: RunFolder) -> None:
             print("\n".join([describe(model, recipe, ranks, device, micro_batch, accumulation), *report]), flush=True)
     model.to(device)
     task = PretrainTask(recipe, model, tokenizer, ranks, device)
+    task.before_meeting = watchdog.meet
     engine = Engine(task.student, recipe.optimizer, recipe.training, micro_batch, accumulation, device)
     views = 2 if recipe.teacher.second_view else 1
     stream = ShardStream(
@@ -84,29 +87,31 @@ def train(recipe: PretrainRecipe, run: RunFolder) -> None:
         run.quarantine,
         recipe.data.max_bad_share,
     )
+    sick = SickSteps(recipe.training.sick_steps)
     step, best = 0, -1.0
     if resumed is not None:
-        step, best = resume(resumed, task, engine, stream)
+        step, best = resume(resumed, task, engine, sick)
+        stream.load_state_dict(read_json(resumed / "state.json")["stream"])
         if ranks.first:
             print(f"going on from {resumed} at step {step}", flush=True)
 
     def take_step(batch: dict[str, Any], epoch: float, step: int) -> dict[str, Tensor]:
         engine.set_lr(lr := recipe.optimizer.lr_at(step, steps))
         micro_batches, figures = task.prepare(batch, epoch, micro_batch)
-        parts = []
+        parts: list[dict[str, Tensor]] = []
+
+        def admits(norm: float) -> bool:
+            loss = torch.stack([part["loss"] for part in parts]).mean()
+            return sick.admits(float(sum_over_ranks(loss)) / ranks.world, norm)
+
         for number, inputs in enumerate(micro_batches):
             # Dropout is a function of where we are, so nothing of it needs saving.
             torch.manual_seed(derived_seed(recipe.training.seed, step, ranks.rank, number))
             loss, named = engine.module(inputs)
             engine.backward(loss)
             parts.append(named)
-            norm = engine.step()
-        if not math.isfinite(norm):
-            raise LigatureError(
-                f"the gradient is not finite at step {step + 1} (samples {', '.join(batch['keys'][:3])}, …); "
-                "lower optimizer.lr or set optimizer.clip_norm"
-            )
-        if engine.module.was_step_applied():
+            norm = engine.step(admits)
+        if engine.applied:
             task.finish(engine.masters())
         figures |= {"lr": torch.tensor(lr), "gradient_norm": torch.tensor(norm)}
         return figures | mean_figures(parts) | {"temperature": model.temperature().detach()}
@@ -115,14 +120,20 @@ def train(recipe: PretrainRecipe, run: RunFolder) -> None:
         assert validation is not None
         return validate(model, tokenizer, validation, ranks, device, micro_batch, recipe.data.workers)
 
-    def commit(step: int, best: float, improved: bool) -> None:
-        save(run, recipe, task, engine, stream, step, best, improved, ranks)
+    def commit(step: int, best: float, improved: bool) -> bool:
+        return save(run, recipe, task, engine, stream, sick, step, best, improved, ranks)
+
+    def go_back(healthy: int) -> int:
+        folder = find_resume(run, ranks, healthy)
+        if folder is None:
+            raise SickRun(
+                f"no checkpoint of step {healthy} or before to go back to; start again with a lower optimizer.lr"
+            )
+        return resume(folder, task, engine, sick)[0]
 
     steps = recipe.training.total_steps(len(data))
-    run_loop(
-        run, recipe.training, stream, step, best, take_step, measure if validation else None, commit, ranks, device
-    )
-    barrier()
+    stage = Stage(take_step, measure if validation else None, commit, go_back)
+    run_loop(run, recipe.training, stream, stage, sick, watchdog, ranks, device, step, best)
 
 
 def prepare_tokenizer(recipe: PretrainRecipe, run: RunFolder, data: ShardReader, ranks: Ranks) -> CaptionTokenizer:
@@ -188,13 +199,15 @@ def save(
     task: PretrainTask,
     engine: Engine,
     stream: ShardStream,
+    sick: SickSteps,
     step: int,
     best: float,
     improved: bool,
     ranks: Ranks,
-) -> None:
-    """Commit a checkpoint of everything. Gathering is a collective; the first rank writes."""
+) -> bool:
+    """Commit a checkpoint of everything. Gathering is a collective; the first rank writes. -> whether it stands."""
     masters, moments = dict(engine.masters()), dict(engine.moments())
+    saved = True
     if ranks.first:
         tensors = {
             "model": masters,
@@ -202,21 +215,21 @@ def save(
             "teacher": task.teacher.averages,
             "queue": task.queue.state_dict(),
         }
-        state = {"step": step, "best_rsum": best, "stream": stream.state_dict()}
+        state = {"step": step, "best_rsum": best, "stream": stream.state_dict(), "sick": sick.state_dict()}
 
         def write_more(folder: Path) -> None:
             task.tokenizer.save(folder)
             write_recipe(folder / "config.yaml", recipe)
 
         about = describe_model(recipe.model, recipe.data.caption_tokens, "pretrained")
-        run.checkpoints.commit(
+        saved = run.checkpoints.try_commit(
             step,
             improved,
             lambda folder, staging: write_checkpoint(
                 folder, tensors, {"state": state, "model": about}, write_more, staging
             ),
         )
-    barrier()
+    return not any_rank(not saved)
 
 
 def describe_model(model: Any, caption_tokens: int, training: str) -> dict[str, Any]:
@@ -224,17 +237,18 @@ def describe_model(model: Any, caption_tokens: int, training: str) -> dict[str, 
     return {"model": dataclasses.asdict(model), "caption_tokens": caption_tokens, "training": training}
 
 
-def find_resume(run: RunFolder, ranks: Ranks) -> Path | None:
-    """The newest checkpoint that verifies, as the first rank sees it."""
-    return from_first(ranks, run.checkpoints.newest_valid)
+def find_resume(run: RunFolder, ranks: Ranks, until: int | None = None) -> Path | None:
+    """The newest checkpoint (not after step `until`; later ones are thrown away) that verifies, as the first rank sees it."""
+    return from_first(ranks, lambda: run.checkpoints.newest_valid(until))
 
 
-def resume(folder: Path, task: PretrainTask, engine: Engine, stream: ShardStream) -> tuple[int, float]:
-    """Restore everything from a checkpoint. -> step, best validation so far."""
+def resume(folder: Path, task: PretrainTask, engine: Engine, sick: SickSteps) -> tuple[int, float]:
+    """Restore everything but the data's cursor from a checkpoint. -> step, best validation so far."""
     verify_checkpoint(folder)
     state = read_json(folder / "state.json")
-    engine.load(read_tensors(folder, "model"), read_tensors(folder, "optimizer"), state["step"])
+    sick.load(state.get("sick"))
+    applied = state["step"] - sick.skipped  # Adam counts the steps it took
+    engine.load(read_tensors(folder, "model"), read_tensors(folder, "optimizer"), applied)
     task.teacher.load(read_tensors(folder, "teacher"))
     task.queue.load_state_dict(read_tensors(folder, "queue"))
-    stream.load_state_dict(state["stream"])
     return state["step"], state["best_rsum"]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import CheckpointError, LigatureError
+from runtime.errors import CheckpointError, LigatureError, Superseded
 from runtime.files import committed_folder, read_json, sha256_of, write_json, write_text
 
 if TYPE_CHECKING:
@@ -126,8 +126,14 @@ class CheckpointFolder:
         """Steps that have a checkpoint, oldest first."""
         return sorted(int(path.name[5:]) for path in self.folder.glob("step-*") if path.name[5:].isdigit())
 
-    def newest_valid(self) -> Path | None:
-        """The newest checkpoint that verifies; says on stderr why it passed over a newer one."""
+    def newest_valid(self, until: int | None = None) -> Path | None:
+        """The newest checkpoint that verifies; says on stderr why it passed over a newer one. Those after step `until` are
+        removed first: a run that goes back to `until` leaves them behind."""
+        later = [step for step in self.steps() if until is not None and step > until]
+        if later:
+            with self._staging() as staging:
+                for step in later:
+                    _discard(self.path_of(step), staging)
         for step in reversed(self.steps()):
             try:
                 verify_checkpoint(self.path_of(step))
@@ -171,6 +177,31 @@ class CheckpointFolder:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             yield self.folder
+
+    def try_commit(self, step: int, best: bool, write: Callable[[Path, Path], None]) -> bool:
+        """`commit`, but a disk that is full, read-only or gone is said on stderr: the run goes on and tries again at its next
+        interval, and the older checkpoints stay. -> whether the checkpoint stands."""
+        try:
+            self.commit(step, best, write)
+        except Superseded:
+            raise
+        except (LigatureError, OSError) as error:
+            older = self._newest_name()
+            print(
+                f"ligature: WARNING: the checkpoint of step {step} is NOT saved: {error}. The run goes on and tries again at its "
+                f"next interval; {f'a restart would go on from {older}' if older else 'there is no older checkpoint'}",
+                file=sys.stderr,
+                flush=True,
+            )
+            return False
+        return True
+
+    def _newest_name(self) -> str | None:
+        try:
+            steps = self.steps()
+        except OSError:
+            return None
+        return self.path_of(steps[-1]).name if steps else None
 
     def _named(self, name: str) -> str | None:
         path = self.folder / name

@@ -40,3 +40,16 @@ class Superseded(LigatureError):
     """Another process has taken over the run, so this one must stop. The code is `EX_NOPERM`: never requeue it."""
 
     exit_code = 77
+
+
+class SickRun(LigatureError):
+    """Too many steps in a row had a loss or gradient that is not finite or far outside its history."""
+
+
+class RankLost(LigatureError):
+    """A rank died or hangs, so the others cannot go on: start the run again, on other machines if it happens there again.
+
+    The code is `EX_PROTOCOL`, 'the other side did not do its part': unlike 75 nothing was saved after the last checkpoint.
+    """
+
+    exit_code = 76

@@ -2,40 +2,84 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+from runtime.errors import LigatureError, Superseded
 from runtime.files import write_text
 from runtime.lease import Lease
 
 
 class MetricsLog:
-    """Appends one JSON object a step. Opened again at `step`, it first forgets what an interrupted run logged after it."""
+    """Appends one JSON object a step. Opened again at `step`, it first forgets what an interrupted run logged after it.
+
+    A disk that takes no more stops nothing: lines wait in memory until it does, tensorboard's events end with a warning.
+    """
 
     def __init__(self, folder: Path, step: int = 0, lease: Lease | None = None) -> None:
+        self.folder, self.path, self.lease = Path(folder), Path(folder) / "metrics.jsonl", lease
+        self._waiting: list[str] = []
+        self._open(step)
+
+    def _open(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path, self.lease = Path(folder) / "metrics.jsonl", lease
-        kept = [line for line in read_metrics(folder) if line["step"] <= step]
+        kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
         # A new file: lines of a process that the lease was taken from go on into the old one, which has no name any more.
-        with lease.guarded() if lease else nullcontext() as staging:
+        with self.lease.guarded() if self.lease else nullcontext() as staging:
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept), staging)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the length of the run)
-        self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1)
+        self._file: Any = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open for the length of the run)
+        self._board: Any = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+
+    def forget_after(self, step: int) -> None:
+        """The run went back to a step: what was logged after it belongs to weights that are gone."""
+        self.close()
+        self._open(step)
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Raises Superseded where another process has taken the run over."""
-        if self.lease:
-            self.lease.check()
-        self._file.write(json.dumps({"step": step, **{name: float(value) for name, value in figures.items()}}) + "\n")
-        self._file.flush()
-        for name, value in figures.items():
-            self._board.add_scalar(name, value, step)
+        line = {name: float(value) for name, value in figures.items()}
+        self._waiting.append(json.dumps({"step": step, **line}) + "\n")
+        self._flush()
+        try:
+            for name, value in figures.items():
+                if self._board:
+                    self._board.add_scalar(name, value, step)
+        except OSError as error:  # raised by its writing thread, at a later call
+            self._board = None
+            print(
+                f"ligature: WARNING: tensorboard's events end here: {error}; {self.path} has all figures",
+                file=sys.stderr,
+            )
+
+    def _flush(self) -> None:
+        """Append what waits, whole or not at all."""
+        try:
+            if self.lease:
+                self.lease.check()
+            end, text = self._file.seek(0, os.SEEK_END), "".join(self._waiting).encode()
+            if self._file.write(text) < len(text):  # the disk took what it had room for
+                self._file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except Superseded:
+            raise
+        except (OSError, LigatureError) as error:
+            if len(self._waiting) == 1:
+                print(f"ligature: WARNING: {self.path}: {error}; its lines wait in memory", file=sys.stderr)
+        else:
+            self._waiting.clear()
 
     def close(self) -> None:
+        if self._waiting:
+            self._flush()
         self._file.close()
-        self._board.close()
+        if self._board:
+            self._board.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from runtime.errors import LigatureError, RecipeError
+from runtime.errors import LigatureError, RankLost, RecipeError
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +62,11 @@ def choose_device(asked: str, ranks: Ranks) -> torch.device:
     return device
 
 
-def join(asked_device: str = "auto") -> tuple[Ranks, torch.device]:
-    """Join (or, alone, make) the process group of this run: NCCL on GPUs, gloo on CPUs. Divides the cores among local ranks."""
+def join(asked_device: str = "auto", timeout: float = 600.0) -> tuple[Ranks, torch.device]:
+    """Join (or, alone, make) the process group of this run: NCCL on GPUs, gloo on CPUs. Divides the cores among local ranks.
+
+    Raises RankLost naming the ranks that did not come within `timeout` seconds.
+    """
     import torch
     from torch import distributed
 
@@ -70,18 +74,56 @@ def join(asked_device: str = "auto") -> tuple[Ranks, torch.device]:
     device = choose_device(asked_device, ranks)
     if not distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        if ranks.world == 1:
-            distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
-        else:
-            try:
-                distributed.init_process_group(backend, rank=ranks.rank, world_size=ranks.world)
-            except ValueError as error:
-                raise LigatureError(
-                    f"rank {ranks.rank} of {ranks.world} cannot join the run ({error}); start it with `ligature launch`"
-                ) from error
+        store = distributed.HashStore() if ranks.world == 1 else _meet(ranks, timeout)
+        # The watchdog ends a run that hangs; a collective's own timeout, an abort without names, is for when it cannot.
+        later = timedelta(seconds=2 * timeout + 60)
+        distributed.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=later)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world))
     return ranks, device
+
+
+def _meet(ranks: Ranks, timeout: float) -> Any:
+    """The store at MASTER_ADDR:MASTER_PORT, once every rank has come to it."""
+    import time
+
+    from torch import distributed
+
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not address or not port:
+        raise LigatureError(
+            f"rank {ranks.rank} of {ranks.world} has no MASTER_ADDR and MASTER_PORT; start it with `ligature launch`"
+        )
+    # torchrun keeps the store itself and says so.
+    serves = ranks.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    limit = timedelta(seconds=timeout)
+    began = time.monotonic()
+    try:
+        store = distributed.TCPStore(address, int(port), None, serves, limit, wait_for_workers=False)
+        run = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        run.set(f"came/{ranks.rank}", "")
+    except (distributed.DistError, ValueError) as error:
+        raise RankLost(
+            f"rank {ranks.rank} cannot reach rank 0 at {address}:{port} ({str(error).splitlines()[0]}); look at rank 0's log"
+        ) from error
+    names = [f"came/{rank}" for rank in range(ranks.world)]
+    try:
+        run.wait(names, timedelta(seconds=max(1.0, timeout - (time.monotonic() - began))))
+    except distributed.DistError as error:
+        missing = [rank for rank, name in enumerate(names) if not run.check([name])]
+        shown = ", ".join(str(rank) for rank in missing[:8]) + f" and {len(missing) - 8} more" * (len(missing) > 8)
+        raise RankLost(
+            f"rank {ranks.rank} waited {timeout:.0f} s at {address}:{port}, but of {ranks.world} ranks {shown} did not come"
+        ) from error
+    return run
+
+
+def meeting_store() -> Any:
+    """A connection of its own to the store that the ranks of the default group met at."""
+    from torch import distributed
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return distributed.PrefixStore("watchdog", _get_default_store().clone())
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -125,6 +167,47 @@ def from_first(ranks: Ranks, make: Callable[[], T]) -> T:
     if told[1] is not None:
         raise told[1] if ranks.first else type(told[1])()
     return told[0]
+
+
+_control: Any = None
+"""(default group, the control group made beside it)."""
+
+
+def control_group() -> Any:
+    """A small gloo group of all ranks for words on the host's side (stop? sick? how fast?), whatever carries the tensors.
+
+    Made on first use, which is a collective; a GPU's queue of work is not waited for by what it carries.
+    """
+    global _control
+    from torch import distributed
+
+    default = distributed.group.WORLD
+    if _control is None or _control[0] is not default:
+        _control = (default, distributed.new_group(backend="gloo"))
+    return _control[1]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank: every rank gets the same answer. A collective."""
+    import torch
+    from torch import distributed
+
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return flag
+    flags = torch.tensor([int(flag)])
+    distributed.all_reduce(flags, op=distributed.ReduceOp.MAX, group=control_group())
+    return bool(flags.item())
+
+
+def tell_all(value: Any) -> list[Any]:
+    """A small value of each rank, in rank order, on every rank. A collective."""
+    from torch import distributed
+
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return [value]
+    told: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(told, value, group=control_group())
+    return told
 
 
 def barrier() -> None:

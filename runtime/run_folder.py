@@ -36,6 +36,7 @@ FREE_KEYS = (
     "training.zero_stage",
     "training.log_every",
     "training.keep_last",
+    "training.rank_timeout",
 )
 
 

@@ -1,0 +1,123 @@
+"""Sick steps: a loss or gradient that is not finite, or a gradient far outside its history, must not reach the weights.
+
+Every rank judges by the same two numbers (the loss summed over ranks, the global gradient norm), so all skip alike: the
+optimizer, the teacher and the queue stay as they were, and Adam's own count of steps with them. The data go on, and so does the
+learning rate, both of which are functions of the step. After `in_a_row` sick steps the weights are not to be trusted any more: the
+run goes back to the last checkpoint before them and on with the data after them (Chowdhery et al. 2022, PaLM, section 5.1), or stops.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import SickStepConfig
+from runtime.errors import SickRun
+from runtime.ranks import Ranks, tell_all
+
+ENOUGH = 4
+"""History begins to judge when it is filled to one part in so many."""
+
+
+class SickSteps:
+    """Judges steps, counts the skipped ones, and says when there are too many."""
+
+    def __init__(self, config: SickStepConfig) -> None:
+        self.config = config
+        self.norms: deque[float] = deque(maxlen=config.window)
+        self.skipped = 0
+        """Steps skipped since the run began, as far as the weights remember."""
+        self.in_a_row = 0
+        self.returns = 0
+        """Times the run went back since the last checkpoint that followed a healthy step."""
+        self.reason = ""
+        """Why the step judged last was skipped; empty where it was not."""
+        self.judged: tuple[float, float] = (0.0, 0.0)
+
+    def admits(self, loss: float, norm: float) -> bool:
+        """Whether a step may be applied, by its loss and gradient norm over all ranks (before clipping). Called once a step."""
+        self.judged = loss, norm
+        self.reason = self._complaint(loss, norm)
+        if self.reason:
+            self.skipped += 1
+            self.in_a_row += 1
+        else:
+            self.norms.append(norm)
+            self.in_a_row = 0
+        return not self.reason
+
+    def _complaint(self, loss: float, norm: float) -> str:
+        if not math.isfinite(loss):
+            return "the loss is not finite"
+        if not math.isfinite(norm):
+            return "the gradient is not finite"
+        if self.config.norm_factor and len(self.norms) * ENOUGH >= self.config.window:
+            usual = statistics.median(self.norms)
+            if norm > self.config.norm_factor * usual:
+                return f"the gradient's norm {norm:.3g} is {norm / max(usual, 1e-12):.0f} times its usual {usual:.3g}"
+        return ""
+
+    def note(self, step: int, own_loss: float, keys: list[str], ranks: Ranks, log: Path) -> None:
+        """Write a skipped step down, with every rank's loss and sample keys, and say it. A collective."""
+        told = tell_all((own_loss, keys))
+        if not ranks.first:
+            return
+        loss, norm = self.judged
+        entry = {
+            "step": step,
+            "reason": self.reason,
+            "loss": _number(loss),
+            "gradient_norm": _number(norm),
+            "in_a_row": self.in_a_row,
+            "ranks": [{"loss": _number(own), "keys": theirs} for own, theirs in told],
+        }
+        try:
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+            where = f"its samples are in {log}"
+        except OSError as error:  # a full disk is the checkpoint's business; what is skipped must be known all the same
+            where = f"{log} cannot be written ({error.strerror}); rank 0 read {', '.join(keys[:8])} …"
+        print(f"ligature: skipped step {step}: {self.reason} ({self.in_a_row} in a row); {where}", file=sys.stderr)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether so many steps in a row were sick that skipping does not help."""
+        return self.in_a_row >= self.config.in_a_row
+
+    def give_up_or_return(self, step: int, log: Path) -> int:
+        """Count a return to the last good checkpoint. -> the last step that was not sick.
+
+        Raises SickRun where the recipe wants to stop, or returning did not help."""
+        told = f"{self.in_a_row} steps in a row were sick, up to step {step} ({self.reason}); see {log}"
+        if self.config.then == "stop":
+            raise SickRun(f"{told}; lower optimizer.lr, set optimizer.clip_norm, or look at the samples")
+        if self.returns >= self.config.returns:
+            raise SickRun(f"{told}; going back to the last good checkpoint did not help {self.returns} times")
+        print(
+            f"ligature: {told}; going back to the last checkpoint before them, and on with the data after them",
+            file=sys.stderr,
+        )
+        healthy = step - self.in_a_row
+        self.returns += 1
+        self.in_a_row = 0
+        return healthy
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able: a resumed run judges as the undisturbed one would."""
+        return {"norms": list(self.norms), "skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load(self, state: dict[str, Any] | None) -> None:
+        """Go on from a checkpoint (none: one made before steps were judged). How often the run went back is no part of it: that
+        is why it is loaded."""
+        state = state or {"norms": [], "skipped": 0, "in_a_row": 0}
+        self.norms = deque(state["norms"], maxlen=self.config.window)
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)  # JSON has no NaN
