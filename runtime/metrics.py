@@ -67,6 +67,7 @@ class MetricsLog:
                 self._file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except Superseded:
+            self._waiting.clear()
             raise
         except (OSError, LigatureError) as error:
             if len(self._waiting) == 1:

@@ -307,8 +307,7 @@ def test_lines_of_a_succeeded_holder_do_not_reach_the_log(run, monkeypatch):
     as_job(monkeypatch, 1, 1)
     lease = take(run)
     log = MetricsLog(run, 1, lease)
-    former._file.write('{"step": 2, "train/loss": 9.0}\n')  # checked before, written after
-    former._file.flush()
+    former._file.write(b'{"step": 2, "train/loss": 9.0}\n')  # checked before, written after
     with pytest.raises(Superseded):
         former.write(2, {"train/loss": 9.0})
     log.write(2, {"train/loss": 2.0})
