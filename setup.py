@@ -21,7 +21,7 @@ REQUIRED = [
     "pyarrow>=17",  # the index of a shard (parquet)
     "fsspec>=2024.6",  # shards behind http, s3, gs
     "tokenizers>=0.21",  # WordPiece, trained on the captions
-    "numpy>=1.26",  # scores and metrics
+    "numpy>=2.0",  # scores and metrics; bitwise_count compares looks of images
     "pillow>=11.3",  # decoding images (AVIF among them), drawing the demo's scenes
     "simplejpeg>=1.8",  # the same JPEG decoder as Pillow's, into an array at once; its pixels are Pillow's to the bit
     "matplotlib>=3.8",  # curves as pictures
@@ -47,6 +47,7 @@ setup(
     packages=[
         "runtime",
         "data_tools",
+        "data_tools.sources",
         "retrieval",
         "pretrain",
         "pretrain.model",

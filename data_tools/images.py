@@ -33,11 +33,14 @@ def decode_image(data: bytes) -> Image.Image:
     return upright(open_image(data))
 
 
-def open_image(data: bytes, formats: tuple[str, ...] = SHARD_FORMATS) -> Image.Image:
+def open_image(data: bytes, formats: tuple[str, ...] = SHARD_FORMATS, least: int | None = None) -> Image.Image:
     """Encoded bytes -> the image as stored, decoded whole: in its own mode, not turned by its EXIF orientation, `format` set.
+    Where pixels need not be exact, `least` lets a JPEG come at a half, quarter or eighth of its size, no side below it.
     Raises ValueError that says why."""
     with _in_words():
         image = _read_header(data, formats)
+        if least is not None:
+            image.draft(None, (least, least))
         image.load()
         return image
 

@@ -1,47 +1,33 @@
-"""Captioned images -> a shard folder: several processes, resumable, broken images set aside and listed.
+"""Captioned images -> a shard folder: several processes, or several jobs; resumable; what is left out is listed.
 
-Shard k is a function of items [k * shard_samples, (k + 1) * shard_samples) and the encoding alone, so a run that was
-killed goes on at the first shard that is not complete and ends with the bytes of an uninterrupted one.
+Which images a shard holds is a function of the items and the options alone, so a run that was killed goes on at the first shard
+that is not complete and ends with the bytes of an uninterrupted one, in however many slices it was written.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import math
-import multiprocessing
-import os
 import re
-import signal
-import tarfile
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    Shard,
-    ShardIndex,
-    read_index,
-    read_index_note,
-    read_manifest,
-    write_index,
-    write_manifest,
-)
-from data_tools.sources import CaptionedImage, collect, safe_key
+from data_tools.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
+from data_tools.processes import run_parallel
+from data_tools.shard_file import WRITTEN, Encoding, ShardTask, Written, finished_shard, write_shard
+from data_tools.shard_plan import DUPLICATES, check_items, cut, digest_of, leave_out_copies, read_excluded
+from data_tools.sources import CaptionedImage, Choice, collect
 from runtime.errors import DataError, LigatureError, RecipeError
-from runtime.files import read_json, replaced_file, sha256_of, write_json, write_text
+from runtime.files import read_json, write_json, write_text
 from runtime.progress import progress
 
-PLAN_NAME, QUARANTINE_NAME = "plan.json", "quarantine.jsonl"
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-"""Pillow's formats whose bytes are kept (an MPO is a JPEG with more pictures after it); others become JPEG."""
+PLAN_NAME, DROPPED_NAME = "plan.json", "dropped.jsonl"
+SHARD_SAMPLES = 1000
+"""Images a shard, where nothing is said."""
+UNREADABLE = "unreadable images"
 
 
 @dataclass
@@ -49,31 +35,45 @@ class ShardOptions:
     """What `ligature shard` is asked: a source, a cut of it, and how to write it."""
 
     annotation: Path
-    """Caption file: Flickr's token file, COCO captions json or Karpathy json; gzipped or not."""
+    """A caption file (COCO, Karpathy, ALBEF or BLIP json, Flickr's tokens, CSV, TSV, parquet), Multi30K's folder, a folder of name.jpg + name.txt, or tars: a folder of them, one, or a pattern such as '{00000..01242}.tar'."""
     out: Path
     """Shard folder to write; the same command again goes on with it."""
     images: Path | None = None
     """Folder or uncompressed tar with the images; none: the caption file's own folder."""
     kind: str = "auto"
-    """flickr, coco or karpathy; auto looks into the file."""
+    """flickr, coco, karpathy, albef, multi30k, table, folder or webdataset; auto looks into the source."""
     split: str | None = None
-    """Split of a Karpathy json."""
+    """Split of a Karpathy json or of Multi30K."""
     names: Path | None = None
     """File with one image name a line: only these are taken."""
     restval: bool = False
     """Let Karpathy's `restval` images join the train split."""
+    image_column: str | None = None
+    """Column of a table that holds image paths; none: one of the usual names."""
+    caption_column: str | None = None
+    """Column of a table that holds captions; none: one of the usual names."""
     start: int = 0
     """First image to take, in the source's order after split and names."""
     count: int | None = None
     """How many images to take from `start`; none: all. Cuts that do not overlap never share an image."""
     allow_missing: bool = False
-    """Leave out images that are absent, counted, instead of stopping."""
-    shard_samples: int = 1000
-    """Images a shard."""
+    """Leave out images that are absent and what is broken in tars, counted and listed, instead of stopping."""
+    shard_samples: int | None = None
+    """Images a shard at most; none: 1000, or what `shard_megabytes` holds."""
+    shard_megabytes: float | None = None
+    """Size a shard stays within, in 10^6 bytes (estimated from 64 images where they are encoded again)."""
     resize_shorter: int | None = None
-    """Pixels that the shorter side is reduced to, re-encoded as JPEG; smaller images, and none: bytes are kept."""
+    """Pixels that the shorter side is reduced to, re-encoded; smaller images, and none: bytes are kept."""
+    reencode: str | None = None
+    """jpg or webp: every image is encoded again; none: only what is resized or of a foreign format, as JPEG."""
     quality: int = 90
-    """JPEG quality, where an image is re-encoded."""
+    """Quality of JPEG or WebP, where an image is encoded."""
+    duplicates: str = "keep"
+    """keep; drop_exact: leave out files that came before; drop_near: and images that look like an earlier one."""
+    exclude: list[Path] = field(default_factory=list)
+    """Another dataset, whose images and their near-duplicates are left out: a shard folder, a folder of images or tars, a tar. May be given several times."""
+    slice: str | None = None
+    """I/N, from 0/N to N-1/N: do this part only, as one task of a job array; the last to finish completes the folder."""
     workers: int = 0
     """Writing processes; 0: one a core."""
     max_bad_share: float = 0.01
@@ -82,169 +82,95 @@ class ShardOptions:
     def __post_init__(self) -> None:
         if self.start < 0 or (self.count is not None and self.count < 1):
             raise RecipeError(f"start {self.start}, count {self.count}: start is 0 or more and count 1 or more")
-        _check_numbers(self.shard_samples, self.resize_shorter, self.quality, self.workers, self.max_bad_share)
+        _check(**self.writing())
+
+    def writing(self) -> dict[str, Any]:
+        """What `write_shards` is to be told."""
+        size = None if self.shard_megabytes is None else round(self.shard_megabytes * 1e6)
+        samples = SHARD_SAMPLES if self.shard_samples is None and size is None else self.shard_samples
+        return {
+            "shard_samples": samples, "shard_bytes": size, "resize_shorter": self.resize_shorter,
+            "reencode": self.reencode, "quality": self.quality, "duplicates": self.duplicates,
+            "exclude": self.exclude, "piece": read_slice(self.slice), "workers": self.workers,
+            "max_bad_share": self.max_bad_share,
+        }  # fmt: skip
 
 
-def _check_numbers(
-    shard_samples: int, resize_shorter: int | None, quality: int, workers: int, max_bad_share: float
-) -> None:
-    for name, value, low, high in [
-        ("shard_samples", shard_samples, 1, None),
-        ("resize_shorter", 1 if resize_shorter is None else resize_shorter, 1, None),
-        ("quality", quality, 1, 100),
-        ("workers", workers, 0, None),
-        ("max_bad_share", max_bad_share, 0, 1),
-    ]:
-        if value < low or (high is not None and value > high):
+def read_slice(text: str | None) -> tuple[int, int]:
+    """`3/8` -> (3, 8); none -> (0, 1), the whole."""
+    if text is None:
+        return 0, 1
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise RecipeError(f"slice is {text!r}; it must be I/N, from 0/N to N-1/N (--slice $SLURM_ARRAY_TASK_ID/8)")
+    return int(match[1]), int(match[2])
+
+
+def _check(*, reencode: str | None, duplicates: str, **numbers: Any) -> None:
+    for name, value, allowed in [("duplicates", duplicates, DUPLICATES), ("reencode", reencode, (None, *WRITTEN))]:
+        if value not in allowed:
+            raise RecipeError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
+    for name, low, high in [
+        ("shard_samples", 1, None), ("shard_bytes", 1, None), ("resize_shorter", 1, None),
+        ("quality", 1, 100), ("workers", 0, None), ("max_bad_share", 0, 1),
+    ]:  # fmt: skip
+        value = numbers[name]
+        if value is not None and (value < low or (high is not None and value > high)):
             bounds = f"{low} or more" if high is None else f"{low} to {high}"
             raise RecipeError(f"{name} is {value}; it must be {bounds}")
 
 
-def shard(options: ShardOptions) -> Manifest:
-    """Read the source, write its shards, print one line of what came of it (stdout)."""
-    images = options.images or options.annotation.parent
+def shard(options: ShardOptions) -> Manifest | None:
+    """Read the source, write its shards, print what came of it (stdout). None: other slices have to finish yet."""
+    choice = Choice(options.split, options.restval, options.image_column, options.caption_column, options.workers)
     found = collect(
-        options.annotation, images, kind=options.kind, split=options.split, names=options.names,
-        restval=options.restval, start=options.start, count=options.count, allow_missing=options.allow_missing,
+        options.annotation, options.images, kind=options.kind, choice=choice, names=options.names,
+        start=options.start, count=options.count, allow_missing=options.allow_missing,
     )  # fmt: skip
     # Names without folders: the manifest must not depend on where the source lies.
+    images = (options.images or options.annotation.parent).resolve().name
     source = {
-        "annotation": options.annotation.name, "images": images.resolve().name, "kind": found.kind,
-        "split": options.split, "names": options.names.name if options.names else None, "restval": options.restval,
-        "start": options.start, "count": options.count, "keys_made_safe": found.renamed,
+        "annotation": options.annotation.name, "images": images, "kind": found.kind, "split": options.split,
+        "names": options.names.name if options.names else None, "restval": options.restval, "start": options.start,
+        "count": options.count, "keys_made_safe": found.renamed,
     }  # fmt: skip
     manifest = write_shards(
-        found.items, options.out, shard_samples=options.shard_samples, resize_shorter=options.resize_shorter,
-        quality=options.quality, workers=options.workers, max_bad_share=options.max_bad_share, source=source,
-        dropped=found.dropped,
-        quarantine=[{"key": None, "source": name, "reason": "absent"} for name in found.absent],
-    )  # fmt: skip
-    print(summary(manifest))
+        found.items, options.out, source=source, dropped=found.dropped, listed=found.listed, **options.writing()
+    )
+    if manifest is None:
+        print(f"slice {options.slice} of {options.out} is done; the slice that finishes last completes the folder")
+    else:
+        print(summary(manifest))
     return manifest
 
 
 def summary(manifest: Manifest) -> str:
-    """One line: images, captions, shards, what was dropped and why."""
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in manifest.dropped.items()) or "nothing"
+    """One line: images, captions, shards; then a table of what was dropped and why, with the first example."""
     renamed = manifest.source.get("keys_made_safe", 0)
-    return (
+    lines = [
         f"{manifest.folder}: {manifest.samples:,} images, {manifest.captions:,} captions, "
-        f"{len(manifest.shards):,} shards, {manifest.bytes / 1e6:,.1f} MB; dropped: {dropped}"
-        + (f"; {renamed:,} keys made safe (dots, slashes and blanks became _)" if renamed else "")
-    )
+        f"{len(manifest.shards):,} shards, {manifest.bytes / 1e6:,.1f} MB; "
+        + (f"dropped, listed in {DROPPED_NAME}:" if manifest.dropped else "dropped: nothing")
+    ]
+    examples = _first_dropped(manifest.folder / DROPPED_NAME)
+    wide = max([0, *map(len, manifest.dropped)])
+    for reason, count in manifest.dropped.items():
+        lines.append(f"  {count:>9,}  {reason:{wide}}  {examples.get(reason, '')}".rstrip())
+    if renamed:
+        lines.append(
+            f"  {renamed:,} keys made safe (a dot, slash or blank became _; a name in several folders its whole path)"
+        )
+    return "\n".join(lines)
 
 
-# -- One image --------------------------------------------------------------------------------------------------------
-
-
-def encode(raw: bytes, resize_shorter: int | None, quality: int) -> tuple[bytes, str, int, int]:
-    """Decode an image whole and give the bytes to store: `(bytes, extension, width, height)`.
-
-    The bytes are kept unless the shorter side is above `resize_shorter` or the format is not JPEG, PNG or WebP; those
-    become RGB JPEG, upright. Raises ValueError with what is wrong with it: broken, of no known format, too many pixels.
-    """
-    from PIL import Image
-
-    from data_tools.images import SOURCE_FORMATS, open_image, upright
-
-    stored = open_image(raw, SOURCE_FORMATS)
-    scale = min(1.0, (resize_shorter or math.inf) / min(stored.size))
-    if stored.format in EXTENSIONS and scale == 1:
-        return raw, EXTENSIONS[stored.format], *stored.size
-    image = upright(stored)
-    if scale < 1:
-        width, height = (max(1, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue(), "jpg", *image.size
-
-
-# -- One shard --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """One shard to write; sent to a process."""
-
-    folder: Path
-    number: int
-    items: Sequence[CaptionedImage]
-    resize_shorter: int | None
-    quality: int
-
-    @property
-    def stem(self) -> str:
-        return f"shard-{self.number:06d}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Written:
-    shard: Shard
-    quarantine: list[dict[str, Any]]
-
-
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Append a member with nothing of this machine or moment in its header; returns the offset of its data."""
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
-    return tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-
-
-def _write_shard(task: _Task) -> _Written:
-    rows: list[tuple] = []
-    image_ids: list[str] = []
-    quarantine: list[dict[str, Any]] = []
-    path = task.folder / f"{task.stem}.tar"
-    with replaced_file(path) as temporary:
-        with tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
-            for item in task.items:
-                try:
-                    data, extension, width, height = encode(item.read(), task.resize_shorter, task.quality)
-                except MemoryError:
-                    raise
-                except Exception as error:  # Pillow's decoders raise nearly anything on broken bytes
-                    quarantine.append({"key": item.key, "source": item.source, "reason": _reason(error)})
-                    continue
-                words = {"captions": item.captions, "image_id": item.image_id, "source": item.source}
-                text = json.dumps(words, ensure_ascii=False).encode()
-                image_offset = _add_member(tar, f"{item.key}.{extension}", data)
-                text_offset = _add_member(tar, f"{item.key}.json", text)
-                rows.append((item.key, image_offset, len(data), extension, text_offset, len(text), "json",
-                             width, height, len(item.captions)))  # fmt: skip
-                image_ids.append(item.image_id)
-        size, digest = temporary.stat().st_size, sha256_of(temporary)
-    # The index follows its tar and carries what else is known of the shard: it is the mark of a complete one.
-    note = {"bytes": size, "sha256": digest, "quarantine": quarantine}
-    write_index(path.with_suffix(".parquet"), ShardIndex.from_rows(rows, image_ids), note)
-    return _as_written(task, len(rows), sum(row[-1] for row in rows), note)
-
-
-def _reason(error: Exception) -> str:
-    """An error in one line, without paths and addresses: the same on every run."""
-    text = getattr(error, "strerror", None) or re.sub(r" <\S+ object at 0x[0-9a-f]+>", "", str(error))
-    return " ".join(f"{type(error).__name__}: {text}".split())
-
-
-def _as_written(task: _Task, samples: int, captions: int, note: dict[str, Any]) -> _Written:
-    index = task.folder / f"{task.stem}.parquet"
-    entry = Shard(f"{task.stem}.tar", samples, captions, note["bytes"], note["sha256"], index.name, sha256_of(index))
-    return _Written(entry, note["quarantine"])
-
-
-def _finished(task: _Task) -> _Written | None:
-    """What an earlier run wrote of this shard; None where its tar or index is absent or cut."""
-    index, tar = task.folder / f"{task.stem}.parquet", task.folder / f"{task.stem}.tar"
-    if not (index.is_file() and tar.is_file()):
-        return None
-    try:
-        rows, note = read_index(index), read_index_note(index)
-    except DataError:
-        return None  # cut by a crash of the machine: written again
-    if tar.stat().st_size != note.get("bytes"):
-        return None
-    return _as_written(task, len(rows), int(rows.captions.sum()), note)
+def _first_dropped(path: Path) -> dict[str, str]:
+    """The first example of each reason, as `source (why)`."""
+    found: dict[str, str] = {}
+    with suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+        for line in map(json.loads, file):
+            why = f"copy of {line['copy_of']}" if "copy_of" in line else line["reason"]
+            found.setdefault(line["counted_as"], f"first: {line['source']} ({why})")
+    return found
 
 
 # -- The folder -------------------------------------------------------------------------------------------------------
@@ -254,82 +180,92 @@ def write_shards(
     items: Iterable[CaptionedImage],
     out: str | Path,
     *,
-    shard_samples: int = 1000,
+    shard_samples: int | None = SHARD_SAMPLES,
+    shard_bytes: int | None = None,
     resize_shorter: int | None = None,
+    reencode: str | None = None,
     quality: int = 90,
+    duplicates: str = "keep",
+    exclude: Sequence[Path] = (),
+    piece: tuple[int, int] = (0, 1),
     workers: int = 0,
     max_bad_share: float = 0.01,
     source: Mapping[str, Any] | None = None,
     dropped: Mapping[str, int] | None = None,
-    quarantine: Sequence[Mapping[str, Any]] = (),
-) -> Manifest:
-    """Write a shard folder; called again with the same items and encoding it goes on, or finds it complete.
+    listed: Sequence[dict[str, Any]] = (),
+) -> Manifest | None:
+    """Write a shard folder; called again with the same items and options it goes on, or finds it complete.
 
     `workers` processes write one shard each at a time (0: one a core; 1: this process alone); with more than one, the
-    caller's main module must be importable (`if __name__ == "__main__":`). `source` describes the samples; `dropped`
-    and `quarantine` are what the source left out already. An image that does not decode is left out, counted, and
-    listed in `quarantine.jsonl`. `DataError`: too many of those, or `out` holds something else. `LigatureError`: no
-    space left.
+    caller's main module must be importable (`if __name__ == "__main__":`). `piece` (number, of how many) writes every so
+    manieth shard only, beside other processes on any machine that sees the folder; None where those have to finish yet.
+    `source` describes the samples; `dropped` and `listed` are what the source left out already. An image that does not
+    decode is left out, counted, and listed in `dropped.jsonl`. `DataError`: too many of those, or `out` holds something
+    else. `LigatureError`: no space left. `Interrupted`: duplicates are sought, and other slices have not looked yet.
     """
-    _check_numbers(shard_samples, resize_shorter, quality, workers, max_bad_share)
-    items, out = list(items), Path(out)
-    _check_keys(items)
-    encoding = {"shard_samples": shard_samples, "resize_shorter": resize_shorter, "quality": quality}
-    plan = json.loads(json.dumps({**(source or {}), **encoding, "items_sha256": _digest(items)}))
-    if complete := _open_folder(out, plan):
+    options: dict[str, Any] = {
+        "shard_samples": shard_samples, "shard_bytes": shard_bytes, "resize_shorter": resize_shorter,
+        "reencode": reencode, "quality": quality, "duplicates": duplicates,
+    }  # fmt: skip
+    _check(**options, workers=workers, max_bad_share=max_bad_share)
+    items, out, encoding = list(items), Path(out), Encoding(resize_shorter, reencode, quality)
+    check_items(items)
+    excluded = read_excluded(exclude)
+    options["excluded"] = {path.resolve().name: excluded.counts[path] for path in exclude}
+    plan = json.loads(json.dumps({**(source or {}), **options, "items_sha256": digest_of(items)}))
+    if complete := _open_folder(out, plan, sliced=piece[1] > 1):
         return complete
 
-    slices = range(0, len(items), shard_samples)
-    tasks = [_Task(out, k, items[at : at + shard_samples], resize_shorter, quality) for k, at in enumerate(slices)]
-    written = {task.number: found for task in tasks if (found := _finished(task))}
-    todo = [task for task in tasks if task.number not in written]
-    bad = sum(len(found.quarantine) for found in written.values())
-    already = sum(len(task.items) for task in tasks) - sum(len(task.items) for task in todo)
-    with progress("sharding", len(items), "images", done=already) as bar:
-        for task, found in _run(todo, workers):
+    kept, copies = leave_out_copies(items, out, duplicates, excluded, workers, piece)
+    ranges = cut(kept, shard_samples, shard_bytes, encoding)
+    tasks = [ShardTask(out, k, kept[part.start : part.stop], encoding) for k, part in enumerate(ranges)]
+    mine = [task for task in tasks if task.number % piece[1] == piece[0]]
+    for task in mine:
+        for leftover in out.glob(f".{task.tar.stem}.*.partial"):
+            leftover.unlink(missing_ok=True)
+    written = {task.number: found for task in mine if (found := finished_shard(task))}
+    todo = [task for task in mine if task.number not in written]
+    count, left = (sum(len(task.items) for task in part) for part in (mine, todo))
+    bad = sum(len(found.unreadable) for found in written.values())
+    with progress("sharding", count, "images", done=count - left) as bar:
+        for task, found in run_parallel(write_shard, todo, workers):
             written[task.number] = found
-            bad += len(found.quarantine)
+            bad += len(found.unreadable)
             bar.advance(len(task.items), f"{bad:,} unreadable" if bad else None)
-            if bad > max_bad_share * len(items):
+            if bad > max_bad_share * count:
                 break
+    _refuse_too_many(out, [written[number] for number in sorted(written)], count, max_bad_share)
+    if piece[1] > 1:
+        names = {path.name for path in out.iterdir()}
+        if not all(task.tar.name in names and task.index.name in names for task in tasks):
+            return None
+        others = {task.number: found for task in tasks if (found := written.get(task.number) or finished_shard(task))}
+        if len(others) < len(tasks):
+            return None
+        written = others
     in_order = [written[number] for number in sorted(written)]
-    listed = [*quarantine, *(line for found in in_order for line in found.quarantine)]
-    if listed:
-        write_text(out / QUARANTINE_NAME, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in listed))
-    if bad > max_bad_share * len(items):
-        first = next(line for found in in_order for line in found.quarantine)
-        raise DataError(
-            f"{bad:,} of {len(items):,} images cannot be decoded, more than the share {max_bad_share:g} allowed; "
-            f"the first: {first['source']} ({first['reason']}); see {out / QUARANTINE_NAME}, "
-            "mend them or raise --max_bad_share"
-        )
-    return _finish(out, in_order, plan, {**(dropped or {}), **({"unreadable images": bad} if bad else {})})
+    _refuse_too_many(out, in_order, len(kept), max_bad_share)
+    return _finish(out, in_order, plan, dropped or {}, [*listed, *copies])
 
 
-def _check_keys(items: list[CaptionedImage]) -> None:
-    if not items:
-        raise DataError("no images to write")
-    seen = set()
-    for item in items:
-        if not item.key or safe_key(item.key) != (item.key, False):
-            raise DataError(f"the key {item.key!r} of {item.source} is empty or has a dot, slash or blank")
-        if item.key in seen:
-            raise DataError(f"the key {item.key!r} of {item.source} comes twice; keys are unique in a shard folder")
-        texts = item.captions if isinstance(item.captions, (list, tuple)) else []  # a string is no list of letters
-        if not texts or not all(isinstance(caption, str) and caption for caption in texts):
-            raise DataError(f"{item.source} has no list of captions, or one that is empty or no text")
-        seen.add(item.key)
+def _refuse_too_many(out: Path, written: list[Written], count: int, max_bad_share: float) -> None:
+    """Raise where more than the allowed share is unreadable; those found so far are listed."""
+    lines = [line for found in written for line in found.unreadable]
+    if len(lines) <= max_bad_share * count:
+        return
+    _write_lines(out / DROPPED_NAME, [{**line, "counted_as": UNREADABLE} for line in lines])
+    raise DataError(
+        f"{len(lines):,} of {count:,} images cannot be decoded, more than the share {max_bad_share:g} allowed; "
+        f"the first: {lines[0]['source']} ({lines[0]['reason']}); see {out / DROPPED_NAME}, "
+        "mend them or raise --max_bad_share"
+    )
 
 
-def _digest(items: list[CaptionedImage]) -> str:
-    digest = hashlib.sha256()
-    for item in items:
-        line = [item.key, item.captions, item.image_id, item.source, item.size]
-        digest.update(json.dumps(line).encode() + b"\n")
-    return digest.hexdigest()
+def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def _open_folder(out: Path, plan: dict[str, Any]) -> Manifest | None:
+def _open_folder(out: Path, plan: dict[str, Any], sliced: bool) -> Manifest | None:
     """Make the folder ready for this plan; gives the manifest if it is complete, refuses a folder of another plan."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -340,18 +276,19 @@ def _open_folder(out: Path, plan: dict[str, Any]) -> Manifest | None:
         manifest = read_manifest(out, check=False)
         _same_plan(out, manifest.source, plan)
         if not (damaged := manifest.damaged()):
-            (out / PLAN_NAME).unlink(missing_ok=True)
+            _remove_traces(out)
             print(f"{out} is complete already, from the same source with the same options: nothing to do")
             return manifest
         print(f"{out}: {damaged[0]}; writing what is missing")
         write_json(out / PLAN_NAME, plan)
-        (out / MANIFEST_NAME).unlink()
+        (out / MANIFEST_NAME).unlink(missing_ok=True)
     elif PLAN_NAME in found:
         _same_plan(out, read_json(out / PLAN_NAME), plan)
     elif any(not name.endswith(".partial") for name in found):
         raise DataError(f"{out} is not empty and holds no shards of this command; choose another --out")
-    for leftover in out.glob(".*.partial"):
-        leftover.unlink(missing_ok=True)
+    if not sliced:  # other slices may be writing theirs
+        for leftover in out.glob(".*.partial"):
+            leftover.unlink(missing_ok=True)
     if not (out / PLAN_NAME).is_file():
         write_json(out / PLAN_NAME, plan)
     return None
@@ -366,52 +303,30 @@ def _same_plan(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     raise DataError(f"{out} holds shards of another plan ({what}); choose another --out, or remove that folder first")
 
 
-def _finish(out: Path, written: list[_Written], plan: dict[str, Any], dropped: dict[str, int]) -> Manifest:
+def _finish(
+    out: Path, written: list[Written], plan: dict[str, Any], dropped: Mapping[str, int], lines: list[dict[str, Any]]
+) -> Manifest:
+    """Report, manifest, and no trace of the work: in this order, so that a kill between any two leaves what can be finished."""
+    lines += [{**line, "counted_as": UNREADABLE} for found in written for line in found.unreadable]
+    totals = Counter(dropped)
+    totals.update(line["counted_as"] for line in lines if line["counted_as"] not in dropped)
     shards = tuple(found.shard for found in written if found.shard.samples)
+    if lines:
+        _write_lines(out / DROPPED_NAME, lines)
     if not shards:
-        raise DataError(f"none of the images can be decoded; see {out / QUARANTINE_NAME}")
-    manifest = Manifest(out, shards, plan, dropped)
+        raise DataError(f"none of the images can be decoded; see {out / DROPPED_NAME}")
+    manifest = Manifest(out, shards, plan, dict(totals))
     for found in written:
         if not found.shard.samples:  # every image of it was broken: readers need not know empty shards
-            (out / found.shard.name).unlink()
-            (out / found.shard.index).unlink()
+            (out / found.shard.name).unlink(missing_ok=True)
+            (out / found.shard.index).unlink(missing_ok=True)
     write_manifest(manifest)
-    (out / PLAN_NAME).unlink()
+    _remove_traces(out)
     return manifest
 
 
-# -- Several processes ------------------------------------------------------------------------------------------------
-
-
-def _run(tasks: list[_Task], workers: int) -> Iterator[tuple[_Task, _Written]]:
-    """Write shards, giving each as it becomes complete, in any order. Left early, it waits for those under way."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(workers or cores, len(tasks))
-    if workers <= 1:
-        yield from ((task, _write_shard(task)) for task in tasks)
-        return
-    # Spawned, not forked: the caller may have threads (torch, pyarrow), and a fork would copy their locks.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    try:
-        futures = {pool.submit(_write_shard, task): task for task in tasks}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool:
-        raise LigatureError(
-            "a writing process died (out of memory?); finished shards are kept: run it again with fewer --workers"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and do not outlive it: a killed parent's pool would wait for work forever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+def _remove_traces(out: Path) -> None:
+    """What only an unfinished folder needs: the plan, and the fingerprints of its images."""
+    (out / PLAN_NAME).unlink(missing_ok=True)
+    for path in out.glob(".*.npy"):
+        path.unlink(missing_ok=True)

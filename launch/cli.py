@@ -24,6 +24,7 @@ def shard(arguments: list[str]) -> None:
 
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--annotation", *arguments]
+    arguments = ["--exclude+" if argument == "--exclude" else argument for argument in arguments]  # each adds one
     write(read_recipe(ShardOptions, arguments, "ligature shard"))
 
 

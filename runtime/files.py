@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -39,7 +40,8 @@ def replaced_file(path: Path, staging: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`, or in `staging` (of the same file system); on success it is synced and renamed
     over `path`, on failure removed."""
     path = Path(path)
-    temporary = (staging or path.parent) / f".{path.name}.{os.getpid()}{PARTIAL}"
+    # Not the process id: processes of several machines, or containers, may write into one folder.
+    temporary = (staging or path.parent) / f".{path.name}.{secrets.token_hex(6)}{PARTIAL}"
     try:
         # Inside a folder that is not committed yet nothing is made: where it is gone, somebody has ended that commit.
         if not any(part.endswith(PARTIAL) for part in path.parent.parts):

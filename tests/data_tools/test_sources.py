@@ -6,24 +6,15 @@ import gzip
 import io
 import json
 import os
+import random
 import tarfile
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from data_tools.sources import (
-    KINDS,
-    clean_caption,
-    coco_captions,
-    collect,
-    detect_kind,
-    flickr_tokens,
-    karpathy,
-    open_images,
-    safe_key,
-)
-from runtime.errors import DataError, LigatureError, RecipeError
+from data_tools.sources import KINDS, Choice, clean_caption, collect, detect_kind, open_images, safe_key
+from data_tools.sources.items import Dropped
+from runtime.errors import DataError, RecipeError
 
 SHARED = Path(os.environ.get("LIGATURE_SHARED", Path(__file__).parents[2].parent / "shared"))
 
@@ -181,27 +172,205 @@ def split_json(tmp_path):
 
 def test_karpathy_respects_its_splits(split_json, images):
     def keys(**options):
-        return [item.key for item in collect(split_json, images, **options).items]
+        return [item.key for item in collect(split_json, images, choice=Choice(**options)).items]
 
     assert keys(split="train") == ["a"]
     assert keys(split="train", restval=True) == ["a", "b"]
     assert keys(split="test") == ["c"]
-    assert collect(split_json, images, split="test").items[0].source == "sub/c.jpg"
-    assert [item.image_id for item in collect(split_json, images, split="restval").items] == ["42"]
+    assert collect(split_json, images, choice=Choice("test")).items[0].source == "sub/c.jpg"
+    assert [item.image_id for item in collect(split_json, images, choice=Choice("restval")).items] == ["42"]
 
 
 def test_karpathy_asks_for_a_split_it_has(tmp_path, split_json, images):
     splits = r"one of: train \(1\), restval \(1\), test \(1\)"
     one_line(RecipeError, "several splits.*" + splits, lambda: collect(split_json, images))
-    one_line(RecipeError, "no split 'val'.*" + splits, lambda: collect(split_json, images, split="val"))
-    one_line(RecipeError, "--restval", lambda: collect(split_json, images, split="test", restval=True))
+    one_line(RecipeError, "no split 'val'.*" + splits, lambda: collect(split_json, images, choice=Choice("val")))
+    one_line(RecipeError, "--restval", lambda: collect(split_json, images, choice=Choice("test", True)))
     path = written(tmp_path, karpathy_json(("a.jpg", "val", {})))
     assert len(collect(path, images).items) == 1
 
 
 def test_a_split_of_a_file_without_splits_is_refused(tmp_path, images):
     path = tokens(tmp_path, "a.jpg#0\tone")
-    one_line(RecipeError, "--names", lambda: collect(path, images, split="train"))
+    one_line(RecipeError, "--names", lambda: collect(path, images, choice=Choice("train")))
+
+
+# -- ALBEF and BLIP
+
+
+def test_a_caption_string_is_one_caption_and_lines_of_an_image_are_joined(tmp_path, images):
+    rows = [
+        {"image": "a.jpg", "caption": "abc", "image_id": "coco_7"}, {"image": "b.jpg", "caption": ["x", "y"]},
+        {"image": "a.jpg", "caption": "second", "image_id": "coco_7"}, {"image": "sub/c.jpg", "caption": "", "image_id": 3},
+    ]  # fmt: skip
+    found = collect(written(tmp_path, rows), images)
+    assert found.kind == "albef" and found.dropped == {"empty captions": 1, "images without a caption": 1}
+    assert [(item.key, item.image_id, item.captions) for item in found.items] == [
+        ("a", "coco_7", ["abc", "second"]), ("b", "b", ["x", "y"]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ({"image": "a.jpg"}, "no list of images"), ([{"url": "http://x/1.jpg", "caption": "x"}], "img2dataset"),
+        ([{"image": "a.jpg", "caption": 5}], "entry 0"), ([{"image": "a.jpg", "caption": {"a": 1}}], "entry 0"),
+        ([{"image": "a.jpg", "caption": [["x"]]}], "is list, not text"), ([{"image": "a.jpg"}], "entry 0 .*'caption'"),
+        ([["a.jpg", "x"]], "entry 0"),
+    ],
+)  # fmt: skip
+def test_an_albef_json_of_another_shape_is_one_line(tmp_path, images, rows, words):
+    one_line(DataError, words, lambda: collect(written(tmp_path, rows), images, kind="albef"))
+
+
+# -- Multi30K
+
+
+@pytest.fixture
+def multi30k(tmp_path):
+    folder = tmp_path / "task2"
+    (folder / "raw").mkdir(parents=True)
+    (folder / "image_splits").mkdir()
+    (folder / "image_splits/val_images.txt").write_text("a.jpg\nb.jpg\n")
+    for number in "12":
+        text = (
+            f"one\u2028 {number}\ntwo {number}\n"  # a line end of Unicode's inside a caption is not one of the file's
+        )
+        (folder / f"raw/val.{number}.en.gz").write_bytes(gzip.compress(text.encode()))
+    return folder
+
+
+def test_multi30k_joins_lines_by_number(multi30k, images):
+    found = collect(multi30k, images, choice=Choice("val"))
+    assert [(item.key, item.captions) for item in found.items] == [("a", ["one 1", "one 2"]), ("b", ["two 1", "two 2"])]
+    one_line(RecipeError, "several splits.*one of: val", lambda: collect(multi30k, images))
+    with gzip.open(multi30k / "raw/val.2.en.gz", "at") as file:
+        file.write("three\n")
+    one_line(DataError, "3 lines and val_images.txt 2", lambda: collect(multi30k, images, choice=Choice("val")))
+
+
+# -- Tables
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", 'filepath,title\na.jpg,"one, two"\nb.jpg,three\na.jpg,"fo\nur"\n'),
+        ("t.tsv", "caption\timage\none, two\ta.jpg\nthree\tb.jpg\nfo ur\ta.jpg\n"),
+        (
+            "t.txt",
+            "\ufeffimage_name| comment_number| comment\r\na.jpg| 0| one, two\r\nb.jpg| 0| three\r\na.jpg| 1| fo ur\r\n",
+        ),
+        ("t.csv.gz", "Image;Text\na.jpg;one, two\nb.jpg;three\n\na.jpg;fo ur\n"),
+    ],
+)
+def test_tables_of_every_dress_say_the_same(tmp_path, images, name, text):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    found = collect(path, images)
+    assert found.kind == "table"
+    assert [(item.key, item.captions) for item in found.items] == [("a", ["one, two", "fo ur"]), ("b", ["three"])]
+
+
+def test_a_parquet_table_may_hold_strings_lists_and_image_ids(tmp_path, images):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = {"image": ["a.jpg", "b.jpg", "sub/c.jpg"], "text": [["one", "two"], None, ["three"]], "image_id": [1, 2, 1]}
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
+    found = collect(tmp_path / "t.parquet", images)
+    expected = [("a", "1", ["one", "two"]), ("c", "1", ["three"])]  # one picture under two names
+    assert [(item.key, item.image_id, item.captions) for item in found.items] == expected
+    pq.write_table(pa.table({"image": ["a.jpg"], "text": ["abc"]}), tmp_path / "t.parquet")
+    assert collect(tmp_path / "t.parquet", images).items[0].captions == ["abc"]
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    one_line(DataError, "not a readable parquet", lambda: collect(tmp_path / "t.parquet", images))
+
+
+def test_columns_are_named_where_they_cannot_be_known(tmp_path, images):
+    path = tmp_path / "t.csv"
+    path.write_text("bild,wort\na.jpg,one\n")
+    one_line(RecipeError, "columns bild, wort; .*--image_column", lambda: collect(path, images, kind="table"))
+    choice = Choice(image_column="bild", caption_column="Wort")
+    assert collect(path, images, kind="table", choice=choice).items[0].captions == ["one"]
+    one_line(RecipeError, "no column 'x'", lambda: collect(path, images, kind="table", choice=Choice(image_column="x")))
+    path.write_text("image,caption\na.jpg,one, two\n")
+    one_line(DataError, "line 2: 3 cells, the header has 2", lambda: collect(path, images))
+
+
+# -- Folders and tars that hold their images
+
+
+def test_a_folder_of_pairs_gives_a_caption_a_line(tmp_path):
+    for name, text in {"x/1.jpg": "one\n\ntwo\n", "y/1.jpg": "three", "b.v1.png": "four", "alone.jpg": None}.items():
+        path = tmp_path / "pairs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+        if text is not None:
+            path.with_suffix(".txt").write_text(text)
+    found = collect(tmp_path / "pairs")
+    assert found.kind == "folder" and found.dropped == {"images without a caption": 1} and found.renamed == 3
+    assert {item.key: (item.captions, item.read()) for item in found.items} == {
+        "b_v1": (["four"], b"b.v1.png"), "x_1": (["one", "two"], b"x/1.jpg"), "y_1": (["three"], b"y/1.jpg"),
+    }  # fmt: skip
+    assert [line["source"] for line in found.listed] == ["alone.jpg"]
+
+
+def img2dataset(folder, tar, samples, stats=None):
+    members = {}
+    for key, caption in samples.items():
+        members[f"{key}.jpg"] = f"image {key}".encode()
+        members[f"{key}.json"] = json.dumps({"caption": "of the json", "key": key, "width": 5}).encode()
+        members[f"{key}.txt"] = caption.encode()
+    packed(folder / tar, members)
+    if stats is not None:
+        (folder / tar.replace(".tar", "_stats.json")).write_text(json.dumps({"count": 9, "successes": stats}))
+
+
+def test_img2dataset_tars_are_held_against_their_stats(tmp_path):
+    img2dataset(tmp_path, "00000.tar", {"000000001": "one", "000000000": " zero \n"}, stats=2)
+    img2dataset(tmp_path, "00001.tar", {"000010000": "", "000010001": "two"}, stats=2)
+    found = collect(tmp_path)
+    assert [(item.key, item.captions) for item in found.items] == [
+        ("000000001", ["one"]), ("000000000", ["zero"]), ("000010001", ["two"]),
+    ]  # fmt: skip
+    assert found.items[2].read() == b"image 000010001" and found.dropped["images without a caption"] == 1
+    assert (
+        len(collect(Path(f"{tmp_path}/{{00000..00001}}.tar")).items)
+        == len(collect(Path(f"{tmp_path}/*.tar")).items)
+        == 3
+    )
+    one_line(DataError, "1 of 3 tars .*00002.tar", lambda: collect(Path(f"{tmp_path}/{{00000..00002}}.tar")))
+
+    (tmp_path / "00000_stats.json").unlink()
+    one_line(DataError, "00000.tar has no 00000_stats.json", lambda: collect(tmp_path))
+    (tmp_path / "00000_stats.json").write_text('{"successes": 3}')
+    one_line(DataError, "holds 2 images, 00000_stats.json says 3", lambda: collect(tmp_path))
+    assert len(collect(tmp_path, allow_missing=True).items) == 3
+
+
+def test_tars_with_the_same_keys_dots_and_one_without_text(tmp_path):
+    img2dataset(tmp_path, "a.tar", {"1": "one", "x.v1": "two", "x.v2": "three"})
+    packed(tmp_path / "b.tar", {"1.png": b"P", "1.json": b'{"captions": ["p", "q"], "image_id": 7}', "2.jpg": b"J",
+                                "3.txt": b"t", "4.jpg": b"4", "4.json": b'{"caption": "four"}', "l.jpg": None})  # fmt: skip
+    found = collect(tmp_path)
+    assert {item.key: item.captions for item in found.items} == {
+        "a_1": ["one"], "x_v1": ["two"], "x_v2": ["three"], "b_1": ["p", "q"], "4": ["four"],
+    }  # fmt: skip
+    assert found.items[3].image_id == "7" and found.renamed == 4
+    assert found.dropped == {
+        "images without a caption": 1, "captions without an image": 1, "links, devices and odd paths": 1,
+    }  # fmt: skip
+
+
+def test_a_broken_tar_stops_or_gives_what_is_good(tmp_path):
+    img2dataset(tmp_path, "a.tar", {str(number): f"caption {number}" for number in range(4)})
+    content = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(content[:3072] + b"\xff" * 512 + content[3584:])  # the header of 1.jpg
+    one_line(DataError, "a.tar: broken header at byte 3,072.*--allow_missing", lambda: collect(tmp_path))
+    found = collect(tmp_path, allow_missing=True)
+    assert [item.key for item in found.items] == ["0", "2", "3"]
+    assert found.dropped == {"broken places in tars": 1, "captions without an image": 1}
 
 
 # -- Kinds, keys, cuts
@@ -211,11 +380,11 @@ def test_kinds_are_told_apart(tmp_path, images):
     assert detect_kind(tokens(tmp_path, "a.jpg#0\tone")) == "flickr"
     assert detect_kind(written(tmp_path, coco([(1, "a.jpg")], []))) == "coco"
     assert detect_kind(written(tmp_path, karpathy_json(("a.jpg", "val", {})))) == "karpathy"
-    path = written(tmp_path, [{"image": "a.jpg", "caption": "one"}])
+    path = written(tmp_path, [{"picture": "a.jpg", "words": "one"}])
     one_line(DataError, "cannot tell", lambda: detect_kind(path))
     one_line(DataError, "cannot read", lambda: detect_kind(tmp_path / "none.json"))
     one_line(RecipeError, "did you mean 'karpathy'", lambda: collect(path, images, kind="karpaty"))
-    assert set(KINDS) == {"flickr", "coco", "karpathy"}
+    assert set(KINDS) == {"flickr", "coco", "karpathy", "albef", "multi30k", "table", "folder", "webdataset"}
 
 
 @pytest.mark.parametrize(
@@ -257,7 +426,8 @@ def test_absent_images_stop_or_are_counted(tmp_path, images):
     one_line(DataError, "2 of 3 images .* the first: y.jpg.*--allow_missing", lambda: collect(path, images))
     found = collect(path, images, allow_missing=True)
     assert [item.key for item in found.items] == ["a"]
-    assert found.absent == ["y.jpg", "z.jpg"] and found.dropped == {"absent images": 2}
+    assert found.dropped == {"absent images": 2}
+    assert [(line["source"], line["reason"]) for line in found.listed] == [("y.jpg", "absent"), ("z.jpg", "absent")]
 
 
 def test_a_base_name_that_several_files_bear_is_refused(images):
@@ -305,10 +475,12 @@ def test_a_tar_that_shrinks_after_indexing_is_an_error(tmp_path):
 
 def test_compressed_cut_and_damaged_tars_are_one_line(tmp_path):
     one_line(DataError, "unpack it", lambda: open_images(packed(tmp_path / "i.tar.gz", {"a.jpg": b"A"}, "w:gz")))
+    noise = random.Random(0).randbytes(3000)
+    one_line(DataError, "unpack it", lambda: open_images(packed(tmp_path / "j.tar.gz", {"a.jpg": noise}, "w:gz")))
     path = packed(tmp_path / "i.tar", {"a.jpg": b"A" * 4000, "b.jpg": b"B"})
     whole = path.read_bytes()
     path.write_bytes(whole[:2000])
-    one_line(DataError, "unexpected end", lambda: open_images(path))
+    one_line(DataError, "cut at byte 2,000, inside a.jpg", lambda: open_images(path))
     path.write_bytes(whole[:4608] + b"x" * 20 + whole[4628:])
     one_line(DataError, "broken header at byte 4,608", lambda: open_images(path))
     one_line(DataError, "no images at", lambda: open_images(tmp_path / "none"))
@@ -336,19 +508,43 @@ def test_coco_mini_is_read_whole(data, split, count, captions):
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "captions"),
-    [("captions_val2017.json.gz", 5000, 25014), ("captions_val2014_subset4800.json.gz", 4800, 24019)],
+    ("name", "kind", "split", "count", "captions"),
+    [
+        ("coco/captions_val2017.json.gz", "coco", None, 5000, 25014),
+        ("coco/captions_val2014_subset4800.json.gz", "coco", None, 4800, 24019),
+        ("coco/coco_karpathy_test.json.gz", "albef", None, 5000, 25010),
+        ("coco/coco_karpathy_val.json.gz", "albef", None, 5000, 25010),
+        ("coco/coco_test.json.gz", "albef", None, 5000, 25010),
+        ("flickr30k/flickr30k_test.json", "albef", None, 970, 4850),
+        ("flickr30k/multi30k_task2", "multi30k", "train", 28129, 140645),
+        ("flickr30k/multi30k_task2", "multi30k", "val", 986, 4930),
+        ("flickr30k/multi30k_task2", "multi30k", "test_2016", 970, 4850),
+    ],
 )
-def test_coco_captions_are_read_whole(data, name, count, captions):
-    dropped: Counter[str] = Counter()
-    path = data / "annotations/coco" / name
-    assert detect_kind(path) == "coco"
-    found = list(coco_captions(path, None, False, dropped))
-    assert len(found) == count and sum(len(entry.captions) for entry in found) == captions and not dropped
-    assert all(clean_caption(caption) for entry in found for caption in entry.captions)
+def test_annotations_are_read_whole(data, name, kind, split, count, captions):
+    dropped = Dropped()
+    path = data / "annotations" / name
+    assert detect_kind(path) == kind
+    found = list(KINDS[kind](path, Choice(split), dropped))
+    assert len(found) == len({entry.image_id for entry in found}) == count
+    assert sum(len(entry.captions) for entry in found) == captions and not dropped.counts
+    assert all(clean_caption(caption) and len(caption) > 1 for entry in found for caption in entry.captions)
 
 
-def test_readers_share_one_shape(tmp_path):
-    assert list(flickr_tokens(tokens(tmp_path), None, False, Counter())) == []
-    with pytest.raises(LigatureError):
-        list(karpathy(written(tmp_path, karpathy_json()), "train", False, Counter()))
+def test_two_copies_of_flickr30k_agree(data):
+    """Multi30K's test split and ALBEF's json hold the same captions of the same images (the README says so)."""
+    folder = data / "annotations/flickr30k"
+    one = {e.image_id: e.captions for e in KINDS["multi30k"](folder / "multi30k_task2", Choice("test_2016"), Dropped())}
+    two = {e.image_id: e.captions for e in KINDS["albef"](folder / "flickr30k_test.json", Choice(), Dropped())}
+    assert one.keys() == two.keys()
+    same = sum(sorted(map(clean_caption, one[key])) == sorted(map(clean_caption, two[key])) for key in one)
+    assert same == 970
+
+
+def test_the_cc12m_shard_is_read_whole(data):
+    found = collect(data / "cc12m_test")
+    assert (found.kind, len(found.items), found.dropped, found.renamed) == ("webdataset", 32, {}, 0)
+    assert all(len(item.captions) == 1 and item.read()[:3] == b"\xff\xd8\xff" for item in found.items)
+    assert found.items[0].key == "000000003" and found.items[0].captions == [
+        "Red Square is a city square in Moscow, Russia."
+    ]

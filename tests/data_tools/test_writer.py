@@ -23,8 +23,9 @@ from PIL import Image, ImageFile
 
 from data_tools.inspect import verify
 from data_tools.manifest import read_index, read_manifest
+from data_tools.shard_file import Encoding
 from data_tools.sources import CaptionedImage, collect
-from data_tools.writer import ShardOptions, encode, shard, write_shards
+from data_tools.writer import ShardOptions, shard, write_shards
 from runtime.errors import DataError, LigatureError, RecipeError
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +137,7 @@ def test_several_processes_write_the_same_bytes(source, reference, tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from data_tools import writer
+from data_tools import shard_file, writer
 from data_tools.sources import collect
 import runtime.files
 
@@ -156,11 +157,11 @@ def dies_at(count, function, after=False):
     return call
 
 if point == "image":
-    writer.encode = dies_at(5, writer.encode)
+    shard_file.Encoding.apply = dies_at(5, shard_file.Encoding.apply)
 elif point == "rename":
     runtime.files.os.replace = dies_at(4, os.replace)  # plan, tar, index, tar
 elif point == "index":
-    writer.write_index = dies_at(2, writer.write_index)
+    shard_file.write_index = dies_at(2, shard_file.write_index)
 elif point == "manifest":
     writer.write_manifest = die
 elif point == "plan":
@@ -308,7 +309,7 @@ def test_broken_images_are_set_aside_and_too_many_stop(tmp_path):
     assert manifest.samples == 8 and manifest.captions == 16 and manifest.dropped == {"unreadable images": 2}
     # The last shard had only a broken image: it is not written.
     assert [shard.samples for shard in manifest.shards] == [3, 2, 3] and not (out / "shard-000003.tar").exists()
-    lines = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()]
     assert [(line["key"], line["source"]) for line in lines] == [("image04", "image04.jpg"), ("image09", "image09.jpg")]
     assert "truncated" in lines[0]["reason"] and "cannot identify" in lines[1]["reason"]
 
@@ -320,7 +321,7 @@ def test_an_image_that_vanished_is_set_aside(tmp_path):
     items = items_of(make_source(tmp_path / "s", count=2))
     (tmp_path / "s/image01.jpg").unlink()
     manifest = write_shards(items, tmp_path / "o", workers=1, max_bad_share=0.5)
-    assert manifest.samples == 1 and "FileNotFoundError: No such" in (tmp_path / "o/quarantine.jsonl").read_text()
+    assert manifest.samples == 1 and "FileNotFoundError: No such" in (tmp_path / "o/dropped.jsonl").read_text()
 
 
 def test_nothing_but_broken_images_is_an_error(tmp_path):
@@ -351,9 +352,9 @@ def test_items_that_break_the_contract_are_refused_before_anything_is_written(so
 def test_bytes_are_kept_unless_they_must_change():
     for form, extension in [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")]:
         raw = picture(1, form=form)
-        assert encode(raw, None, 90) == (raw, extension, 40, 30)
-        assert encode(raw, 30, 90)[0] is raw  # never enlarged, never encoded again without need
-    data, extension, width, height = encode(picture(1, form="GIF", mode="L"), None, 90)
+        assert Encoding(None, None, 90).apply(raw) == (raw, extension, 40, 30)
+        assert Encoding(30, None, 90).apply(raw)[0] is raw  # never enlarged, never encoded again without need
+    data, extension, width, height = Encoding(None, None, 90).apply(picture(1, form="GIF", mode="L"))
     with Image.open(io.BytesIO(data)) as image:
         assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (40, 30)) and extension == "jpg"
     assert (width, height) == (40, 30)
@@ -363,7 +364,7 @@ def test_the_shorter_side_is_reduced_upright():
     sideways = Image.Exif()
     sideways[0x0112] = 6
     for raw, size in [(picture(1, (64, 48)), (32, 24)), (picture(1, (64, 48), exif=sideways), (24, 32))]:
-        data, extension, *found = encode(raw, 24, 90)
+        data, extension, *found = Encoding(24, None, 90).apply(raw)
         assert tuple(found) == Image.open(io.BytesIO(data)).size == size and extension == "jpg"
 
 
@@ -371,7 +372,7 @@ def test_sixteen_bits_are_scaled_not_clipped():
     ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
     buffer = io.BytesIO()
     Image.fromarray(ramp).save(buffer, "PNG")
-    data = encode(buffer.getvalue(), 32, 95)[0]
+    data = Encoding(32, None, 95).apply(buffer.getvalue())[0]
     pixels = np.asarray(Image.open(io.BytesIO(data)))
     assert pixels.shape == (32, 32, 3) and abs(pixels.mean() - 127.5) < 2
     assert pixels[0].mean() < 8 and pixels[-1].mean() > 247
@@ -380,7 +381,7 @@ def test_sixteen_bits_are_scaled_not_clipped():
 def test_an_image_with_too_many_pixels_is_refused(monkeypatch):
     monkeypatch.setattr("data_tools.images.MAX_PIXELS", 1000)
     with pytest.raises(ValueError, match="40 x 30 pixels are more than 1,000"):
-        encode(picture(1), None, 90)
+        Encoding(None, None, 90).apply(picture(1))
 
 
 def test_pillow_is_not_told_to_accept_truncated_files():
@@ -449,7 +450,7 @@ def test_a_disk_that_is_really_full(tmp_path, small_disk, workers):
 # -- The command's function
 
 
-def test_shard_prints_one_line_of_what_came_of_it(tmp_path, capsys):
+def test_shard_prints_what_came_of_it_and_what_was_dropped(tmp_path, capsys):
     annotation = make_source(tmp_path / "s", count=4)
     (tmp_path / "s/a.b.jpg").write_bytes(picture(9))
     with open(annotation, "a") as file:
@@ -461,11 +462,16 @@ def test_shard_prints_one_line_of_what_came_of_it(tmp_path, capsys):
 
     manifest = shard(dataclasses.replace(options, allow_missing=True))
     line = capsys.readouterr().out
-    assert line.count("\n") == 1 and "5 images, 9 captions, 1 shards" in line
-    assert "1 empty captions, 1 absent images; 1 keys made safe" in line
+    for words in [
+        "5 images, 9 captions, 1 shards",
+        "1  empty captions",
+        "first: gone.jpg (absent)",
+        "1 keys made safe",
+    ]:
+        assert words in line
     assert manifest.dropped == {"empty captions": 1, "absent images": 1}
-    listed = json.loads((tmp_path / "o/quarantine.jsonl").read_text())
-    assert listed == {"key": None, "source": "gone.jpg", "reason": "absent"}
+    listed = json.loads((tmp_path / "o/dropped.jsonl").read_text())
+    assert listed == {"key": None, "source": "gone.jpg", "reason": "absent", "counted_as": "absent images"}
     assert str(tmp_path) not in (tmp_path / "o/manifest.json").read_text()
 
 

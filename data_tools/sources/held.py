@@ -1,0 +1,170 @@
+"""Sources that hold their images themselves: folders of `name.jpg` + `name.txt`, and WebDataset tars."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_tools.processes import run_parallel
+from data_tools.sources.annotations import refuse_split
+from data_tools.sources.items import Choice, Dropped, Entry, StoredBytes
+from data_tools.sources.reading import read_text
+from data_tools.tars import IMAGE_FORMATS, group_members, walk_tar
+from runtime.errors import DataError, LigatureError
+from runtime.files import read_json
+from runtime.progress import progress
+
+
+def folder_pairs(annotation: Path, choice: Choice, dropped: Dropped) -> Iterator[Entry]:
+    """`name.jpg` (png, webp) and `name.txt` beside it, one caption a line; folders inside are walked, names sorted."""
+    refuse_split(annotation, choice)
+    for folder, folders, files in os.walk(annotation):
+        folders.sort()
+        texts = {name for name in files if name.endswith(".txt")}
+        for name in sorted(files):
+            stem, _, extension = name.rpartition(".")
+            if extension.lower() not in IMAGE_FORMATS:
+                continue
+            path = Path(folder, name)
+            relative = path.relative_to(annotation).as_posix()
+            text = f"{stem}.txt"
+            captions = read_text(path.with_name(text)).split("\n") if text in texts else []
+            stored = StoredBytes(str(path.resolve()), 0, path.stat().st_size)
+            yield Entry(relative, relative.rpartition(".")[0], [line for line in captions if line.strip()], stored)
+
+
+def find_tars(place: Path) -> list[Path]:
+    """The tars that a folder, a file, or a pattern names (`{00000..01242}.tar`, `*.tar`), sorted. `DataError` for none."""
+    if place.is_dir():
+        found = sorted(place.glob("*.tar"))
+    else:
+        found = [Path(path) for part in _braces(str(place)) for path in (sorted(glob.glob(part)) or [part])]
+    if missing := [path for path in found if not path.is_file()]:
+        raise DataError(f"{len(missing):,} of {len(found):,} tars of {place} are not there, the first: {missing[0]}")
+    if not found:
+        raise DataError(f"no tars in {place}")
+    return found
+
+
+def _braces(pattern: str) -> list[str]:
+    """`a{08..11}.tar` -> a08.tar, a09.tar, a10.tar, a11.tar: digits as wide as the first number, as the shell has it."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last = match[1], match[2]
+    numbers = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
+    return [rest for number in numbers for rest in _braces(pattern[: match.start()] + number + pattern[match.end() :])]
+
+
+def is_pattern(place: Path) -> bool:
+    return not place.exists() and re.search(r"[*?\[{]", str(place)) is not None
+
+
+def webdataset_tars(annotation: Path, choice: Choice, dropped: Dropped) -> Iterator[Entry]:
+    """Tars of `<key>.jpg` with `<key>.json` (`captions`, a list, or `caption`) or `<key>.txt`: img2dataset's, open_clip's, ours.
+
+    Where img2dataset's `<tar>_stats.json` lie beside the tars, each must have one (it is written last) and agree with its tar.
+    """
+    refuse_split(annotation, choice)
+    tars = find_tars(annotation)
+    stats = [_stats_file(tar).is_file() for tar in tars]
+    wrong: list[str] = []
+    with progress("listing", len(tars), "tars") as bar:
+        results: dict[int, _Listed] = {}
+        numbered = list(enumerate(tars))
+        following = 0
+        for (number, _), listed in run_parallel(_list_numbered, numbered, choice.workers):
+            results[number] = listed
+            bar.advance()
+            while following in results:  # in the tars' order, whichever was listed first
+                part, tar = results.pop(following), tars[following]
+                if any(stats):
+                    wrong += _held_against_stats(tar, part.samples)
+                wrong += [f"{tar.name}: {problem}" for problem in part.problems]
+                for problem in part.problems:
+                    dropped.image(tar.name, problem, "broken places in tars")
+                for name in part.passed_over:
+                    dropped.image(f"{tar.name}/{name}", "not a plain file: never read", "links, devices and odd paths")
+                for name in part.no_image:
+                    dropped.image(f"{tar.name}/{name}", "no image", "captions without an image")
+                yield from part.entries
+                following += 1
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        dropped.fatal = f"{annotation} is not whole: {wrong[0]}{more}"
+
+
+class _Listed:
+    """What one tar gives; sent between processes."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.problems: list[str] = []
+        self.passed_over: list[str] = []
+        self.no_image: list[str] = []
+        self.samples = 0
+
+
+def _list_numbered(task: tuple[int, Path]) -> _Listed:
+    return _list_tar(task[1])
+
+
+def _list_tar(tar: Path) -> _Listed:
+    found, contents = _Listed(), walk_tar(tar)
+    found.problems, found.passed_over = contents.problems, contents.passed_over
+    path = str(tar.resolve())
+    for group in group_members(contents.members):
+        if group.image is None:
+            found.no_image.append(group.name)
+            continue
+        found.samples += 1
+        values = {kind: StoredBytes(path, text.offset, text.size)() for kind, text in group.texts.items()}
+        captions, image_id = read_words(values)
+        stored = StoredBytes(path, group.image.offset, group.image.size)
+        found.entries.append(Entry(f"{tar.stem}/{group.image.name}", image_id or group.name, captions, stored))
+    return found
+
+
+def read_words(texts: dict[str, bytes]) -> tuple[list[str], str | None]:
+    """A sample's json and txt -> its captions (none where they hold none), and the image id that the json may state.
+
+    `captions` of the json come first (the list that a shard of ours has), then the txt, then img2dataset's `caption`.
+    """
+    value: Any = None
+    if "json" in texts:
+        try:
+            value = json.loads(texts["json"])
+        except ValueError:  # its txt may still be good
+            value = None
+    value = value if isinstance(value, dict) else {}
+    image_id = value.get("image_id")
+    named = None if image_id is None else str(image_id)
+    captions = value.get("captions")
+    if isinstance(captions, list) and captions and all(isinstance(caption, str) for caption in captions):
+        return captions, named
+    if "txt" in texts:
+        try:
+            return [texts["txt"].decode("utf-8")], named
+        except UnicodeDecodeError:
+            return [], named
+    return ([value["caption"]] if isinstance(value.get("caption"), str) else []), named
+
+
+def _stats_file(tar: Path) -> Path:
+    return tar.with_name(f"{tar.stem}_stats.json")
+
+
+def _held_against_stats(tar: Path, samples: int) -> list[str]:
+    path = _stats_file(tar)
+    if not path.is_file():
+        return [f"{tar.name} has no {path.name}: img2dataset had not finished it"]
+    try:
+        promised = read_json(path)["successes"]
+    except (LigatureError, KeyError, TypeError) as error:
+        return [f"{path.name} is not img2dataset's ({error})"]
+    return [] if promised == samples else [f"{tar.name} holds {samples:,} images, {path.name} says {promised:,}"]
