@@ -97,9 +97,14 @@ def plot(arguments: list[str]) -> None:
 
 
 def launch(arguments: list[str]) -> None:
-    from launch.local import launch as run
+    if arguments[:1] == ["slurm"]:
+        from launch.slurm import launch_slurm
 
-    run(arguments)
+        launch_slurm(arguments[1:])
+    else:
+        from launch.local import launch as run
+
+        run(arguments)
 
 
 def demo(arguments: list[str]) -> None:
@@ -117,7 +122,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "finetune": (finetune, "--config RECIPE: fine-tune a checkpoint for retrieval"),
     "evaluate": (evaluate, "--config RECIPE: score a checkpoint, with a table and a JSON record"),
     "plot": (plot, "RUN… --out FILE: the curves of a run as a picture"),
-    "launch": (launch, "local --nproc N STAGE …: run a stage on several processes of this machine"),
+    "launch": (launch, "slurm STAGE …, or local --nproc N STAGE …: run a stage on a cluster, or on several processes here"),
 }
 
 
