@@ -107,6 +107,18 @@ def launch(arguments: list[str]) -> None:
         run(arguments)
 
 
+def status(arguments: list[str]) -> None:
+    from launch.status import status as run
+
+    run(arguments)
+
+
+def doctor(arguments: list[str]) -> None:
+    from launch.doctor import doctor as run
+
+    run(arguments)
+
+
 def demo(arguments: list[str]) -> None:
     from launch.demo import demo as run
 
@@ -122,7 +134,12 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "finetune": (finetune, "--config RECIPE: fine-tune a checkpoint for retrieval"),
     "evaluate": (evaluate, "--config RECIPE: score a checkpoint, with a table and a JSON record"),
     "plot": (plot, "RUN… --out FILE: the curves of a run as a picture"),
-    "launch": (launch, "slurm STAGE …, or local --nproc N STAGE …: run a stage on a cluster, or on several processes here"),
+    "launch": (
+        launch,
+        "slurm STAGE …, or local --nproc N STAGE …: run a stage on a cluster, or on several processes here",
+    ),
+    "status": (status, "RUN…: job, step, rate, time left, last checkpoint, last error"),
+    "doctor": (doctor, "check this node, or a job's nodes, before time is spent on them"),
 }
 
 
@@ -151,7 +168,10 @@ def usage() -> str:
             "",
             *lines,
         ]
-        + ["", "`ligature COMMAND --help` lists a command's options."]
+        + [
+            "",
+            "`ligature COMMAND --help` lists a command's options; `ligature --completion bash` completes them (zsh, fish).",
+        ]
     )
 
 
@@ -162,6 +182,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if name in ("--help", "-h", "help"):
             print(usage(), flush=True)
+            return 0
+        if name == "--completion":
+            from launch.completion import completion
+
+            print(completion(rest), end="")
             return 0
         if name not in COMMANDS:
             close = difflib.get_close_matches(name, COMMANDS, n=1)

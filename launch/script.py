@@ -146,8 +146,7 @@ rm -f "$exits"
 RANK = r"""
 # --- a rank: its place, its node's log, and its exit code written down (the first one is the reason, the others follow from it)
 rank=$(cat <<'END'
-export RANK=${RANK:-$SLURM_PROCID} WORLD_SIZE=${WORLD_SIZE:-$SLURM_NTASKS}
-export LOCAL_RANK=${LOCAL_RANK:-$SLURM_LOCALID} LOCAL_WORLD_SIZE=$ranks_per_node
+PLACE
 exec >> "$folder/logs/${SLURM_ARRAY_TASK_ID:+$SLURM_ARRAY_TASK_ID-}$SLURMD_NODENAME.log" 2>&1
 [ "$LOCAL_RANK" = 0 ] && echo "=== $(date +%FT%T) job $job start $start on $SLURMD_NODENAME: $command"
 trap : TERM USR1 INT HUP
@@ -158,6 +157,10 @@ exit "$code"
 END
 )
 """
+
+PLACE = (
+    """export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$ranks_per_node"""
+)
 
 NODE = r"""
 # --- a node: torchrun starts its ranks, and passes on the signals that ask them to stop
@@ -183,7 +186,8 @@ def _ranks(job: Job) -> str:
         binds = [f"--bind={mount}" for mount in mounts + container.mounts]
         inside = ["apptainer", "exec", *(["--nv"] if config.gpus_per_node else []), *binds]
         inside += [f"--pwd={job.working_folder}", *container.options, container.image]
-    text = RANK
+    # torchrun tells its ranks their places by itself.
+    text = RANK.replace("PLACE\n", "" if config.launcher == "torchrun" else f"{PLACE}\n")
     what = '"$rank"'
     if config.launcher == "torchrun":
         torchrun = ["python", "-m", "torch.distributed.run", f"--nnodes={config.nodes}", "--node-rank=$SLURM_NODEID"]

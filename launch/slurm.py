@@ -55,8 +55,9 @@ def launch_slurm(arguments: list[str]) -> None:
 
 def split_arguments(arguments: list[str]) -> tuple[LaunchOptions, list[str]]:
     """What is the launcher's (`--gpus-per-node 8`, wherever it stands), and the stage with what is its own."""
-    ours, own = [], iter(arguments)
-    rest = []
+    ours: list[str] = []
+    own = iter(arguments)
+    rest: list[str] = []
     known = set(keys_of(LaunchOptions)) | {"container"}
     for argument in own:
         name, equals, value = argument.partition("=")

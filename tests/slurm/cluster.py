@@ -120,7 +120,7 @@ class Cluster:
             process.terminate()
         for process in self._daemons.values():
             try:
-                process.wait(10)
+                process.wait(3)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
