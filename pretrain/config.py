@@ -106,6 +106,8 @@ class CodebookConfig:
     """`cross`: the text predicts the image's plan and the other way (Eq. 2); `self`: each its own (the slides' last sum)."""
     features: Literal["teacher", "student"] = "teacher"
     """Whose features the plan is solved from (the slides' ablation)."""
+    frozen: bool = False
+    """The codewords stay where they began, at random: what the learning of them is worth (an ablation)."""
 
 
 @dataclass
@@ -120,9 +122,20 @@ class ObjectivesConfig:
 class TransportConfig:
     """How plans are solved; `pretrain/transport.py`."""
 
+    solver: Literal["ipot", "sinkhorn", "argmax"] = "ipot"
+    """`ipot`: proximal point, near the exact plan; `sinkhorn`: the entropy-regularised one; `argmax`: no transport at all, each
+    sample's nearest codeword (the slides' open question is what the plan is for)."""
     beta: float = 0.5
-    outer_steps: int = 50
-    inner_steps: int = 1
+    outer_steps: int = 200
+    """The plan's entropy is that of a regularisation of beta / outer_steps."""
+    inner_steps: int | None = None
+    """A number is the paper's loop, every outer step by itself with so many sweeps (50 outer and 1 inner are usual); none takes
+    many outer steps at once and then settles the columns."""
+    tolerance: float = 1e-3
+    """Column error at which a plan is settled: the sum over codewords of |mass - 1 / codewords|."""
+    regularisation: float = 0.05
+    """Of `sinkhorn`."""
+    sinkhorn_steps: int = 100
     samples: Literal["batch", "batch+queue"] = "batch"
     """Features the plan is solved over: the global batch's, or the queue's as well (sharper targets: at most samples / codewords)."""
 

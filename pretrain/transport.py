@@ -4,14 +4,31 @@ Proximal point (IPOT: Xie et al., UAI 2019; CODIS, Algorithm 2) runs mirror step
 steps its plan is `exp(-t * cost / beta + f_i + g_j)`, so two potentials are its whole state: nothing of the size of the
 plan is carried from step to step, and nothing under- or overflows. With a converged inner loop it equals Sinkhorn at
 regularisation beta / t. (The slides' scale `1 / (n Q sigma)` is a slip that loses mass: the marginals here are right.)
+
+By that identity the last t alone matters, not the steps on the way. Unless an inner loop is asked for, many outer steps are
+taken at once: one sweep a stride, from potentials extrapolated along the stride before (IPOT's own warm start, which keeps
+its scaling vector, is that extrapolation). Over-relaxed sweeps follow where the columns have not settled by then.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+STRIDES, GROWTH = 120, 1.02
+"""Strides to `outer_steps`, and how much longer each is than the one before."""
+MORE_SWEEPS, RELAXATION = 480, 1.7
+"""Over-relaxed sweeps at its end (Thibault et al. 2017), at most, until the columns have settled."""
+CHECK_EVERY = 10
+"""Sweeps between two looks at the column error: a look waits for the device."""
+CACHED = 1 << 17
+"""Entries of the kernel that a CPU works on at a time, so that they stay in its cache."""
+
+Potentials = tuple[Tensor, Tensor]
+Sweep = Callable[[Tensor, float, Tensor, Tensor, Tensor, Tensor, float], Potentials]
 
 
 class Transport(NamedTuple):
@@ -19,8 +36,9 @@ class Transport(NamedTuple):
 
     plan: Tensor
     """(…, n, k), non-negative. Rows sum to `a` exactly (the last update is on the sample side)."""
-    potentials: tuple[Tensor, Tensor]
-    """f (…, n) and g (…, k)."""
+    potentials: Potentials
+    """f (…, n) and g (…, k): the plan is `exp(-sharpness * cost + f_i + g_j)`, up to rounding, where the sharpness is
+    outer_steps / beta, or 1 / regularisation."""
     marginal_errors: tuple[Tensor, Tensor]
     """(…) each: sum of |row sums - a| and of |column sums - b|. Large values say: more steps, or a larger beta."""
 
@@ -31,16 +49,59 @@ def proximal_point(
     a: Tensor | None = None,
     b: Tensor | None = None,
     beta: float = 0.5,
-    outer_steps: int = 50,
-    inner_steps: int = 1,
+    outer_steps: int = 200,
+    inner_steps: int | None = None,
+    tolerance: float | None = 1e-3,
+    start: Tensor | None = None,
 ) -> Transport:
     """The plan of least cost between `a` and `b`, approached by `outer_steps` proximal steps of size `1 / beta`.
 
     cost: (…, n, k), any float dtype, computed in float32 (float64 stays); a: (…, n) and b: (…, k), uniform unless given.
+    inner_steps: None goes in strides, then sweeps on until the column error of every problem is within `tolerance` (None: no
+    further). A number is the paper's loop, step by step, with so many sweeps in each, whatever the tolerance.
+    start: (…, k), the potential g of an earlier plan over the same codewords, instead of the strides.
     """
     cost, log_a, log_b = _prepare(cost, a, b)
-    f, warm = torch.zeros_like(log_a), torch.zeros_like(log_a)
-    g = torch.zeros_like(log_b)
+    if inner_steps is not None:
+        f, g = _walk(cost, log_a, log_b, beta, outer_steps, inner_steps)
+        return _finish(cost, outer_steps / beta, f, g, log_a, log_b)
+    all_have_mass = all(marginal is None or bool((marginal > 0).all()) for marginal in (a, b))
+    found = _stride(cost, log_a, log_b, beta, outer_steps, tolerance, start, _sweep) if all_have_mass else None
+    if found is None:  # a marginal is 0, or a kernel left its range: every sum with its largest term taken out first
+        found = _stride(cost, log_a, log_b, beta, outer_steps, tolerance, start, _stable_sweep)
+    assert found is not None, "logarithms of sums are finite"
+    return _finish(cost, outer_steps / beta, *found, log_a, log_b)
+
+
+@torch.no_grad()
+def sinkhorn(
+    cost: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    regularisation: float = 0.05,
+    steps: int = 100,
+    tolerance: float | None = None,
+    start: Tensor | None = None,
+) -> Transport:
+    """The entropy-regularised plan (Cuturi 2013) after `steps` alternating updates, or as soon as the column error of every
+    problem is within `tolerance`. start: (…, k), the potential g of an earlier plan. Shapes as in `proximal_point`."""
+    cost, log_a, log_b = _prepare(cost, a, b)
+    kernel = cost / -regularisation
+    f, g = torch.zeros_like(log_a), torch.zeros_like(log_b)
+    if start is not None:
+        f = log_a - torch.logsumexp(kernel + start.to(cost).unsqueeze(-2), dim=-1)
+    for done in range(1, steps + 1):
+        g = log_b - torch.logsumexp(kernel + f.unsqueeze(-1), dim=-2)
+        f = log_a - torch.logsumexp(kernel + g.unsqueeze(-2), dim=-1)
+        if tolerance is not None and done % CHECK_EVERY == 0:
+            if bool((_column_error(cost, 1 / regularisation, f, g, log_b) <= tolerance).all()):
+                break
+    return _finish(cost, 1 / regularisation, f, g, log_a, log_b)
+
+
+def _walk(cost: Tensor, log_a: Tensor, log_b: Tensor, beta: float, outer_steps: int, inner_steps: int) -> Potentials:
+    """The paper's loop."""
+    f, warm, g = torch.zeros_like(log_a), torch.zeros_like(log_a), torch.zeros_like(log_b)
     for step in range(1, outer_steps + 1):
         kernel, base = cost * (-step / beta), f
         for _ in range(inner_steps):
@@ -48,20 +109,76 @@ def proximal_point(
             g = log_b - torch.logsumexp(kernel + (base + warm).unsqueeze(-1), dim=-2)
             f = log_a - torch.logsumexp(kernel + g.unsqueeze(-2), dim=-1)
             warm = f - base
-    return _finish(cost * (-outer_steps / beta), f, g, log_a, log_b)
+    return f, g
 
 
-@torch.no_grad()
-def sinkhorn(
-    cost: Tensor, a: Tensor | None = None, b: Tensor | None = None, regularisation: float = 0.05, steps: int = 100
-) -> Transport:
-    """The entropy-regularised plan (Cuturi 2013) after `steps` alternating updates. Shapes as in `proximal_point`."""
-    cost, log_a, log_b = _prepare(cost, a, b)
-    kernel, f, g = cost / -regularisation, torch.zeros_like(log_a), torch.zeros_like(log_b)
-    for _ in range(steps):
-        g = log_b - torch.logsumexp(kernel + f.unsqueeze(-1), dim=-2)
-        f = log_a - torch.logsumexp(kernel + g.unsqueeze(-2), dim=-1)
-    return _finish(kernel, f, g, log_a, log_b)
+def _stride(
+    cost: Tensor,
+    log_a: Tensor,
+    log_b: Tensor,
+    beta: float,
+    outer_steps: int,
+    tolerance: float | None,
+    start: Tensor | None,
+    sweep: Sweep,
+) -> Potentials | None:
+    """-> f, g; None where a number left its range."""
+    f, g = torch.zeros_like(log_a), torch.zeros_like(log_b)
+    f_way, g_way = f, g
+    if start is not None:  # settled already but for what has changed since: no way to go
+        g = start.to(cost).expand_as(log_b)
+        f = log_a - torch.logsumexp(cost * (-outer_steps / beta) + g.unsqueeze(-2), dim=-1)
+    stride, step, before = outer_steps * (GROWTH - 1) / (GROWTH**STRIDES - 1), 0.0, 0.0
+    for _ in range(STRIDES if start is None else 0):
+        ahead = stride / before if before else 0.0
+        step, before, stride = step + stride, stride, stride * GROWTH
+        new_f, new_g = sweep(cost, step / beta, f + ahead * f_way, g + ahead * g_way, log_a, log_b, 1.0)
+        f_way, g_way, f, g = new_f - f, new_g - g, new_f, new_g
+    for number in range(MORE_SWEEPS + 1):
+        if number % CHECK_EVERY == 0:
+            error = _column_error(cost, outer_steps / beta, f, g, log_b)
+            if not bool(error.isfinite().all()):
+                return None
+            if tolerance is None or bool((settled := error <= tolerance).all()):
+                break
+        relaxation = 1.0 if number % CHECK_EVERY == CHECK_EVERY - 1 else RELAXATION
+        new_f, new_g = sweep(cost, outer_steps / beta, f, g, log_a, log_b, relaxation)
+        # A problem that has settled stays as it is: its plan must not depend on those it was batched with.
+        f, g = torch.where(settled[..., None], f, new_f), torch.where(settled[..., None], g, new_g)
+    return f, g
+
+
+def _sweep(
+    cost: Tensor, sharpness: float, f: Tensor, g: Tensor, log_a: Tensor, log_b: Tensor, relaxation: float
+) -> Potentials:
+    """g, then f, from guesses near enough for the kernel to stay in range: one exponential serves both."""
+    n, k = cost.shape[-2:]
+    rows = n if cost.device.type != "cpu" else max(1, CACHED // (k * max(1, cost[..., 0, 0].numel())))
+    kernel = torch.empty_like(cost)
+    columns = torch.zeros_like(g)
+    for first in range(0, n, rows):
+        part = kernel[..., first : first + rows, :]
+        torch.add(g.unsqueeze(-2), cost[..., first : first + rows, :], alpha=-sharpness, out=part)
+        columns += part.add_(f[..., first : first + rows, None]).exp_().sum(-2)
+    change = relaxation * (log_b - columns.log())
+    row_sums = (kernel @ change.exp().unsqueeze(-1)).squeeze(-1)
+    return f + relaxation * (log_a - row_sums.log()), g + change
+
+
+def _stable_sweep(
+    cost: Tensor, sharpness: float, f: Tensor, g: Tensor, log_a: Tensor, log_b: Tensor, relaxation: float
+) -> Potentials:
+    """The same from any guess of f."""
+    kernel = cost * -sharpness
+    new_g = log_b - torch.logsumexp(kernel + f.unsqueeze(-1), dim=-2)
+    g = new_g if relaxation == 1 else torch.lerp(g, new_g, relaxation)
+    new_f = log_a - torch.logsumexp(kernel + g.unsqueeze(-2), dim=-1)
+    return new_f if relaxation == 1 else torch.lerp(f, new_f, relaxation), g
+
+
+def _column_error(cost: Tensor, sharpness: float, f: Tensor, g: Tensor, log_b: Tensor) -> Tensor:
+    plan = torch.add(g.unsqueeze(-2), cost, alpha=-sharpness).add_(f.unsqueeze(-1)).exp_()
+    return (plan.sum(-2) - log_b.exp()).abs().sum(-1)
 
 
 def _prepare(cost: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,8 +192,10 @@ def _prepare(cost: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, 
     return cost, log_a.expand(*cost.shape[:-1]).contiguous(), log_b.expand(*cost.shape[:-2], k).contiguous()
 
 
-def _finish(kernel: Tensor, f: Tensor, g: Tensor, log_a: Tensor, log_b: Tensor) -> Transport:
-    plan = (kernel + f.unsqueeze(-1) + g.unsqueeze(-2)).exp()
+def _finish(cost: Tensor, sharpness: float, f: Tensor, g: Tensor, log_a: Tensor, log_b: Tensor) -> Transport:
+    plan = torch.add(g.unsqueeze(-2), cost, alpha=-sharpness).add_(f.unsqueeze(-1)).exp_()
+    # Exponents of hundreds are a few 1e-5 apart in float32: one more division makes the rows exact.
+    plan = plan * (log_a.exp() / plan.sum(-1).clamp(min=torch.finfo(plan.dtype).tiny)).unsqueeze(-1)
     row_error = (plan.sum(-1) - log_a.exp()).abs().sum(-1)
     column_error = (plan.sum(-2) - log_b.exp()).abs().sum(-1)
     return Transport(plan, (f, g), (row_error, column_error))

@@ -8,19 +8,21 @@ from torch import Tensor
 from pretrain.config import CodebookConfig, TransportConfig
 from pretrain.objectives.contrastive import soft_cross_entropy
 from pretrain.objectives.state import Plans, StudentState
-from pretrain.transport import proximal_point
+from pretrain.transport import proximal_point, sinkhorn
 
 
 class Codebook:
     """L_ot moves the codewords to the teacher's features; L_t2p and L_i2p teach both modalities to name each other's codewords."""
 
     def __init__(self, config: CodebookConfig) -> None:
-        self.temperature, self.pairing = config.temperature, config.pairing
+        self.temperature, self.pairing, self.frozen = config.temperature, config.pairing, config.frozen
 
     def __call__(self, state: StudentState) -> dict[str, Tensor]:
         """-> `codebook` (the sum of the four terms), `transport_cost` and `codeword_prediction` (its parts)."""
         batch, plans, codewords = state.batch, state.batch.plans, state.model.codewords()
         assert plans is not None, "the task solves plans where this objective is on"
+        if self.frozen:
+            codewords = codewords.detach()
         text_target, image_target = (plans.image, plans.text) if self.pairing == "cross" else (plans.text, plans.image)
         prediction = soft_cross_entropy(state.text @ codewords.T / self.temperature, text_target)
         prediction = prediction + soft_cross_entropy(state.image @ codewords.T / self.temperature, image_target)
@@ -44,9 +46,7 @@ def solve_plans(
     unit-norm. -> Plans with rows scaled to sum to 1 (a row of a plan sums to 1 / n: as a target it would be n times too weak).
     """
     cost = 1 - torch.stack([image, text]) @ codewords.T
-    plan, _, (row_error, column_error) = proximal_point(
-        cost, beta=config.beta, outer_steps=config.outer_steps, inner_steps=config.inner_steps
-    )
+    plan, row_error, column_error = _solve(cost, config)
     targets = plan[:, :samples] / plan[:, :samples].sum(-1, keepdim=True)
     entropy = -torch.special.xlogy(targets, targets).sum(-1)
     nearest = torch.bincount(cost.argmin(-1).flatten(), minlength=len(codewords))
@@ -59,3 +59,16 @@ def solve_plans(
         "codebook/column_error": column_error.mean(),
     }
     return Plans(*targets), figures
+
+
+def _solve(cost: Tensor, config: TransportConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """-> plan (2, n, codewords), and the errors of its rows and of its columns, (2,) each."""
+    if config.solver == "argmax":
+        n, codewords = cost.shape[-2:]
+        plan = torch.zeros_like(cost).scatter_(-1, cost.argmin(-1, keepdim=True), 1 / n)
+        return plan, torch.zeros_like(plan[:, 0, 0]), (plan.sum(-2) - 1 / codewords).abs().sum(-1)
+    if config.solver == "sinkhorn":
+        solved = sinkhorn(cost, None, None, config.regularisation, config.sinkhorn_steps, config.tolerance)
+    else:
+        solved = proximal_point(cost, None, None, config.beta, config.outer_steps, config.inner_steps, config.tolerance)
+    return solved.plan, *solved.marginal_errors

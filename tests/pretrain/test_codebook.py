@@ -12,7 +12,7 @@ import torch
 from pretrain.config import CodebookConfig, TransportConfig
 from pretrain.objectives.codebook import Codebook, solve_plans
 from pretrain.objectives.state import Keys, MicroBatch, Plans, StudentState
-from pretrain.transport import proximal_point
+from pretrain.transport import proximal_point, sinkhorn
 
 
 def state_of(image, text, codewords, plans: Plans, keys: Keys, rows) -> StudentState:
@@ -138,3 +138,26 @@ def test_the_transport_cost_teaches_the_codebook_alone_and_pulls_it_to_the_teach
     # And the student's gradient is the predictions' alone: the cost does not know the student.
     alone = -(plans.image * torch.log_softmax(text @ unit.T / 0.1, -1)).sum(-1).mean()
     torch.testing.assert_close(of_cost[2], torch.autograd.grad(alone, text)[0], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["ipot", "sinkhorn", "argmax"])
+def test_every_solver_gives_targets_and_tells_its_columns_error(solver):
+    image, text, codewords = tiny.unit(12, 8, seed=1), tiny.unit(12, 8, seed=2), tiny.unit(5, 8, seed=3)
+    plans, figures = solve_plans(image, text, codewords, 12, TransportConfig(solver=solver))
+    torch.testing.assert_close(plans.image.sum(-1), torch.ones(12))
+    if solver == "argmax":
+        assert torch.equal(plans.text, torch.nn.functional.one_hot((text @ codewords.T).argmax(-1), 5).float())
+        assert figures["codebook/column_error"] > 0.1, "nothing balances it"
+    else:
+        assert figures["codebook/column_error"] <= 1e-3
+        wanted = sinkhorn(1 - image @ codewords.T, regularisation=0.05 if solver == "sinkhorn" else 0.0025, steps=5000)
+        torch.testing.assert_close(plans.image, 12 * wanted.plan, atol=2e-2, rtol=0)
+
+
+def test_frozen_codewords_take_no_gradient_and_still_teach_the_student():
+    image, codewords = tiny.unit(6, 8, seed=1).requires_grad_(), tiny.unit(5, 8, seed=3).requires_grad_()
+    keys = Keys(tiny.unit(6, 8, seed=4), tiny.unit(6, 8, seed=5), torch.arange(6))
+    plans, _ = solve_plans(keys.image, keys.text, codewords.detach(), 6, TransportConfig())
+    losses = Codebook(CodebookConfig(frozen=True))(state_of(image, image, codewords, plans, keys, list(range(6))))
+    of_image, of_codewords = torch.autograd.grad(losses["codebook"], (image, codewords), allow_unused=True)
+    assert of_image.any() and of_codewords is None
