@@ -93,9 +93,10 @@ def sinkhorn(
     for done in range(1, steps + 1):
         g = log_b - torch.logsumexp(kernel + f.unsqueeze(-1), dim=-2)
         f = log_a - torch.logsumexp(kernel + g.unsqueeze(-2), dim=-1)
-        if tolerance is not None and done % CHECK_EVERY == 0:
-            if bool((_column_error(cost, 1 / regularisation, f, g, log_b) <= tolerance).all()):
-                break
+        if tolerance is None or done % CHECK_EVERY:
+            continue
+        if bool((_column_error(cost, 1 / regularisation, f, g, log_b) <= tolerance).all()):
+            break
     return _finish(cost, 1 / regularisation, f, g, log_a, log_b)
 
 
