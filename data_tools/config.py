@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from runtime.errors import RecipeError
 
@@ -19,12 +20,17 @@ class AugmentConfig:
     """RandAugment operations per view; 0 turns it off."""
     magnitude: int = 7
     """Strength of the operations, 0 to 10."""
+    where: Literal["workers", "device"] = "workers"
+    """Who crops, mirrors, resizes and operates: the loader's workers, or the device, where workers only decode. What is
+    drawn is the same; pixels agree but for rounding."""
 
     def __post_init__(self) -> None:
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise RecipeError(
                 f"augment.crop_scale is {self.crop_scale}; it is two shares of the area, 0 < low <= high <= 1"
             )
+        if self.operations < 0:
+            raise RecipeError(f"augment.operations is {self.operations}; it is a number of operations, 0 or more")
         if not 0 <= self.magnitude <= 10:
             raise RecipeError(f"augment.magnitude is {self.magnitude}; it goes from 0 to 10")
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data_tools.images import decode_image
+from data_tools.images import decode_image, decode_pixels
 from data_tools.manifest import Manifest
 from data_tools.order import SampleOrder, derived_seed
+from data_tools.packed import join_images
 from data_tools.reader import ShardReader
 from data_tools.tokenizer import CaptionTokenizer, pad_tokens
 from runtime.errors import DataError
@@ -64,7 +65,7 @@ class ExampleReader(Dataset):
             )
             try:
                 raw = self.reader[sample]
-                image: Any = decode_image(raw.image)
+                image: Any = decode_image(raw.image) if self.transform is None else decode_pixels(raw.image)
             except (OSError, ValueError, DataError) as error:
                 shard = self.reader.manifest.shards[self.reader.place(sample)[0]].name
                 failures.append(
@@ -85,7 +86,8 @@ class ShardStream:
     """Iterating yields this rank's batches, for ever. Every rank has the same number of batches, whatever the shards.
 
     A batch is a dictionary: `keys` (list of str), `positions` and `image_ids` (batch,) int64, `captions` (list of str),
-    `images` (views, batch, 3, size, size) uint8 (a list of PIL images without a transform), and with a tokenizer `ids`
+    `images` (views, batch, 3, size, size) uint8 (a list of PIL images without a transform; PackedImages where the device
+    augments them: `views_on` turns either into views), and with a tokenizer `ids`
     (batch, words) int64 and `mask` (batch, words) bool.
 
     The cursor counts samples consumed by all ranks; `state_dict()` may be taken after any batch, prefetching workers or not, and
@@ -105,7 +107,7 @@ class ShardStream:
         quarantine: Path | None = None,
         max_bad_share: float = 0.01,
     ) -> None:
-        """batch_size: samples per rank and step; transform: (PIL image, seed) -> (views, 3, size, size); quarantine: a file
+        """batch_size: samples per rank and step; transform: (pixels (height, width, 3) uint8, seed) -> (views, 3, size, size); quarantine: a file
         that lists samples that cannot be read, each once. Raises DataError when they are more than `max_bad_share` of all."""
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"batch_size {batch_size} and rank {rank} of world_size {world_size} do not make a stream")
@@ -221,7 +223,7 @@ def _collate(read: list[Example | DataError]) -> dict[str, Any] | DataError:
         "positions": torch.tensor([example.position for example in examples]),
         "image_ids": torch.tensor([example.sample for example in examples]),
         "captions": [example.caption for example in examples],
-        "images": torch.stack(images, dim=1) if isinstance(images[0], torch.Tensor) else images,
+        "images": join_images(images),
         "failures": [failure for example in examples for failure in example.failures],
     }
     if examples[0].tokens is not None:

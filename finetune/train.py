@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from data_tools.collection import Collection
 from data_tools.order import derived_seed, uniforms
+from data_tools.packed import views_on
 from data_tools.stream import ShardStream
 from data_tools.transforms import TrainTransform
 from finetune.config import FinetuneRecipe
@@ -169,7 +170,7 @@ def retrieval_batch(batch: dict[str, Any], seed: int, device: torch.device) -> M
     draws = torch.from_numpy(uniforms(derived_seed(seed, NEGATIVES), batch["positions"].numpy(), 2)).to(device)
     nothing = torch.empty(0, device=device)
     return MicroBatch(
-        images=batch["images"][0].to(device),
+        images=views_on(batch["images"], device)[0],
         text=TextBatch(batch["ids"].to(device), batch["mask"].to(device)),
         image_ids=ids,
         rows=torch.arange(len(ids), device=device),

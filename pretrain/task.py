@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data_tools.order import derived_seed, uniforms
+from data_tools.packed import views_on
 from data_tools.tokenizer import CaptionTokenizer
 from pretrain.config import PretrainRecipe
 from pretrain.feature_queue import FeatureQueue
@@ -85,7 +86,7 @@ class PretrainTask:
 
         batch: as ShardStream yields it; epoch: epochs consumed so far, for the ramp of the distillation.
         """
-        views = batch["images"].to(self.device, non_blocking=True)
+        views = views_on(batch["images"], self.device)
         text = TextBatch(
             batch["ids"].to(self.device, non_blocking=True), batch["mask"].to(self.device, non_blocking=True)
         )

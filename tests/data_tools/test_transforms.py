@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import random
+import tarfile
 
 import numpy as np
 import pytest
@@ -10,14 +12,22 @@ import torch
 from PIL import Image
 
 from data_tools.config import AugmentConfig
+from data_tools.images import decode_image, decode_pixels
 from data_tools.transforms import EvaluationTransform, TrainTransform
+from data_tools.views import draw_views
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
 
-def noise(mode: str = "RGB", size: tuple[int, int] = (24, 18), seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels).convert(mode)
+def noise(size: tuple[int, int] = (24, 18), seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+
+
+def halves(width: int = 32, height: int = 32) -> np.ndarray:
+    """The left half red, the right one green."""
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    pixels[:, : width // 2], pixels[:, width // 2 :] = RED, GREEN
+    return pixels
 
 
 @pytest.fixture(params=[{}, {"operations": 0}, {"flip": False, "crop_scale": [1.0, 1.0]}], ids=str)
@@ -55,16 +65,12 @@ def test_no_global_generator_is_touched(transform, monkeypatch):
 
 
 def test_without_flips_left_stays_left():
-    image = Image.new("RGB", (32, 32), GREEN)
-    image.paste(RED, (0, 0, 16, 32))
-    views = TrainTransform(16, AugmentConfig(flip=False, operations=0, crop_scale=[1, 1]), views=8)(image, 0)
+    views = TrainTransform(16, AugmentConfig(flip=False, operations=0, crop_scale=[1, 1]), views=8)(halves(), 0)
     assert (views[:, 0, 8, 2] > 200).all() and (views[:, 1, 8, 13] > 200).all()
 
 
 def test_with_flips_about_half_are_mirrored():
-    image = Image.new("RGB", (32, 32), GREEN)
-    image.paste(RED, (0, 0, 16, 32))
-    views = TrainTransform(16, AugmentConfig(operations=0, crop_scale=[1, 1]), views=64)(image, 0)
+    views = TrainTransform(16, AugmentConfig(operations=0, crop_scale=[1, 1]), views=64)(halves(), 0)
     assert 16 < (views[:, 1, 8, 2] > 200).sum() < 48
 
 
@@ -72,7 +78,7 @@ def test_operations_leave_colours_alone():
     """A red image stays red: captions name colours."""
     for seed in range(40):
         views = TrainTransform(16, AugmentConfig(operations=3, magnitude=10), views=1)(
-            Image.new("RGB", (32, 32), RED), seed
+            np.full((32, 32, 3), RED, dtype=np.uint8), seed
         )
         covered = views[0, 0] > 20  # what a shift or a turn uncovers is black
         assert (views[0, 1][covered] < 60).all() and (views[0, 2][covered] < 60).all()
@@ -81,16 +87,54 @@ def test_operations_leave_colours_alone():
 @pytest.mark.parametrize("size", [(1, 1), (1, 90), (300, 2)])
 def test_odd_shapes_become_squares(size, transform):
     assert transform(noise(size=size), 3).shape == (2, 3, 16, 16)
-    assert EvaluationTransform(16)(noise(size=size)).shape == (3, 16, 16)
+    assert EvaluationTransform(16)(Image.fromarray(noise(size=size))).shape == (3, 16, 16)
+
+
+def test_views_of_photos_are_what_pillow_makes_of_the_same_crops(shared_data):
+    with tarfile.open(shared_data / "data" / "cc12m_test" / "cc12m-train-0000.tar") as tar:
+        photos = [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")][:12]
+    augment = AugmentConfig(operations=0)
+    differences = []
+    for seed, data in enumerate(photos):
+        image = decode_image(data)
+        views = draw_views((image.height, image.width), augment, 2, seed)
+        made = TrainTransform(64, augment, 2)(decode_pixels(data), seed)
+        for view, seen in zip(views, made, strict=True):
+            crop = image.crop((view.left, view.top, view.left + view.width, view.top + view.height))
+            plain = crop.resize((64, 64), Image.Resampling.BICUBIC)
+            plain = plain.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.mirrored else plain
+            differences.append(np.abs(np.asarray(plain).astype(int) - seen.permute(1, 2, 0).numpy()))
+    assert np.mean(differences) < 0.03 and np.max(differences) <= 1
+    assert {view.mirrored for seed in range(12) for view in draw_views((9, 9), augment, 2, seed)} == {True, False}
 
 
 def test_evaluation_sees_the_whole_image():
-    image = Image.new("RGB", (64, 16), GREEN)
-    image.paste(RED, (0, 0, 32, 16))
-    seen = EvaluationTransform(16)(image)
+    seen = EvaluationTransform(16)(Image.fromarray(halves(64, 16)))
     assert seen.dtype == torch.uint8
     assert (seen[0, :, :7] > 240).all() and (seen[1, :, 9:] > 240).all()
 
 
-def test_evaluation_takes_images_of_other_modes():
-    assert EvaluationTransform(16)(noise("L")).shape == (3, 16, 16)
+def test_evaluation_resizes_with_pillow():
+    image = Image.fromarray(noise(size=(90, 61)))
+    expected = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC))
+    assert np.array_equal(EvaluationTransform(32)(image).permute(1, 2, 0), expected)
+
+
+def test_evaluation_takes_images_as_a_user_opens_them():
+    """Other modes and pictures on their side become what decoding would make of them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for form, mode, options in [
+        ("PNG", "L", {}),
+        ("PNG", "RGBA", {}),
+        ("JPEG", "CMYK", {}),
+        ("JPEG", "RGB", {"exif": exif}),
+    ]:
+        buffer = io.BytesIO()
+        image = Image.fromarray(halves()).convert(mode)
+        if mode == "RGBA":
+            image.putalpha(Image.linear_gradient("L").resize((32, 32)))
+        image.save(buffer, form, **options)
+        opened, decoded = Image.open(buffer), decode_image(buffer.getvalue())
+        assert torch.equal(EvaluationTransform(16)(opened), EvaluationTransform(16)(decoded))
+    assert (EvaluationTransform(16)(opened)[0, :7] > 200).all(), "what is stored to the left is shown on top"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
+from data_tools.config import AugmentConfig
+from data_tools.packed import join_images
+from data_tools.transforms import TrainTransform
 from pretrain.task import PretrainTask
 
 OBJECTIVES = ("contrastive", "matching", "masked_language", "codebook")
@@ -165,3 +169,15 @@ def test_the_queue_joins_the_plan_where_the_recipe_says_so():
             plans.append(inputs.plans.image)
             either.finish((name, parameter.data) for name, parameter in either.student.model.named_parameters())
         assert torch.allclose(*plans) == (step == 0), "the queue is empty at first"
+
+
+def test_views_made_on_the_device_reach_student_and_teacher():
+    """`augment.where: device`: the step is that of the views it packs."""
+    augment = AugmentConfig(where="device")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    packed = join_images([TrainTransform(tiny.IMAGE, augment, 2)(pixels, seed) for seed in range(8)])
+    made = []
+    for images in (packed, packed.render("cpu")):
+        (inputs,), _ = tiny.task(tiny.recipe()).prepare(tiny.batch(8) | {"images": images}, 1.0, 8)
+        made.append((inputs.images, inputs.keys.image))
+    assert torch.equal(made[0][0], made[1][0]) and torch.equal(made[0][1], made[1][1])
