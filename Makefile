@@ -8,10 +8,11 @@ BIN := $(VENV)/bin
 # Ranks and loaders share the cores as processes: one thread each is fastest, and a run repeats to the bit.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test controls lint clean
+.PHONY: help demo test slurm controls lint clean
 help:
 	@echo 'make demo      make .venv, install, and run the whole path on drawn shapes'
 	@echo 'make test      make .venv, install, and run the tests'
+	@echo 'make slurm     launching, on a cluster of real SLURM daemons that the tests start here (Debian: slurm-wlm, munge)'
 	@echo 'make controls  the demo, then what stands beside its claims: shuffled pairs, relations, the gate'
 	@echo 'make lint      ruff (rules and format) and mypy'
 	@echo 'make clean     remove caches and build outputs; .venv and runs stay'
@@ -21,6 +22,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.develop
 	$(BIN)/python -m pytest $(ARGS)
+
+slurm: $(VENV)/.develop
+	$(BIN)/python -m pytest -m slurm $(ARGS)
 
 controls: demo $(VENV)/.develop
 	$(BIN)/python -m pytest -m controls $(ARGS)

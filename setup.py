@@ -20,6 +20,7 @@ REQUIRED = [
     "safetensors>=0.5",  # checkpoints without pickle
     "pyarrow>=17",  # the index of a shard (parquet)
     "fsspec>=2024.6",  # shards behind http, s3, gs
+    "packaging>=23",  # `ligature doctor`: do the installed versions fit together
     "tokenizers>=0.21",  # WordPiece, trained on the captions
     "numpy>=2.0",  # scores and metrics; bitwise_count compares looks of images
     "pillow>=11.3",  # decoding images (AVIF among them), drawing the demo's scenes

@@ -119,6 +119,7 @@ def _tasks(job: Job) -> str:
     lines += [
         f"ligature={shlex.quote(job.ligature)}",
         f"ranks_per_node={job.config.ranks_per_node}",
+        f"world={job.config.world}",
         f"max_crashes={job.config.max_crashes}",
         "export folder command ligature ranks_per_node",
     ]
@@ -144,7 +145,7 @@ rm -f "$exits"
 """
 
 RANK = r"""
-# --- a rank: its place, its node's log, and its exit code written down (the first one is the reason, the others follow from it)
+# --- a rank: its place, its node's log, and its exit code written down (the first that failed is the reason, the others follow from it)
 rank=$(cat <<'END'
 PLACE
 exec >> "$folder/logs/${SLURM_ARRAY_TASK_ID:+$SLURM_ARRAY_TASK_ID-}$SLURMD_NODENAME.log" 2>&1
@@ -152,7 +153,7 @@ exec >> "$folder/logs/${SLURM_ARRAY_TASK_ID:+$SLURM_ARRAY_TASK_ID-}$SLURMD_NODEN
 trap : TERM USR1 INT HUP
 eval "$ligature $command"
 code=$?
-[ "$code" = 0 ] || echo "$code rank $RANK on $SLURMD_NODENAME" >> "$exits"
+echo "$code rank $RANK on $SLURMD_NODENAME" >> "$exits"
 exit "$code"
 END
 )
@@ -246,7 +247,7 @@ while true; do
   code=$?
   kill -0 "$step" 2> /dev/null || break # it has ended: `wait` was not merely interrupted by a signal
 done
-first_exit=$(head -n 1 "$exits" 2> /dev/null) # `137 rank 3 on n2`
+first_exit=$(grep -m 1 -v '^0 ' "$exits" 2> /dev/null) # `137 rank 3 on n2`
 why=${{first_exit%% *}}
 why=${{why:-$code}}
 
@@ -255,7 +256,7 @@ last_error() {{ # of this start, in the log of the node whose rank ended first
     "$folder"/logs/*"${{first_exit##* }}.log" | tail -n 1 | cut -c 1-300
 }}
 
-if [ "$code" = 0 ]; then
+if [ "$code" = 0 ] && [ "$(grep -c '^0 ' "$exits")" = "$world" ]; then # srun says 0 as well when it loses a node
   say "finished"
   exit 0
 fi
@@ -263,6 +264,7 @@ if ! ours; then
   say "ended with code $why, after SLURM had taken the job away"
   exit "$code"
 fi
+[ "$why" != 0 ] || why="0, though not every rank has finished"
 case $why in
   {Interrupted} | 138 | 143) # saved, or a signal came before there was anything to save
     requeue "stopped: ${{asked:-asked by a signal (preemption)}}"
@@ -274,7 +276,7 @@ if [ -n "$asked" ]; then
   requeue "stopped with code $why: $asked"
   exit {Interrupted}
 fi
-crash="crashed with code ${{first_exit:-$code}}: $(last_error)"
+crash="crashed with code ${{first_exit:-$why}}: $(last_error)"
 crashes=$(awk -v job="$job" '$3 == job && / start [0-9]+: held / {{ n = 0 }} $3 == job && / start [0-9]+: crashed / {{ n++ }} END {{ print n + 1 }}' "$events")
 if [ "$crashes" -le "$max_crashes" ]; then
   requeue "$crash (crash $crashes of $max_crashes)"
@@ -284,5 +286,5 @@ else
   scontrol update JobId="$job" Comment="held after $crashes crashes: $crash"
   scontrol requeuehold "$job"
 fi
-exit "$code"
+exit $((code ? code : 1))
 """

@@ -27,6 +27,8 @@ TRAINED = ("pretrain", "finetune")
 STAGES = ("pretrain", "finetune", "evaluate", "shard", "doctor")
 FLAGS = ("dry_run", "resume_with_changes")
 WORKERS = {"pretrain": "data.workers", "finetune": "data.workers", "evaluate": "workers", "shard": "workers"}
+SHARD_CORES = 8
+"""Of a task that shards, where nobody says how many."""
 GONE = "Invalid job id"
 
 
@@ -37,6 +39,8 @@ def launch_slurm(arguments: list[str]) -> None:
     if stage not in STAGES:
         close = difflib.get_close_matches(stage, STAGES, n=1)
         raise RecipeError(f"no stage `{stage}`; " + (f"did you mean {close[0]}?" if close else ", ".join(STAGES)))
+    if stage == "shard":  # on CPUs, whatever the site's jobs usually ask for
+        options = dataclasses.replace(options, nodes=1, gpus_per_node=0, tasks_per_node=1, gpu_type=None)
     job, recipes = plan_job(stage, rest, options)
     if options.dry_run:
         print(render(job), end="")
@@ -68,7 +72,7 @@ def split_arguments(arguments: list[str]) -> tuple[LaunchOptions, list[str]]:
             rest.append(argument)
         elif key in FLAGS:
             ours.append(f"--{key}={value or 'true'}")
-        elif not equals and (value := next(own, "")) == "":
+        elif not equals and (not (value := next(own, "")) or value.startswith("--")):
             raise RecipeError(f"{name} has no value; write {name} VALUE")
         else:
             # A site's file comes first: what stands on the command line wins over it, wherever it stands.
@@ -137,6 +141,8 @@ def plan_task(
         arguments = [*arguments, f"--{key}", str(options.cpus_per_task - 1)]  # one core trains, the others load
     if stage == "doctor":
         return Task(shlex.join([stage, *arguments]), Path("runs/doctor").absolute()), None, 0
+    if stage == "shard":
+        return plan_shards(arguments, slices)
     recipe = read_stage(stage, arguments)
     if stage in TRAINED:
         check_batch(recipe, options)
@@ -145,11 +151,19 @@ def plan_task(
         if options.cpus_per_task and workers >= options.cpus_per_task and workers:
             print(f"note: {workers} loader workers and training share {options.cpus_per_task} cores", file=sys.stderr)
         return Task(f"{stage} --config {shlex.quote(str(path / 'config.yaml'))}", path), recipe, workers
-    folder = Path(recipe.out).absolute()
-    command = shlex.join([stage, *arguments])
-    if slices:
-        command += f" --slice $SLURM_ARRAY_TASK_ID/{slices}"
-    return Task(command, folder.with_name(f"{folder.stem}.launch")), None, recipe.workers
+    out = Path(recipe.out).absolute()
+    return Task(shlex.join([stage, *arguments]), out.with_name(f"{out.stem}.launch")), None, recipe.workers
+
+
+def plan_shards(arguments: list[str], slices: int) -> tuple[Task, None, int]:
+    """`ligature shard`, one task or one a slice; its script and logs go beside the shard folder, which holds shards alone."""
+    from data_tools.writer import ShardOptions
+
+    source = [] if not arguments or arguments[0].startswith("-") else ["--annotation"]
+    options = read_recipe(ShardOptions, [*source, *arguments], "ligature shard")
+    command = shlex.join(["shard", *arguments]) + (f" --slice $SLURM_ARRAY_TASK_ID/{slices}" if slices else "")
+    out = Path(options.out).absolute()
+    return Task(command, out.with_name(f"{out.name}.launch")), None, (options.workers or SHARD_CORES) - 1
 
 
 def check_batch(recipe: Any, options: LaunchOptions) -> None:

@@ -94,7 +94,7 @@ def test_a_preempted_limited_and_bereft_run_ends_as_an_undisturbed_one(cluster, 
 
 def test_tasks_that_outlive_their_node_are_fenced_off(cluster, ligature):
     """The node of a job is lost to SLURM, but its one rank trains on; the job's next start takes the run from it."""
-    recipe = ("--config", "tiny.yaml", "--name", "fenced", "--training.steps", "100000", "--training.keep_last", "2")
+    recipe = ("--config", "tiny.yaml", "--name", "fenced", "--training.steps", "100000", "--training.global_batch", "4")
     run = ligature.run_folder("fenced")
     job = ligature.submit("pretrain", *recipe, "--training.checkpoint_every", "5", "--time", "60")
     ligature.wait(lambda: (run / "checkpoints" / "latest").exists(), "a checkpoint")
@@ -106,6 +106,7 @@ def test_tasks_that_outlive_their_node_are_fenced_off(cluster, ligature):
         lambda: f"job {job} start 1: started on" in (run / "launch" / "events.log").read_text(), "the second start"
     )
     ligature.wait(lambda: ghost not in rank_processes(cluster, run), "the end of the ghost")
+    ligature.wait((run / "launch" / f"exits-{job}-0").exists, "its exit code")
     events = (run / "launch" / "events.log").read_text()
     assert f"77 rank 0 on {lost}" in (run / "launch" / f"exits-{job}-0").read_text()
     assert "was taken over" in (run / "logs" / f"{lost}.log").read_text()
