@@ -326,7 +326,8 @@ def _finish(
 
 
 def _remove_traces(out: Path) -> None:
-    """What only an unfinished folder needs: the plan, and the fingerprints of its images."""
+    """What only an unfinished folder needs: the plan, the fingerprints of its images, and what killed processes left."""
     (out / PLAN_NAME).unlink(missing_ok=True)
-    for path in out.glob(".*.npy"):
-        path.unlink(missing_ok=True)
+    for pattern in (".*.npy", ".*.partial"):
+        for path in out.glob(pattern):
+            path.unlink(missing_ok=True)
