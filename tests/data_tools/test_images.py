@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from data_tools import images as module
 from data_tools.images import MAX_PIXELS, SOURCE_FORMATS, decode_image, decode_pixels, open_image, upright
-from data_tools.writer import encode
+from data_tools.shard_file import Encoding
 
 ORIENTATION = 0x0112
 RED, GREEN = (255, 0, 0), (0, 255, 0)
@@ -230,7 +230,7 @@ def test_too_many_bytes_are_refused_before_they_are_looked_at(monkeypatch):
     decode_image(data)
     monkeypatch.setattr(module, "MAX_BYTES", len(data) - 1)
     monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("it was opened"))
-    for read in (decode_image, decode_pixels, lambda data: encode(data, None, 90)):
+    for read in (decode_image, decode_pixels, Encoding().apply):
         with pytest.raises(ValueError, match="bytes are more than"):
             read(data)
 
@@ -243,7 +243,7 @@ def test_no_other_program_is_started_to_draw_an_image(monkeypatch):
     Image.init()
     assert "EPS" in Image.ID and Image.open(io.BytesIO(EPS)).format == "EPS", "Pillow would take it"
     monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a program was started"))
-    for read in (decode_image, decode_pixels, lambda data: encode(data, None, 90)):
+    for read in (decode_image, decode_pixels, Encoding().apply):
         with pytest.raises(ValueError, match="cannot identify"):
             read(EPS)
 
@@ -252,4 +252,4 @@ def test_no_other_program_is_started_to_draw_an_image(monkeypatch):
 def test_sharding_takes_these_formats_as_they_are_stored(form):
     image = open_image(encoded(noise(), form), SOURCE_FORMATS)
     assert (image.format, image.size) == (form, (24, 18))
-    assert Image.open(io.BytesIO(encode(encoded(noise(), form), 9, 90)[0])).size == (12, 9)
+    assert Image.open(io.BytesIO(Encoding(9).apply(encoded(noise(), form))[0])).size == (12, 9)
