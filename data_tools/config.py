@@ -43,6 +43,8 @@ class ReadConfig:
     """Shard folder to train on (`ligature shard` makes one)."""
     validation: str | None = None
     """Shard folder that R@K is measured on during the run; none: no validation, and `latest` is all there is."""
+    select_on_test: bool = False
+    """Insist on a validation folder that was made from a test split."""
     workers: int = 2
     """Loader processes of each rank; 0 decodes in the training process."""
     max_bad_share: float = 0.01

@@ -42,6 +42,10 @@ class CaptionTokenizer:
         """Token ids of each caption, [CLS] first and [SEP] last, not padded."""
         return [encoding.ids for encoding in self.pipeline.encode_batch(captions)]
 
+    def truncated(self, captions: list[str]) -> int:
+        """How many captions are longer than `caption_tokens`, so that their end is not read."""
+        return sum(bool(encoding.overflowing) for encoding in self.pipeline.encode_batch(captions))
+
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """-> ids (captions, longest) int64, padded with 0, and mask (captions, longest) bool, True where a token is."""
         return pad_tokens(self.encode(captions))

@@ -3,21 +3,98 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from data_tools.config import ReadConfig
-from pretrain.config import LoopConfig, MatchingConfig, OptimizerConfig
+from pretrain.config import LoopConfig, MatchingConfig, OptimizerConfig, TextEncoderConfig
 from runtime.errors import RecipeError
 
 
 @dataclass
+class ImageBackboneConfig:
+    """A timm image encoder that gives features at several strides: any Swin, any ResNet."""
+
+    architecture: str = "swin_base_patch4_window7_224"
+    image_size: int = 224
+    """Pixels a side."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """More arguments of the architecture (`depths`, `embed_dim`, …), as timm names them."""
+    drop_path: float = 0.1
+    weights: str = "timm"
+    """Starting weights: `timm` (downloaded), a safetensors or .pth file, or `none` (random)."""
+
+
+@dataclass
+class HatConfig:
+    """HAT: several levels of an image encoder and of a text encoder, compared token by token (stacked cross attention)."""
+
+    direction: Literal["image_to_text", "text_to_image"] = "image_to_text"
+    """`image_to_text` lets regions attend to words (HAT's i-t), `text_to_image` words to regions (t-i)."""
+    encoders: Literal["checkpoint", "backbones"] = "checkpoint"
+    """`checkpoint`: the encoders of `checkpoint`; `backbones`: `hat.image` and `hat.text`, Swin and BERT as in the paper."""
+    levels: list[list[int]] | None = None
+    """Pairs [text layer, image level], counted from 1; an image level is a layer of a ViT, a stage of a Swin or ResNet.
+    None: [[4, 2], [10, 3], [12, 4]] for backbones, [[2, 4], [4, 8], [6, 12]] for a checkpoint's encoders. A pair may come
+    more than once: each has projections of its own."""
+    attention: Literal["cross", "mean"] = "cross"
+    """`mean` compares the mean region with the mean word instead (an ablation)."""
+    width: int = 768
+    """Width that both sides' tokens are projected to."""
+    sharpness: float = 9.0
+    """Factor before the attention's softmax (lambda)."""
+    margin: float = 0.2
+    """Of the triplet loss."""
+    frozen_epochs: float = 10.0
+    """Epochs in which the projections alone learn."""
+    encoder_lr_share: float = 0.1
+    """The encoders' share of the learning rate, once they learn."""
+    image: ImageBackboneConfig = field(default_factory=ImageBackboneConfig)
+    text: TextEncoderConfig = field(
+        default_factory=lambda: TextEncoderConfig(layers=12, weights="google-bert/bert-base-uncased")
+    )
+    tokenizer: str = ""
+    """Folder or name of the backbones' tokenizer; empty: that of `text.weights`."""
+    caption_tokens: int = 32
+    """Tokens a caption is cut to, with backbones; a checkpoint has its own."""
+
+    def __post_init__(self) -> None:
+        levels = self.levels if self.levels is not None else [[1, 1]]
+        if not levels or any(len(pair) != 2 or min(pair) < 1 for pair in levels):
+            raise RecipeError(
+                f"hat.levels is {self.levels}; it is a list of pairs [text layer, image level], from 1 up"
+            )
+        if self.encoders == "backbones":
+            for name in ("image", "text"):
+                if self.frozen_epochs and getattr(self, name).weights == "none":
+                    raise RecipeError(
+                        f"hat.frozen_epochs is {self.frozen_epochs:g}, but hat.{name}.weights is none: random encoders "
+                        "cannot stay frozen; give weights, or set hat.frozen_epochs to 0"
+                    )
+            if not self.tokenizer and self.text.weights == "none":
+                raise RecipeError("hat.text.weights is none, so hat.tokenizer must name a tokenizer")
+            if self.caption_tokens > self.text.positions:
+                raise RecipeError(
+                    f"hat.caption_tokens {self.caption_tokens} is more than hat.text.positions {self.text.positions}"
+                )
+        if self.frozen_epochs < 0 or self.width < 1:
+            raise RecipeError(f"hat.frozen_epochs {self.frozen_epochs:g}, hat.width {self.width}: 0 or more, 1 or more")
+
+    def pairs(self) -> list[list[int]]:
+        """The levels, or the default ones of these encoders."""
+        default = [[4, 2], [10, 3], [12, 4]] if self.encoders == "backbones" else [[2, 4], [4, 8], [6, 12]]
+        return self.levels if self.levels is not None else default
+
+
+@dataclass
 class FinetuneRecipe:
-    """Fine-tune a checkpoint for retrieval: the dual head by contrast within the batch, the fusion head by matching."""
+    """Fine-tune for retrieval: dual head by contrast within the batch, fusion head by matching; or HAT by triplets."""
 
     name: str = "finetune"
     """Names the run folder: the same name is the same run, and goes on where it stopped."""
     runs: str = "runs"
     """Folder of run folders."""
+    head: Literal["dual", "hat"] = "dual"
+    """`dual` trains the pretraining's projections and, with `matching_weight`, the fusion encoder; `hat` is HAT."""
     checkpoint: str = ""
     """What to start from: a run's folder (its best checkpoint, else its latest) or a checkpoint's."""
     dataset: str = ""
@@ -28,52 +105,85 @@ class FinetuneRecipe:
     matching_weight: float = 1.0
     """0 trains the dual head alone; the fusion head then no longer fits the encoders, and re-ranking by it means little."""
     matching: MatchingConfig = field(default_factory=MatchingConfig)
+    hat: HatConfig = field(default_factory=HatConfig)
+    """Read where `head` is `hat`."""
     data: ReadConfig = field(default_factory=ReadConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, min_lr=1e-6, warmup_steps=0))
     training: LoopConfig = field(default_factory=lambda: LoopConfig(global_batch=256, epochs=10))
 
     def __post_init__(self) -> None:
-        for key in ("checkpoint", "dataset"):
+        without_checkpoint = self.head == "hat" and self.hat.encoders == "backbones"
+        if without_checkpoint and self.checkpoint:
+            raise RecipeError("checkpoint is set, but hat.encoders is `backbones`, which reads none; set one of them")
+        for key in ("dataset",) if without_checkpoint else ("checkpoint", "dataset"):
             if not getattr(self, key):
                 raise RecipeError(f"{key} is not set; give --{key}")
+        if without_checkpoint and self.image_size:
+            raise RecipeError("image_size is for a checkpoint's encoders; backbones have hat.image.image_size")
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise RecipeError(
                 f"name is {self.name!r}; it becomes a folder's name, so it has no slash and no leading dot"
             )
-        if not self.contrastive_weight:
+        if self.head == "dual" and not self.contrastive_weight:
             raise RecipeError("contrastive_weight is 0; the dual head learns by it, give it a weight")
 
 
 @dataclass
 class EvaluateRecipe:
-    """Score a checkpoint on a shard folder: every image against every caption."""
+    """Score a checkpoint, or scores of your own, on a shard folder or a caption file."""
 
     checkpoint: str = ""
     """A run's folder (its best checkpoint, else its latest) or a checkpoint's."""
+    scores: str = ""
+    """In place of a checkpoint, a file of any model's: a matrix (images, captions) as .npy; or .npz or .safetensors with
+    `scores` (and `text_to_image`, where it is no transpose), or with the embeddings `image` and `text`."""
+    similarity: Literal["cosine", "dot"] = "cosine"
+    """How embeddings of a file are compared."""
     data: str = ""
-    """Shard folder to score on."""
+    """Shard folder, or caption file (COCO, Karpathy, …), in whose order images and captions are scored. A file of scores that
+    holds `caption_image`, the image number of each caption, needs none."""
+    images: str = ""
+    """Folder or uncompressed tar of a caption file's images; empty: its own folder."""
     dataset: str = ""
     """Name of the data, for the record."""
     split: str = ""
-    """Name of the split, for the record."""
-    heads: list[Literal["dual", "fusion"]] = field(default_factory=lambda: ["dual"])
-    """`dual` scores by the features' cosine; `fusion` re-ranks the dual head's shortlist by matching."""
-    shortlist: int = 128
-    """Candidates that the fusion head re-ranks, per query."""
+    """Name of the split, for the record; and the split to take of a Karpathy file."""
+    protocol: Literal["full", "coco_5k", "coco_1k", "flickr30k_1k", "flickr8k_1k"] = "full"
+    """`coco_1k` is the mean of five consecutive folds of 1,000 images."""
     captions_per_image: int | None = None
-    """Take the first so many captions of each image; none: all."""
+    """Take the first so many captions of each image; none: all. The record says which (COCO's test file holds 25,010
+    captions of 5,000 images; papers score the first five of each)."""
+    heads: list[Literal["dual", "fusion", "hat"]] | None = None
+    """`dual` scores by the features' cosine; `fusion` re-ranks the dual head's shortlist by matching; `hat` is a HAT
+    checkpoint's only head, on all pairs or, with `shortlist_from`, as a re-ranker. None: the checkpoint's first."""
+    shortlist: int = 128
+    """Candidates that a re-ranker is given, per query (ALBEF: 256 on COCO, 128 on Flickr30K)."""
+    shortlist_from: str = ""
+    """For HAT: the checkpoint whose dual head makes the shortlists; empty: all pairs are scored."""
+    ensemble: str = ""
+    """For HAT: a second HAT checkpoint; the two matrices of scores are averaged."""
+    extended: bool = False
+    """Also score by COCO's extended positives (CxC, ECCV Caption), with the package eccv_caption."""
+    training: str = "unknown"
+    """What a file of scores came from: untrained, pretrained, or `fine-tuned-on X`. A checkpoint knows it."""
     out: str = "scores.json"
-    """Record of the first head; further heads' go beside it, as `scores-<head>.json`."""
+    """Record of the first head; further heads' go beside it, as `scores-<head>.json`. Each has its queries' ranks beside it."""
+    save_scores: bool = False
+    """Also write the matrices that were ranked, as `<record>.scores.npz`."""
     batch_size: int = 64
     workers: int = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
-        for key in ("checkpoint", "data", "dataset", "split"):
+        if bool(self.checkpoint) == bool(self.scores):
+            raise RecipeError("give either --checkpoint or --scores, what is to be scored")
+        for key in ("dataset", "split") if self.scores else ("data", "dataset", "split"):
             if not getattr(self, key):
                 raise RecipeError(f"{key} is not set; give --{key}")
-        if not self.heads or len(set(self.heads)) != len(self.heads):
-            raise RecipeError(f"heads is {self.heads}; name each head once: dual, fusion")
-        for key in ("shortlist", "batch_size"):
-            if getattr(self, key) < 1:
-                raise RecipeError(f"{key} is {getattr(self, key)}; it must be 1 or more")
+        if self.heads is not None and (not self.heads or len(set(self.heads)) != len(self.heads)):
+            raise RecipeError(f"heads is {self.heads}; name each head once: dual, fusion, or hat alone")
+        if self.heads and "hat" in self.heads and len(self.heads) > 1:
+            raise RecipeError(f"heads is {self.heads}; a HAT checkpoint has one head, use --heads '[hat]'")
+        for key in ("shortlist", "batch_size", "captions_per_image"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise RecipeError(f"{key} is {value}; it must be 1 or more")

@@ -1,28 +1,83 @@
-"""A checkpoint -> encodings, once -> heads -> a score record each, and one table."""
+"""A checkpoint -> encodings, once -> heads -> a score record each, and one table. Or a user's own scores -> a record."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools.collection import Collection
+import numpy as np
+import torch
+
+from data_tools.collection import Collection, open_collection
 from finetune.config import EvaluateRecipe
 from finetune.heads.dual import dual_scores
 from finetune.heads.fusion import fusion_scores
+from finetune.heads.hat import LoadedHat
+from finetune.heads.hat_scoring import hat_scores
+from finetune.own_scores import read_own_scores
+from finetune.shortlist import make_shortlists
 from pretrain.encode import encode_collection
-from pretrain.load import load_model
+from pretrain.load import find_checkpoint, load_model
+from retrieval.extended import extended_positives
+from retrieval.protocols import folds_of
 from retrieval.records import score, table, write_record
 from runtime.errors import RecipeError
-from runtime.ranks import join
+from runtime.files import read_json, replaced_file
+from runtime.ranks import Ranks, join
+
+
+@dataclass
+class Scored:
+    """What one head made of a collection. On ranks other than the first the matrices may be empty."""
+
+    key: str
+    """Of the record's file."""
+    head: str
+    """As the record calls it."""
+    image_to_text: np.ndarray
+    text_to_image: np.ndarray
+    checkpoint: str
+    training: str
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate(recipe: EvaluateRecipe) -> list[dict[str, Any]]:
     """Score by the recipe; rank 0 writes the records and prints the table. -> the records, one a head."""
+    if recipe.scores:
+        own = read_own_scores(recipe)
+        record = _record(recipe, own.scored, own.caption_image, own.keys, own.policy)
+        print(table([record]))
+        return [record]
     ranks, device = join(recipe.device)
+    folder = find_checkpoint(recipe.checkpoint)
+    kind = read_json(folder / "model.json").get("head", "dual")
+    if kind not in SCORERS:
+        raise RecipeError(f"{folder} holds a {kind} head; this command scores {', '.join(SCORERS)}")
+    collection = open_collection(recipe.data, recipe.captions_per_image, recipe.images, recipe.split)
+    folds_of(recipe.protocol, len(collection))  # before the work: is the protocol for so many images?
+    policy = "all" if recipe.captions_per_image is None else f"first {recipe.captions_per_image}"
+    records = [
+        _record(recipe, scored, collection.caption_image, collection.keys, policy)
+        for scored in SCORERS[kind](recipe, collection, ranks, device)
+        if ranks.first
+    ]
+    if records:
+        print(table(records))
+    return records
+
+
+def score_dual(recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, device: torch.device) -> Iterator[Scored]:
+    """The dual head of an alignment model, and its fusion head on the dual head's shortlists."""
+    heads = recipe.heads or ["dual"]
+    if "hat" in heads or recipe.ensemble or recipe.shortlist_from:
+        raise RecipeError(f"{recipe.checkpoint} is no HAT checkpoint; its heads are dual and fusion")
     model = load_model(recipe.checkpoint, device)
-    if "fusion" in recipe.heads and not model.network.config.fusion.layers:
+    if "fusion" in heads and not model.network.config.fusion.layers:
         raise RecipeError(f"heads asks for fusion, but {recipe.checkpoint} has no fusion encoder; use --heads '[dual]'")
-    collection = Collection(recipe.data, recipe.captions_per_image)
+    cut = _truncated(model.tokenizer, collection, ranks)
     encodings = encode_collection(
         model.network,
         model.tokenizer,
@@ -31,33 +86,108 @@ def evaluate(recipe: EvaluateRecipe) -> list[dict[str, Any]]:
         device,
         recipe.batch_size,
         recipe.workers,
-        keep_tokens="fusion" in recipe.heads,
+        keep_tokens="fusion" in heads,
         silent=False,
     )
     if not ranks.first:
-        return []
+        return
     similarity = dual_scores(encodings).numpy()
-    records = []
-    for head in recipe.heads:
-        ways = similarity, similarity.T
-        if head == "fusion":
-            ways = fusion_scores(model.network, encodings, similarity, recipe.shortlist, device)
-        record = score(
-            *ways,
-            collection.caption_image,
-            dataset=recipe.dataset,
-            split=recipe.split,
-            captions_per_image="all" if recipe.captions_per_image is None else f"first {recipe.captions_per_image}",
-            head=head if head == "dual" else f"fusion of the best {recipe.shortlist}",
-            checkpoint=model.hash,
-            training=model.training,
+    for head in heads:
+        if head == "dual":
+            yield Scored(head, head, similarity, similarity.T, model.hash, model.training, cut)
+            continue
+        folds = folds_of(recipe.protocol, len(collection))
+        lists = make_shortlists(similarity, recipe.shortlist, folds, collection.caption_image)
+        ways = lists.rerank(similarity, fusion_scores(model.network, encodings, lists, device))
+        about = f"fusion of the best {recipe.shortlist}"
+        ceiling = {"shortlist": lists.ceiling(collection.caption_image)}
+        yield Scored(head, about, ways[0], ways[1], model.hash, model.training, cut | ceiling)
+
+
+def score_hat(recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, device: torch.device) -> Iterator[Scored]:
+    """HAT, or the mean of two HATs' scores: of all pairs, or of another checkpoint's shortlists."""
+    if recipe.heads not in (None, ["hat"]):
+        raise RecipeError(f"{recipe.checkpoint} is a HAT checkpoint; use --heads '[hat]', or leave heads out")
+    models = [LoadedHat(source, device) for source in (recipe.checkpoint, recipe.ensemble) if source]
+    if len({model.training for model in models}) > 1:
+        raise RecipeError(f"{recipe.checkpoint} is {models[0].training}, but {recipe.ensemble} is {models[1].training}")
+    cut = _truncated(models[0].tokenizer, collection, ranks)
+    name = models[0].model.name
+    if recipe.ensemble:
+        name = f"hat ensemble of {name.removeprefix('hat ')} and {models[1].model.name.removeprefix('hat ')}"
+    first, lists = None, None
+    if recipe.shortlist_from:
+        dual = load_model(recipe.shortlist_from, device)
+        encodings = encode_collection(
+            dual.network, dual.tokenizer, collection, ranks, device, recipe.batch_size, recipe.workers, silent=False
         )
-        records.append(record)
-        write_record(record_path(Path(recipe.out), recipe.heads, head), record)
-    print(table(records))
-    return records
+        first = dual_scores(encodings).numpy()
+        folds = folds_of(recipe.protocol, len(collection))
+        lists = make_shortlists(first, recipe.shortlist, folds, collection.caption_image)
+        cut = cut | {"shortlist": lists.ceiling(collection.caption_image) | {"checkpoint": dual.hash}}
+        name += f" of the best {recipe.shortlist}"
+    total = np.zeros(0)
+    for model in models:
+        found = hat_scores(
+            model.model,
+            model.tokenizer,
+            collection,
+            ranks,
+            device,
+            recipe.batch_size,
+            recipe.workers,
+            lists.wanted() if lists else None,
+        )
+        total = found / len(models) if model is models[0] else total + found / len(models)
+    ways = lists.rerank(first, lists.of(total)) if lists is not None and first is not None else (total, total.T)
+    hashes = "+".join(model.hash for model in models)
+    yield Scored("hat", name, ways[0], ways[1], hashes, models[0].training, cut)
 
 
-def record_path(out: Path, heads: list[Any], head: str) -> Path:
-    """The first head's record has the name asked for; further ones carry theirs."""
-    return out if head == heads[0] else out.with_name(f"{out.stem}-{head}{out.suffix}")
+# By the kind of head that a checkpoint's model.json names.
+SCORERS = {"dual": score_dual, "hat": score_hat}
+
+
+def _truncated(tokenizer: Any, collection: Collection, ranks: Ranks) -> dict[str, Any]:
+    """How many captions the model cannot read whole: said, and put into the record."""
+    cut = tokenizer.truncated(collection.captions)
+    if cut and ranks.first:
+        print(
+            f"captions longer than {tokenizer.caption_tokens} tokens, whose end is not read: {cut:,} of {len(collection.captions):,}",
+            file=sys.stderr,
+        )
+    return {"truncated_captions": cut}
+
+
+def _record(
+    recipe: EvaluateRecipe, scored: Scored, caption_image: np.ndarray, keys: list[str], policy: str
+) -> dict[str, Any]:
+    """Score, write the record and what belongs beside it, and say where a re-ranker's ceiling is."""
+    more = dict(scored.more)
+    if recipe.extended:
+        more["extended"] = extended_positives(scored.image_to_text, scored.text_to_image, caption_image, keys)
+    record, outcome = score(
+        scored.image_to_text,
+        scored.text_to_image,
+        caption_image,
+        dataset=recipe.dataset,
+        split=recipe.split,
+        captions_per_image=policy,
+        head=scored.head,
+        checkpoint=scored.checkpoint,
+        training=scored.training,
+        protocol=recipe.protocol,
+        more=more,
+    )
+    out = Path(recipe.out)
+    first = not recipe.heads or recipe.heads[0] == scored.key
+    path = out if first else out.with_name(f"{out.stem}-{scored.key}{out.suffix}")
+    if recipe.save_scores:
+        matrices = {"scores": scored.image_to_text, "text_to_image": scored.text_to_image}
+        with replaced_file(path.with_name(f"{path.stem}.scores.npz")) as temporary, open(temporary, "wb") as file:
+            np.savez(file, caption_image=caption_image, **matrices)  # type: ignore[arg-type]
+    write_record(path, record, outcome, keys)
+    if "shortlist" in more:
+        there, back = more["shortlist"]["recall"].values()
+        print(f"{scored.head}: a right answer is on {there:.1f} % of the images' lists, {back:.1f} % of the captions'")
+    return record

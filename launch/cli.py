@@ -84,6 +84,26 @@ def evaluate(arguments: list[str]) -> None:
     run(recipe)
 
 
+def compare(arguments: list[str]) -> None:
+    from runtime.recipe import OptionParser
+
+    parser = OptionParser(
+        "ligature compare", description="Hold two score records against each other, query by query: a paired test."
+    )
+    parser.add_argument("first", type=Path, help="score record (JSON, its .ranks.npz beside it)")
+    parser.add_argument("second", type=Path)
+    parser.add_argument("--out", type=Path, help="also write the comparison as JSON")
+    options = parser.parse_args(arguments)
+    from retrieval.compare import compare as run
+    from retrieval.compare import describe
+    from runtime.files import write_json
+
+    found = run(options.first, options.second)
+    if options.out:
+        write_json(options.out, found)
+    print(describe(found))
+
+
 def plot(arguments: list[str]) -> None:
     from runtime.recipe import OptionParser
 
@@ -133,6 +153,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "pretrain": (pretrain, "--config RECIPE: pretrain, or go on where it stopped"),
     "finetune": (finetune, "--config RECIPE: fine-tune a checkpoint for retrieval"),
     "evaluate": (evaluate, "--config RECIPE: score a checkpoint, with a table and a JSON record"),
+    "compare": (compare, "A B: two score records held against each other, a paired test"),
     "plot": (plot, "RUN… --out FILE: the curves of a run as a picture"),
     "launch": (
         launch,

@@ -43,12 +43,12 @@ def encode_collection(
     keep_tokens: bool = False,
     silent: bool = True,
 ) -> Encodings:
-    """Encode all images and all captions in evaluation mode; each rank takes an equal run of them."""
+    """Encode all images and all captions in evaluation mode; each rank takes a run of whole batches."""
     training = model.training
     model.eval()
     images, captions = len(collection), collection.captions
     image_parts, token_parts, text_parts, state_parts, mask_parts = [], [], [], [], []
-    own_images, own_captions = _share(images, ranks), _share(len(captions), ranks)
+    own_images, own_captions = share(images, batch_size, ranks), share(len(captions), batch_size, ranks)
     with progress("encoding", images + len(captions), "items", silent=silent or not ranks.first) as bar:
         transform = EvaluationTransform(model.config.image.image_size)
         for pixels in collection.images(transform, own_images, batch_size, workers):
@@ -68,32 +68,36 @@ def encode_collection(
             bar.advance(len(ids) * ranks.world)
     model.train(training)
     dim, width, image_width = model.config.feature_dim, model.text_encoder.width, model.image_encoder.width
-    image = _whole(image_parts, images, (dim,), device)
-    text = _whole(text_parts, len(captions), (dim,), device)
+    image = whole(image_parts, images, batch_size, (dim,), device)
+    text = whole(text_parts, len(captions), batch_size, (dim,), device)
     if not keep_tokens:
         return Encodings(image, text)
     patches = model.image_encoder.tokens
     return Encodings(
         image,
         text,
-        _whole(token_parts, images, (patches, image_width), device),
-        _whole(state_parts, len(captions), (tokenizer.caption_tokens, width), device),
-        _whole([part.float() for part in mask_parts], len(captions), (tokenizer.caption_tokens,), device).bool(),
+        whole(token_parts, images, batch_size, (patches, image_width), device),
+        whole(state_parts, len(captions), batch_size, (tokenizer.caption_tokens, width), device),
+        whole(
+            [part.float() for part in mask_parts], len(captions), batch_size, (tokenizer.caption_tokens,), device
+        ).bool(),
     )
 
 
-def _share(count: int, ranks: Ranks) -> range:
-    """This rank's run of `count` items: all runs have the same length but for the last ones."""
-    each = -(-count // ranks.world)
+def share(count: int, batch_size: int, ranks: Ranks) -> range:
+    """This rank's run of `count` items, in whole batches: a batch then holds the same items whatever the number of ranks, and
+    so gives the same bits. The last ranks may have less to do, or nothing."""
+    batches = -(-count // batch_size)
+    each = -(-batches // ranks.world) * batch_size
     return range(min(ranks.rank * each, count), min((ranks.rank + 1) * each, count))
 
 
-def _whole(parts: list[Tensor], count: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def whole(parts: list[Tensor], count: int, batch_size: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """The ranks' runs joined, on the CPU. Runs are padded to one length for the exchange."""
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     own = torch.cat(parts) if parts else torch.zeros(0, *shape)
     if world == 1:
         return own.cpu()
     own = own.to(device)
-    padding = own.new_zeros(-(-count // world) - len(own), *shape)
+    padding = own.new_zeros(len(share(count, batch_size, Ranks(0, world))) - len(own), *shape)
     return gather_rows(torch.cat([own, padding]))[:count].cpu()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_tools.tokenizer import CaptionTokenizer, load_tokenizer
 from data_tools.transforms import EvaluationTransform
@@ -93,15 +95,24 @@ def load_model(source: str | Path, device: str | torch.device = "cpu") -> ImageT
     folder = find_checkpoint(source)
     verify_checkpoint(folder)
     about = read_json(folder / "model.json")
+    if (head := about.get("head", "dual")) != "dual":
+        raise CheckpointError(
+            f"{folder} holds a {head} head, not an alignment model; `ligature evaluate` scores it, and fine-tuning starts from "
+            "the checkpoint that it came from"
+        )
     tokenizer = load_tokenizer(folder, about["caption_tokens"])
     network = AlignmentModel(build(ModelConfig, about["model"]), tokenizer.vocabulary)
     load_weights(network, read_tensors(folder, "model"), folder)
     return ImageTextModel(network, tokenizer, folder, about["training"], torch.device(device))
 
 
-def load_weights(network: AlignmentModel, weights: dict[str, Tensor], folder: Path) -> None:
+def load_weights(network: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
     """Copy weights by name; a missing, extra or misshapen one is a CheckpointError that names it."""
-    own = dict(network.named_parameters())
+    copy_weights(network.state_dict(), weights, folder)
+
+
+def copy_weights(own: dict[str, Tensor], weights: dict[str, Tensor], folder: Path) -> None:
+    """Copy `weights` of a checkpoint's folder into tensors of the same names."""
     for name in sorted(own.keys() ^ weights.keys()):
         raise CheckpointError(
             f"{folder} does not fit its own model.json: {name} is {'missing' if name in own else 'not of this model'}"
@@ -110,3 +121,8 @@ def load_weights(network: AlignmentModel, weights: dict[str, Tensor], folder: Pa
         if weight.shape != own[name].shape:
             raise CheckpointError(f"{folder}: {name} is {tuple(weight.shape)}, the model has {tuple(own[name].shape)}")
         own[name].data.copy_(weight)
+
+
+def describe_model(model: Any, caption_tokens: int, training: str) -> dict[str, Any]:
+    """The `model.json` from which `load_model` rebuilds a model."""
+    return {"model": dataclasses.asdict(model), "caption_tokens": caption_tokens, "training": training}

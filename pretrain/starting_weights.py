@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pretrain.config import ImageEncoderConfig, TextEncoderConfig
 from pretrain.model.alignment_model import AlignmentModel
+from pretrain.model.text_encoder import TextEncoder
 from runtime.errors import CheckpointError
 
 
@@ -109,7 +110,8 @@ def from_bert(weights: dict[str, Tensor], text_layers: int) -> dict[str, Tensor]
     return ours
 
 
-def _load_bert(model: AlignmentModel, config: TextEncoderConfig) -> list[str]:
+def _read_bert(config: TextEncoderConfig, key: str) -> dict[str, Tensor]:
+    """The BERT that `config.weights` names, under our names. `key` is the recipe's, for errors."""
     from transformers import BertForMaskedLM
 
     try:
@@ -117,18 +119,37 @@ def _load_bert(model: AlignmentModel, config: TextEncoderConfig) -> list[str]:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"model.text.weights: cannot load a BERT from `{config.weights}` ({reason}); without network, give a folder"
+            f"{key}.weights: cannot load a BERT from `{config.weights}` ({reason}); without network, give a folder"
         ) from error
-    theirs = from_bert(bert.state_dict(), config.layers)
-    mine = dict(model.named_parameters())
-    used = {name: weight for name, weight in theirs.items() if name in mine}
-    for name, weight in used.items():
-        if weight.shape != mine[name].shape:
+    return from_bert(bert.state_dict(), config.layers)
+
+
+def _copy_bert(mine: dict[str, Tensor], theirs: dict[str, Tensor], config: TextEncoderConfig, key: str) -> list[str]:
+    """Copy what has a place of its name. -> the names that were used."""
+    used = [name for name in theirs if name in mine]
+    for name in used:
+        if theirs[name].shape != mine[name].shape:
             raise CheckpointError(
-                f"model.text.weights: {name} is {tuple(weight.shape)} in {config.weights} and {tuple(mine[name].shape)} in the recipe; "
-                "set model.text to its sizes and data.tokenizer to its tokenizer"
+                f"{key}.weights: {name} is {tuple(theirs[name].shape)} in {config.weights} and {tuple(mine[name].shape)} in the "
+                f"recipe; set {key} to its sizes and the tokenizer to its tokenizer"
             )
-        mine[name].data.copy_(weight)
+        mine[name].data.copy_(theirs[name])
+    return used
+
+
+def load_bert_encoder(encoder: TextEncoder, config: TextEncoderConfig, key: str) -> None:
+    """Start a text encoder alone from a BERT, which must have every tensor of it. Raises CheckpointError."""
+    mine = {f"text_encoder.{name}": parameter for name, parameter in encoder.named_parameters()}
+    used = _copy_bert(dict(mine), _read_bert(config, key), config, key)
+    if missing := sorted(mine.keys() - set(used)):
+        raise CheckpointError(
+            f"{key}.weights: {config.weights} lacks {missing[0]}; is {key}.layers {config.layers} right?"
+        )
+
+
+def _load_bert(model: AlignmentModel, config: TextEncoderConfig) -> list[str]:
+    theirs, mine = _read_bert(config, "model.text"), dict(model.named_parameters())
+    used = _copy_bert(dict(mine), theirs, config, "model.text")
     text_side = [name for name in mine if name.startswith(("text_encoder", "fusion_encoder", "masked_language_head"))]
     fresh = [name for name in text_side if name not in used]
     unused = [name for name in theirs if name not in mine]

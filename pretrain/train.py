@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_tools.collection import Collection
+from data_tools.collection import Collection, validation_collection
 from data_tools.order import derived_seed
 from data_tools.reader import ShardReader
 from data_tools.stream import ShardStream
@@ -20,12 +19,13 @@ from data_tools.transforms import TrainTransform
 from pretrain.config import PretrainRecipe, divide_batch
 from pretrain.encode import encode_collection
 from pretrain.engine import Engine
+from pretrain.load import describe_model
 from pretrain.loop import Stage, mean_figures, run_loop
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.sick_steps import SickSteps
 from pretrain.starting_weights import load_starting_weights
 from pretrain.task import PretrainTask
-from retrieval.metrics import rank_positives
+from retrieval.protocols import recalls
 from runtime.checkpoint import read_tensors, verify_checkpoint, write_checkpoint
 from runtime.errors import SickRun
 from runtime.files import read_json
@@ -59,7 +59,8 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     """One rank's part of the run, from what is saved of it to its end."""
     micro_batch, accumulation = divide_batch(recipe.training.global_batch, recipe.training.micro_batch, ranks.world)
     data = ShardReader(recipe.data.train)
-    validation = Collection(recipe.data.validation) if recipe.data.validation else None
+    told = recipe.data.validation
+    validation = validation_collection(told, recipe.data.select_on_test) if told else None
     run.open(recipe, ranks)
     tokenizer = prepare_tokenizer(recipe, run, data, ranks)
 
@@ -181,16 +182,10 @@ def validate(
 ) -> dict[str, float]:
     """R@1, R@5 and R@10 in percent both ways by the features' cosine, and their sum."""
     encodings = encode_collection(model, tokenizer, validation, ranks, device, batch_size, workers)
-    similarity = (encodings.image @ encodings.text.T).numpy()
-    images = torch.arange(len(validation)).numpy()
-    ways = {
-        "image_to_text": rank_positives(similarity, images, validation.caption_image),
-        "text_to_image": rank_positives(similarity.T, validation.caption_image, images),
+    return {
+        f"validation/{name}": value
+        for name, value in recalls((encodings.image @ encodings.text.T).numpy(), validation.caption_image).items()
     }
-    scores = {
-        f"validation/{way}_R@{k}": 100 * float(found.hit(k).mean()) for way, found in ways.items() for k in (1, 5, 10)
-    }
-    return scores | {"validation/rsum": sum(scores.values())}
 
 
 def save(
@@ -230,11 +225,6 @@ def save(
             ),
         )
     return not any_rank(not saved)
-
-
-def describe_model(model: Any, caption_tokens: int, training: str) -> dict[str, Any]:
-    """The `model.json` from which `load_model` rebuilds a model."""
-    return {"model": dataclasses.asdict(model), "caption_tokens": caption_tokens, "training": training}
 
 
 def find_resume(run: RunFolder, ranks: Ranks, until: int | None = None) -> Path | None:

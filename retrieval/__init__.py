@@ -10,11 +10,12 @@ from typing import Any
 _HOME = {
     "rank_positives": "metrics",
     "rerank": "metrics",
-    "full": "protocols",
+    "measure": "protocols",
     "score": "records",
     "write_record": "records",
     "read_record": "records",
     "table": "records",
+    "compare": "compare",
 }
 __all__ = list(_HOME)
 

@@ -101,6 +101,41 @@ def rank_positives(
     return Ranks(*counts)
 
 
+def precision_at_r(
+    scores: np.ndarray, query_group: np.ndarray, gallery_group: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """R-precision and mAP@R of each query (Musgrave et al. 2020), its R positives all counted; 0 to 1.
+
+    R-precision is the share of positives among the first R, mAP@R the mean over the first R places of precision there where a
+    positive stands. The order within a tie is uniformly random, and both are expectations over it, exact: with g items above a
+    tie of n, of them r and p positive, place g + j holds a positive with probability p / n and then r + 1 + (j - 1)(p - 1) / (n - 1)
+    positives are expected up to there.
+
+    Takes what `rank_positives` has taken without complaint. -> (queries,) twice.
+    """
+    precision, average = np.zeros(len(scores)), np.zeros(len(scores))
+    rows = max(1, BLOCK_ELEMENTS // scores.shape[1])
+    for start in range(0, len(scores), rows):
+        block = np.asarray(scores[start : start + rows])
+        positive = query_group[start : start + rows, None] == gallery_group
+        size = positive.sum(axis=1)
+        # Each query's positives in the first columns, best first; rows with fewer are filled with -inf and left out.
+        most = int(size.max())
+        best = -np.sort(np.partition(-np.where(positive, block, -np.inf), most - 1, axis=1)[:, :most], axis=1)
+        for column in range(best.shape[1]):
+            here = column < size
+            value = best[:, [column]]
+            above, tied = (block > value).sum(axis=1), (block == value).sum(axis=1)
+            positives_above, positives_tied = (best > value).sum(axis=1), (best == value).sum(axis=1)
+            places = np.clip(size - above, 0, tied)  # of the tie, within the first R
+            precision[start : start + rows] += np.where(here, places / np.maximum(tied, 1) / size, 0.0)
+            for place in range(1, int(places[here].max(initial=0)) + 1):
+                expected = positives_above + 1 + (place - 1) * (positives_tied - 1) / np.maximum(tied - 1, 1)
+                term = expected / (above + place) / np.maximum(tied, 1) / size
+                average[start : start + rows] += np.where(here & (place <= places), term, 0.0)
+    return precision, average
+
+
 def chance(query_group: np.ndarray, gallery_group: np.ndarray) -> Ranks:
     """Ranks of a random order of the gallery: everything tied. Groups as in `rank_positives`, from 0 upward."""
     positives = np.bincount(gallery_group)[query_group]
@@ -158,25 +193,26 @@ def rerank(scores: np.ndarray, shortlist_indices: np.ndarray, shortlist_scores: 
     return reranked
 
 
-def bootstrap_interval(
-    sums: np.ndarray, counts: np.ndarray, resamples: int = 1000, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """95 % percentile bootstrap of means over queries, resampling images: captions of one image are not independent.
-
-    The gallery stays fixed; a resampled image brings all its queries along. Where all images agree (0 % or 100 %)
-    the interval has no width, as is the nature of this bootstrap.
+def bootstrap_means(sums: np.ndarray, counts: np.ndarray, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """Means over queries under resampling of images: captions of one image are not independent. The gallery stays fixed.
 
     Args:
         sums: `(images, measures)`, each image's sum of a measure over its queries.
         counts: `(images,)`, its number of queries.
 
     Returns:
-        The lower and the upper ends, `(measures,)` each.
+        `(resamples, measures)`. The same seed draws the same images, so that two sets of measures can be compared pairwise.
     """
     random, images = np.random.default_rng(seed), len(sums)
     means = np.empty((resamples, sums.shape[1]))
     for resample in range(resamples):
         weights = np.bincount(random.integers(images, size=images), minlength=images)
         means[resample] = weights @ sums / (weights @ counts)
+    return means
+
+
+def interval(means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % percentile interval of each column. Where all images agree (0 % or 100 %) it has no width, as is the nature of
+    this bootstrap."""
     low, high = np.percentile(means, [2.5, 97.5], axis=0)
     return low, high

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from retrieval.protocols import DIRECTIONS, PROTOCOLS, RECALL_AT
+from retrieval.metrics import Ranks
+from retrieval.protocols import DIRECTIONS, RECALL_AT, Outcome, measure
 from runtime.errors import LigatureError
-from runtime.files import read_json, write_json
+from runtime.files import read_json, replaced_file, sha256_of, write_json
 
 # What makes rows of a table comparable: the same queries against the same gallery.
 SETTING = ("dataset", "split", "protocol", "images", "captions", "captions_per_image")
@@ -29,10 +30,11 @@ def score(
     checkpoint: str,
     training: str,
     protocol: str = "full",
+    more: dict[str, Any] | None = None,
     resamples: int = 1000,
     seed: int = 0,
-) -> dict[str, Any]:
-    """Score two matrices by a protocol and say what they are: a record, ready for JSON.
+) -> tuple[dict[str, Any], Outcome]:
+    """Score two matrices by a protocol and say what they are: a record, ready for JSON, and what every query came to.
 
     Args:
         image_to_text: `(images, captions)`.
@@ -42,21 +44,23 @@ def score(
         head: what scored, in words: `dual`, `fusion, shortlist 32`.
         checkpoint: its hash.
         training: `untrained`, `pretrained`, or `fine-tuned-on X`. Papers call a COCO-fine-tuned model's
-            Flickr30K scores "zero-shot"; here they are `fine-tuned-on coco`.
+            Flickr30K scores "zero-shot"; here they are `fine-tuned-on coco`. `unknown` is for a user's own scores.
         protocol: a name in `PROTOCOLS`.
+        more: further keys of the record: `shortlist` (its sizes and its recall, a re-ranker's ceiling), `truncated_captions`,
+            `extended` (COCO's extended positives).
         resamples, seed: of the intervals' bootstrap.
 
     Returns:
-        The protocol's figures (see `protocols.full`) and the arguments that describe them.
+        The protocol's figures (see `protocols.measure`) and the arguments that describe them.
 
     Raises:
         LigatureError: an unknown protocol or kind of training, or scores that the protocol refuses.
     """
-    if protocol not in PROTOCOLS:
-        raise LigatureError(f"no protocol {protocol!r}; there is {', '.join(PROTOCOLS)}")
-    if not re.fullmatch(r"untrained|pretrained|fine-tuned-on \S.*", training):
+    if not re.fullmatch(r"untrained|pretrained|unknown|fine-tuned-on \S.*", training):
         raise LigatureError(f"training is {training!r}, must be untrained, pretrained or 'fine-tuned-on <data>'")
-    figures = PROTOCOLS[protocol](image_to_text, text_to_image, caption_image, resamples=resamples, seed=seed)
+    figures, outcome = measure(
+        image_to_text, text_to_image, caption_image, protocol=protocol, resamples=resamples, seed=seed
+    )
     about = {
         "protocol": protocol,
         "dataset": dataset,
@@ -68,12 +72,48 @@ def score(
         "checkpoint": checkpoint,
         "training": training,
     }
-    return {key: {**figures, **about}[key] for key in KEYS}
+    return {**{key: {**figures, **about}[key] for key in KEYS}, **(more or {})}, outcome
 
 
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a record as JSON, atomically."""
-    write_json(path, record)
+def write_record(path: Path, record: dict[str, Any], outcome: Outcome, image_keys: list[str]) -> None:
+    """Write a record as JSON and, before it and beside it, every query's ranks (`<name>.ranks.npz`), for `ligature compare`.
+
+    image_keys: the images' names, in order: what two records' rows are matched by.
+    """
+    side = ranks_path(path)
+    arrays = {
+        f"{direction}.{name}": getattr(ranks, name)
+        for direction, ranks in outcome.ranks.items()
+        for name in RANK_FIELDS
+    }
+    with replaced_file(side) as temporary, open(temporary, "wb") as file:
+        keys = np.array(image_keys)
+        np.savez_compressed(file, keys=keys, folds=outcome.folds, caption_image=outcome.caption_image, **arrays)  # type: ignore[arg-type]
+    write_json(path, {**record, "ranks": {"file": side.name, "sha256": sha256_of(side)}})
+
+
+RANK_FIELDS = ("above", "tied_negatives", "tied_positives")
+
+
+def ranks_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.ranks.npz")
+
+
+def read_outcome(path: Path, record: dict[str, Any]) -> tuple[Outcome, list[str]]:
+    """What every query of a record came to, and its images' keys. Raises LigatureError where the ranks are not there, or not its."""
+    told = record.get("ranks")
+    if not isinstance(told, dict) or {"file", "sha256"} - told.keys():
+        raise LigatureError(
+            f"{path} has no ranks beside it, so it cannot be compared; score it again with `ligature evaluate`"
+        )
+    side = path.with_name(Path(told["file"]).name)
+    if not side.is_file():
+        raise LigatureError(f"{side} is missing; a record is compared by its ranks, keep both files together")
+    if sha256_of(side) != told["sha256"]:
+        raise LigatureError(f"{side} does not belong to {path}: its hash is another; score it again")
+    with np.load(side, allow_pickle=False) as arrays:
+        ranks = {way: Ranks(*(arrays[f"{way}.{name}"] for name in RANK_FIELDS)) for way in DIRECTIONS}
+        return Outcome(ranks, arrays["folds"], arrays["caption_image"]), arrays["keys"].tolist()
 
 
 def read_record(path: Path) -> dict[str, Any]:

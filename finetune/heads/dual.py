@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from pretrain.encode import Encodings
+from data_tools.collection import Collection
+from finetune.config import FinetuneRecipe
+from finetune.task import RetrievalTask
+from pretrain.encode import Encodings, encode_collection
+from pretrain.load import ImageTextModel, load_model
+from pretrain.model.alignment_model import AlignmentModel
 from pretrain.objectives.contrastive import soft_cross_entropy
-from runtime.ranks import gather_rows, sum_over_ranks
+from pretrain.objectives.matching import Matching
+from pretrain.objectives.state import Keys, MicroBatch, StudentState
+from pretrain.train import describe_model
+from runtime.ranks import Ranks, gather_rows, sum_over_ranks
 
 
 def dual_scores(encodings: Encodings) -> Tensor:
@@ -43,3 +53,62 @@ class GatherRows(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         rank = distributed.get_rank() if distributed.is_initialized() else 0
         return sum_over_ranks(gradient)[rank * ctx.rows : (rank + 1) * ctx.rows]
+
+
+class DualTask(RetrievalTask):
+    """The pretraining's own projections by contrast, and the fusion encoder by matching."""
+
+    def __init__(self, recipe: FinetuneRecipe) -> None:
+        super().__init__()
+        start = load_model(recipe.checkpoint)
+        if recipe.image_size:
+            start = at_resolution(start, recipe.image_size)
+        self.contrastive_weight, self.matching_weight = recipe.contrastive_weight, recipe.matching_weight
+        self.model = start.network.requires_grad_(True)
+        self.model.codebook = None  # retrieval does not read it
+        if not recipe.matching_weight:  # nothing trains these then, and DDP would wait for their gradients
+            self.model.fusion_encoder.requires_grad_(False)
+            self.model.matching_head.requires_grad_(False)
+        self.model.masked_language_head.requires_grad_(False)
+        self.matching = Matching(recipe.matching)
+        self.tokenizer, self.image_size = start.tokenizer, self.model.config.image.image_size
+        self.about = f"{start.folder} ({start.training})"
+
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens = self.model.image_encoder(batch.images)
+        state = StudentState(self.model, batch, tokens, self.model.text_encoder(batch.text.ids, batch.text.mask))
+        losses = {"contrastive": dual_loss(state.image, state.text, batch.image_ids, self.model.temperature())}
+        total = self.contrastive_weight * losses["contrastive"]
+        if self.matching_weight:
+            # There is no teacher: negatives are drawn by the model's own similarities.
+            batch.keys = Keys(state.image.detach(), state.text.detach(), batch.image_ids)
+            losses |= self.matching(state)
+            total = total + self.matching_weight * losses["matching"]
+        return total, {"loss": total.detach(), **{name: value.detach() for name, value in losses.items()}}
+
+    def stored(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())
+
+    def describe(self, training: str) -> dict[str, Any]:
+        config = dataclasses.replace(self.model.config, codewords=0)
+        return describe_model(config, self.tokenizer.caption_tokens, training)
+
+    def similarity(
+        self, collection: Collection, ranks: Ranks, device: torch.device, batch_size: int, workers: int
+    ) -> np.ndarray:
+        found = encode_collection(self.model, self.tokenizer, collection, ranks, device, batch_size, workers)
+        return dual_scores(found).numpy()
+
+    def extra_figures(self) -> dict[str, Tensor]:
+        return {"temperature": self.model.temperature().detach()}
+
+
+def at_resolution(start: ImageTextModel, image_size: int) -> ImageTextModel:
+    """The same model for images of another size, its position embeddings interpolated (bicubic, as ALBEF)."""
+    config = dataclasses.replace(
+        start.network.config, image=dataclasses.replace(start.network.config.image, image_size=image_size)
+    )
+    start.network.image_encoder.vit.set_input_size(image_size)
+    network = AlignmentModel(config, start.tokenizer.vocabulary)
+    network.load_state_dict(start.network.state_dict())
+    return ImageTextModel(network, start.tokenizer, start.folder, start.training, start.device)

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.shortlist import Shortlists
 from pretrain.encode import Encodings
 from pretrain.model.alignment_model import AlignmentModel
-from retrieval.metrics import rerank
 from runtime.progress import progress
 
 PAIRS = 512
@@ -35,26 +35,20 @@ def match_pairs(
 
 
 def fusion_scores(
-    model: AlignmentModel, encodings: Encodings, similarity: np.ndarray, shortlist: int, device: torch.device
+    model: AlignmentModel, encodings: Encodings, lists: Shortlists, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Re-rank each query's `shortlist` best candidates by the dual head; a gallery smaller than the shortlist is taken whole.
-
-    similarity: (images, captions), the dual head's. -> image-to-text (images, captions) and text-to-image (captions, images).
-    """
-    directions = []
-    sizes = [min(shortlist, similarity.shape[1]), min(shortlist, similarity.shape[0])]
-    total = similarity.shape[0] * sizes[0] + similarity.shape[1] * sizes[1]
-    with progress("re-ranking", total, "pairs") as bar:
-        for scores, size, by_image in ((similarity, sizes[0], True), (similarity.T, sizes[1], False)):
-            best = np.argpartition(-scores, size - 1, axis=1)[:, :size]
-            found = np.empty(best.shape, dtype=np.float32)
-            step = max(1, PAIRS // size)
-            for start in range(0, len(scores), step):
+    """Matching logits of the shortlists' pairs: each image's captions (images, k) and each caption's images (captions, k)."""
+    found: list[np.ndarray] = []
+    with progress("re-ranking", lists.captions.size + lists.images.size, "pairs") as bar:
+        for best, by_image in ((lists.captions, True), (lists.images, False)):
+            logits = np.empty(best.shape, dtype=np.float32)
+            step = max(1, PAIRS // best.shape[1])
+            for start in range(0, len(best), step):
                 candidates = torch.from_numpy(best[start : start + step].copy())
                 queries = torch.arange(start, start + len(candidates))[:, None].expand_as(candidates)
                 image, text = (queries, candidates) if by_image else (candidates, queries)
-                logits = match_pairs(model, encodings, image.flatten(), text.flatten(), device)
-                found[start : start + step] = logits.view(candidates.shape).numpy()
+                scored = match_pairs(model, encodings, image.flatten(), text.flatten(), device)
+                logits[start : start + step] = scored.view(candidates.shape).numpy()
                 bar.advance(candidates.numel())
-            directions.append(rerank(scores, best, found))
-    return directions[0], directions[1]
+            found.append(logits)
+    return found[0], found[1]

@@ -56,5 +56,15 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (batch, 3, size, size) uint8 -> (batch, 1 + patches, width)."""
+        return self.vit(self._pixels(images))
+
+    def layer_tokens(self, images: Tensor, layers: list[int]) -> list[Tensor]:
+        """Patch tokens after some layers (from 1), not yet normalised: (batch, patches, width) each, the class token left out."""
+        found = self.vit.forward_intermediates(
+            self._pixels(images), [layer - 1 for layer in layers], output_fmt="NLC", intermediates_only=True
+        )
+        return list(found)
+
+    def _pixels(self, images: Tensor) -> Tensor:
         pixels = (images.float() - self.mean.float()) / self.std.float()
-        return self.vit(pixels.to(self.vit.patch_embed.proj.weight.dtype))
+        return pixels.to(self.vit.patch_embed.proj.weight.dtype)

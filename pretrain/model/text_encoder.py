@@ -28,9 +28,13 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids: (texts, words) int64; mask: (texts, words) bool, True where a word is -> (texts, words, width)."""
+        return self.layer_states(ids, mask)[-1]
+
+    def layer_states(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
+        """The embeddings, then the states after each layer: (texts, words, width) each."""
         places = torch.arange(ids.shape[1], device=ids.device)
         states = self.norm(self.words(ids) + self.positions(places) + self.segments.weight[0])
-        states = functional.dropout(states, self.dropout, self.training)
+        states = [functional.dropout(states, self.dropout, self.training)]
         for layer in self.layers:
-            states = layer(states, mask)
+            states.append(layer(states[-1], mask))
         return states

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from finetune.heads.fusion import fusion_scores, match_pairs
+from finetune.shortlist import make_shortlists
 from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from pretrain.encode import Encodings
 from pretrain.model.alignment_model import AlignmentModel
@@ -47,9 +48,14 @@ def test_a_pair_scores_what_the_model_gives_it_alone(model, encodings):
         assert found[number].item() == pytest.approx((logits[1] - logits[0]).item(), abs=1e-5)
 
 
+def in_new_order(model, encodings, similarity, size):
+    lists = make_shortlists(similarity, size, np.zeros(3, dtype=int), np.repeat(np.arange(3), 3))
+    return lists.rerank(similarity, fusion_scores(model, encodings, lists, CPU))
+
+
 def test_a_shortlist_of_all_orders_by_matching_alone(model, encodings):
     similarity = (encodings.image @ encodings.text.T).numpy()
-    to_text, to_image = fusion_scores(model, encodings, similarity, 100, CPU)  # larger than either gallery
+    to_text, to_image = in_new_order(model, encodings, similarity, 100)  # larger than either gallery
     image, text = torch.arange(3).repeat_interleave(9), torch.arange(9).repeat(3)
     matching = match_pairs(model, encodings, image, text, CPU).view(3, 9).numpy()
     assert np.array_equal(to_text.argsort(1), matching.argsort(1))
@@ -58,7 +64,7 @@ def test_a_shortlist_of_all_orders_by_matching_alone(model, encodings):
 
 def test_what_is_not_on_the_shortlist_keeps_its_order_below_it(model, encodings):
     similarity = (encodings.image @ encodings.text.T).numpy()
-    to_text, _ = fusion_scores(model, encodings, similarity, 4, CPU)
+    to_text, _ = in_new_order(model, encodings, similarity, 4)
     for row in range(3):
         dual, reranked = np.argsort(-similarity[row]), np.argsort(-to_text[row])
         assert set(reranked[:4]) == set(dual[:4])

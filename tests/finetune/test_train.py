@@ -1,53 +1,19 @@
 """Fine-tuning: resolution, what it leaves alone, and going on."""
 
 import pytest
+import small
 import torch
 
 from finetune.config import EvaluateRecipe, FinetuneRecipe
-from finetune.train import at_resolution
+from finetune.heads.dual import at_resolution
 from launch.cli import main
 from pretrain.load import load_model
 from runtime.errors import RecipeError
 from runtime.metrics import read_metrics
 
-SMALL = """
-name: pretrain
-data: {vocabulary: 200, caption_tokens: 32, workers: 0, augment: {crop_scale: [1.0, 1.0], flip: false, operations: 0}}
-model:
-  image: {architecture: vit_tiny_patch16_224, image_size: 32, patch: 8, width: 32, depth: 1, heads: 2}
-  text: {width: 32, layers: 1, heads: 2, feed_forward: 64, positions: 32}
-  fusion: {layers: 1}
-  feature_dim: 16
-  codewords: 8
-teacher: {queue: 16}
-training: {global_batch: 8, micro_batch: 8, steps: 1, precision: fp32, device: cpu}
-"""
-TUNE = ["--dataset", "shapes", "--training.device", "cpu", "--training.precision", "fp32", "--training.log_every", "1"]
-TUNE += [
-    "--training.global_batch",
-    "8",
-    "--training.steps",
-    "6",
-    "--training.checkpoint_every",
-    "2",
-    "--data.workers",
-    "0",
-]
-
-
-@pytest.fixture(scope="module")
-def pretrained(drawn, tmp_path_factory):
-    """One step of pretraining."""
-    folder = tmp_path_factory.mktemp("finetune")
-    (folder / "small.yaml").write_text(SMALL)
-    recipe = ["--config", str(folder / "small.yaml"), "--runs", str(folder), "--data.train", str(drawn / "train")]
-    assert main(["pretrain", *recipe]) == 0
-    return folder
-
 
 def tune(pretrained, drawn, runs, *more):
-    data = ["--data.train", str(drawn / "train"), "--data.validation", str(drawn / "validation")]
-    return main(["finetune", "--checkpoint", str(pretrained / "pretrain"), "--runs", str(runs), *data, *TUNE, *more])
+    return main(small.finetune(pretrained, drawn, runs, *more))
 
 
 def weights(folder):
@@ -84,14 +50,14 @@ def test_fine_tuning_that_was_stopped_ends_as_if_it_had_not_been(pretrained, dra
 
 def test_without_matching_the_fusion_head_stays_as_it_was(pretrained, drawn, tmp_path):
     assert tune(pretrained, drawn, tmp_path, "--matching_weight", "0") == 0
-    before, after = weights(pretrained / "pretrain"), weights(tmp_path / "finetune")
+    before, after = weights(pretrained), weights(tmp_path / "finetune")
     moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
     assert "fusion_encoder" not in moved and "matching_head" not in moved and "masked_language_head" not in moved
     assert {"image_encoder", "text_encoder", "image_projection", "text_projection", "temperature"} <= moved
 
 
 def test_another_resolution_keeps_all_weights_but_the_positions(pretrained):
-    start = load_model(pretrained / "pretrain")
+    start = load_model(pretrained)
     before = {name: weight.clone() for name, weight in start.network.named_parameters()}
     larger = at_resolution(start, 64)
     assert larger.transform.image_size == 64

@@ -3,8 +3,14 @@
 import numpy as np
 import pytest
 
-from retrieval.protocols import DIRECTIONS, full
+from retrieval.protocols import DIRECTIONS, PROTOCOLS, Protocol, folds_of, measure
 from runtime.errors import LigatureError
+
+
+def full(*scores, **settings):
+    """The figures of protocol `full`."""
+    return measure(*scores, **settings)[0]
+
 
 CAPTION_IMAGE = np.array([0, 0, 1, 2])
 
@@ -93,3 +99,41 @@ def test_names_the_direction_that_holds_a_nan(direction):
     scores[direction][1, 2] = np.nan
     with pytest.raises(LigatureError, match=f"{direction} scores: nan at query 1, item 2"):
         full(**scores, caption_image=CAPTION_IMAGE)
+
+
+def test_folds_are_consecutive_and_averaged(monkeypatch):
+    """Each fold scored by hand as its own collection; a caption more or less changes no other fold."""
+    import retrieval.protocols as protocols
+
+    monkeypatch.setitem(protocols.PROTOCOLS, "folded", Protocol(12, 3, "three folds of four"))
+    caption_image = np.repeat(np.arange(12), [2, 3, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
+    scores = np.random.default_rng(3).normal(size=(12, 25)) + (np.arange(12)[:, None] == caption_image)
+    found, outcome = measure(scores, scores.T, caption_image, protocol="folded")
+    parts = []
+    for fold in range(3):
+        columns = caption_image // 4 == fold
+        block = scores[fold * 4 : fold * 4 + 4, columns]
+        parts.append(full(block, block.T, caption_image[columns] - 4 * fold))
+    for direction in DIRECTIONS:
+        for name in ("R@1", "R@5", "mean_rank", "median_rank"):
+            assert found[direction][name] == pytest.approx(np.mean([part[direction][name] for part in parts]))
+        assert found["chance"][direction]["R@1"] == pytest.approx(
+            np.mean([part["chance"][direction]["R@1"] for part in parts])
+        )
+    assert found["rsum"] == pytest.approx(np.mean([part["rsum"] for part in parts]))
+    assert found["image_to_text"]["mAP@R"] == pytest.approx(np.mean([part["image_to_text"]["mAP@R"] for part in parts]))
+    assert outcome.folds.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert len(outcome.ranks["text_to_image"].above) == 25
+
+
+def test_protocols_are_for_their_number_of_images():
+    assert {name: (row.images, row.folds) for name, row in PROTOCOLS.items()} == {
+        "full": (None, 1),
+        "coco_5k": (5000, 1),
+        "coco_1k": (5000, 5),
+        "flickr30k_1k": (1000, 1),
+        "flickr8k_1k": (1000, 1),
+    }
+    assert np.bincount(folds_of("coco_1k", 5000)).tolist() == [1000] * 5
+    with pytest.raises(LigatureError, match="coco_1k is defined on 5,000 images, not on 4,800"):
+        folds_of("coco_1k", 4800)

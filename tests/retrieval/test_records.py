@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import retrieval
-from retrieval.records import KEYS, read_record, score, table, write_record
+from retrieval.records import KEYS, read_outcome, read_record, score, table, write_record
 from runtime.errors import LigatureError
 
 ABOUT = {
@@ -21,21 +21,34 @@ ABOUT = {
 }
 
 
-def record(**about):
+KEYS_OF_IMAGES = [f"image-{number}" for number in range(20)]
+
+
+def scored(**about):
     scores = np.random.default_rng(0).normal(size=(20, 100)) + np.repeat(np.eye(20), 5, axis=1)
     return score(scores, scores.T, np.repeat(np.arange(20), 5), **{**ABOUT, **about})
 
 
+def record(**about):
+    return scored(**about)[0]
+
+
 def test_a_record_holds_what_the_contract_lists(tmp_path):
-    made = record()
-    assert tuple(made) == KEYS
+    made, outcome = scored(more={"truncated_captions": 3})
+    assert tuple(made) == (*KEYS, "truncated_captions")
     for direction in ("image_to_text", "text_to_image"):
         assert set(made[direction]) == {
-            *("R@1", "R@5", "R@10", "interval", "median_rank", "mean_rank", "mean_reciprocal_rank")
+            *("R@1", "R@5", "R@10", "interval", "median_rank", "mean_rank", "mean_reciprocal_rank"),
+            *(("R-precision", "mAP@R") if direction == "image_to_text" else ()),
         }
     assert (made["images"], made["captions"], made["protocol"]) == (20, 100, "full")
-    write_record(tmp_path / "scores.json", made)
-    assert read_record(tmp_path / "scores.json") == made
+    path = tmp_path / "scores.json"
+    write_record(path, made, outcome, KEYS_OF_IMAGES)
+    found = read_record(path)
+    assert found == {**made, "ranks": {"file": "scores.ranks.npz", "sha256": found["ranks"]["sha256"]}}
+    again, keys = read_outcome(path, found)
+    assert keys == KEYS_OF_IMAGES
+    np.testing.assert_array_equal(again.ranks["text_to_image"].above, outcome.ranks["text_to_image"].above)
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", '{"rsum": 3}', "{"])

@@ -1,6 +1,6 @@
 """Ranks, re-ranking and the bootstrap, held against brute force, argsort, scipy and arithmetic done by hand."""
 
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import bootstrap, hypergeom
 
 from retrieval import metrics
-from retrieval.metrics import Ranks, bootstrap_interval, chance, rank_positives, rerank
+from retrieval.metrics import Ranks, bootstrap_means, chance, interval, precision_at_r, rank_positives, rerank
 from runtime.errors import LigatureError
 
 
@@ -211,7 +211,7 @@ def test_rerank_refuses(scores, indices, values, message):
 
 def test_bootstrap_agrees_with_scipy():
     sample = np.random.default_rng(4).exponential(size=50)
-    low, high = bootstrap_interval(sample[:, None], np.ones(50), resamples=4000, seed=1)
+    low, high = interval(bootstrap_means(sample[:, None], np.ones(50), resamples=4000, seed=1))
     theirs = bootstrap((sample,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(5))
     np.testing.assert_allclose([low[0], high[0]], theirs.confidence_interval, atol=0.02)
 
@@ -222,9 +222,9 @@ def test_bootstrap_covers_the_truth_where_captions_of_an_image_agree():
     covered = np.zeros(2)
     for trial in range(trials):
         sums = 5.0 * (random.random(150) < truth)
-        by_image = bootstrap_interval(sums[:, None], np.full(150, 5), resamples=200, seed=trial)
+        by_image = interval(bootstrap_means(sums[:, None], np.full(150, 5), resamples=200, seed=trial))
         captions = np.repeat(sums / 5, 5)
-        by_caption = bootstrap_interval(captions[:, None], np.ones(750), resamples=200, seed=trial)
+        by_caption = interval(bootstrap_means(captions[:, None], np.ones(750), resamples=200, seed=trial))
         covered += [low[0] <= truth <= high[0] for low, high in (by_image, by_caption)]
     assert 0.90 <= covered[0] / trials <= 0.99
     assert covered[1] / trials < 0.75
@@ -232,8 +232,42 @@ def test_bootstrap_covers_the_truth_where_captions_of_an_image_agree():
 
 def test_bootstrap_is_seeded_and_weights_images_by_their_queries():
     sums, counts = np.array([[1.0, 0.0], [0.0, 9.0]]), np.array([1, 9])
-    low, high = bootstrap_interval(sums, counts, seed=7)
-    np.testing.assert_array_equal([low, high], bootstrap_interval(sums, counts, seed=7))
+    low, high = interval(bootstrap_means(sums, counts, seed=7))
+    np.testing.assert_array_equal([low, high], interval(bootstrap_means(sums, counts, seed=7)))
     np.testing.assert_array_equal([low, high], [[0, 0], [1, 1]])  # a resample of one image alone happens half the time
-    low, high = bootstrap_interval(np.ones((1, 1)), np.array([2]))
+    low, high = interval(bootstrap_means(np.ones((1, 1)), np.array([2])))
     assert low == high == 0.5
+
+
+# --- R-precision and mAP@R ----------------------------------------------------------------------------------------
+
+
+def by_definition(relevant):
+    """Of one ranking: a list of whether each place holds a positive."""
+    size = sum(relevant)
+    hits = np.cumsum(relevant[:size])
+    return hits[-1] / size, sum(hits[k] / (k + 1) for k in range(size) if relevant[k]) / size
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=6).filter(
+        lambda row: any(p for _, p in row)
+    )
+)
+def test_precision_at_r_is_the_mean_over_all_orders_of_the_ties(row):
+    values, positive = np.array([value for value, _ in row], float), np.array([fits for _, fits in row])
+    orders = [
+        by_definition(positive[list(order)].tolist())
+        for order in permutations(range(len(row)))
+        if all(values[a] >= values[b] for a, b in pairwise(order))
+    ]
+    found = precision_at_r(values[None], np.array([1]), positive.astype(int))
+    np.testing.assert_allclose([found[0][0], found[1][0]], np.mean(orders, axis=0), atol=1e-12)
+
+
+def test_precision_at_r_where_queries_have_different_numbers_of_positives():
+    scores = np.array([[5.0, 4, 3, 2, 1], [1, 2, 3, 4, 5]])
+    precision, average = precision_at_r(scores, np.array([0, 1]), np.array([0, 1, 0, 1, 1]))
+    np.testing.assert_allclose(precision, [1 / 2, 2 / 3])
+    np.testing.assert_allclose(average, [1 / 2, 2 / 3])

@@ -1,0 +1,75 @@
+"""A tiny HAT, and what the two processes of test_hat.py run."""
+
+from __future__ import annotations
+
+import numpy as np
+import tiny_images
+import torch
+from torch import Tensor
+
+from finetune.config import FinetuneRecipe, HatConfig
+from finetune.heads.hat import HatModel, HatTask
+from finetune.heads.hat_scoring import hat_scores
+from finetune.heads.levels import CheckpointEncoders
+from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
+from pretrain.model.alignment_model import AlignmentModel, TextBatch
+from pretrain.objectives.state import Keys, MicroBatch
+from runtime.ranks import ranks_from_environment
+
+CPU = torch.device("cpu")
+
+
+def network() -> AlignmentModel:
+    image = ImageEncoderConfig("vit_tiny_patch16_224", image_size=32, patch=16, width=32, depth=2, heads=2)
+    text = TextEncoderConfig(width=32, layers=2, heads=2, feed_forward=64, dropout=0.0, positions=40)
+    torch.manual_seed(0)
+    made = AlignmentModel(ModelConfig(image, text, FusionEncoderConfig(layers=0), feature_dim=16, codewords=0), 90)
+    with torch.no_grad():
+        for parameter in made.parameters():  # BERT's start makes all states nearly alike
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    return made
+
+
+def model(**settings) -> HatModel:
+    config = HatConfig(**{"levels": [[1, 1], [2, 2]], "width": 24, "frozen_epochs": 0.0, **settings})
+    encoders = CheckpointEncoders(network())
+    torch.manual_seed(1)
+    return HatModel(encoders, config)
+
+
+def task() -> HatTask:
+    """HAT's task without a checkpoint's folder."""
+    made = HatTask.__new__(HatTask)
+    torch.nn.Module.__init__(made)
+    made.recipe = FinetuneRecipe(checkpoint="none", dataset="none", head="hat", hat=HatConfig(frozen_epochs=0.0))
+    made.model, made.tokenizer = model(), tiny_images.tokenizer()
+    return made
+
+
+def scores(count: int, each: int, wanted: np.ndarray | None = None) -> np.ndarray:
+    pictures = tiny_images.Pictures(count, each)
+    return hat_scores(model(), tiny_images.tokenizer(), pictures, ranks_from_environment(), CPU, 2, 0, wanted, True)
+
+
+def loss_and_gradients(
+    pixels: Tensor, ids: Tensor, mask: Tensor, image_ids: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of this rank's share of a batch."""
+    ranks = ranks_from_environment()
+    rows = slice(ranks.rank * len(ids) // ranks.world, (ranks.rank + 1) * len(ids) // ranks.world)
+    words = int(mask[rows].sum(1).max())
+    made, nothing = task().eval(), torch.empty(0)
+    batch = MicroBatch(
+        pixels[rows],
+        TextBatch(ids[rows, :words], mask[rows, :words]),
+        image_ids[rows],
+        torch.arange(len(ids[rows])),
+        nothing,
+        Keys(nothing, nothing, nothing),
+        0.0,
+    )
+    loss, _ = made(batch)
+    loss.backward()
+    named = made.named_parameters()
+    return loss.detach(), {name: parameter.grad for name, parameter in named if parameter.grad is not None}
