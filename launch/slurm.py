@@ -88,7 +88,8 @@ def plan_job(stage: str, arguments: list[str], options: LaunchOptions) -> tuple[
     for number, line in enumerate(lines):
         where = f"--array {options.array}, task {number}: " if options.array else ""
         try:
-            task, recipe, workers = plan_task(stage, [*arguments, *line], options, slices, explicit)
+            own = f"-{number}" if len(lines) > 1 else ""
+            task, recipe, workers = plan_task(stage, [*arguments, *line], options, slices, explicit, own)
         except RecipeError as error:
             raise RecipeError(f"{where}{error}") from None
         tasks.append(task)
@@ -131,7 +132,7 @@ def read_array(array: str | None, stage: str) -> tuple[list[list[str]], int]:
 
 
 def plan_task(
-    stage: str, arguments: list[str], options: LaunchOptions, slices: int, explicit: bool
+    stage: str, arguments: list[str], options: LaunchOptions, slices: int, explicit: bool, number: str
 ) -> tuple[Task, Any, int]:
     """One task's command and folder, the recipe of its run, and its loader workers. Raises RecipeError for what cannot run."""
     from launch.cli import read_stage
@@ -140,7 +141,7 @@ def plan_task(
     if key and not explicit and options.gpus_per_node and options.cpus_per_task:
         arguments = [*arguments, f"--{key}", str(options.cpus_per_task - 1)]  # one core trains, the others load
     if stage == "doctor":
-        return Task(shlex.join([stage, *arguments]), Path("runs/doctor").absolute()), None, 0
+        return Task(shlex.join([stage, *arguments]), Path(f"runs/doctor{number}").absolute()), None, 0
     if stage == "shard":
         return plan_shards(arguments, slices)
     recipe = read_stage(stage, arguments)

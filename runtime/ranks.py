@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -42,9 +43,19 @@ def ranks_from_environment() -> Ranks:
                 int(os.environ.get(name or "", default)) for name, default in zip(names, "0101", strict=True)
             )
             if names[3] is None:
-                local_world = int(os.environ.get("SLURM_NTASKS_PER_NODE", world))
+                local_world = _slurm_tasks_here(world)
             return Ranks(rank, world, local, local_world)
     return Ranks()
+
+
+def _slurm_tasks_here(world: int) -> int:
+    """Tasks on this node: `SLURM_NODEID` counted into SLURM's `2(x3),1`. `world` where SLURM does not tell."""
+    told = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", ""))
+    counts: list[int] = []
+    for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", told):
+        counts += [int(tasks)] * int(times or 1)
+    node = int(os.environ.get("SLURM_NODEID", "0"))
+    return counts[node] if node < len(counts) else world
 
 
 def choose_device(asked: str, ranks: Ranks) -> torch.device:

@@ -17,10 +17,18 @@ NAMES = [
     "SLURM_PROCID",
     "SLURM_NTASKS",
     "SLURM_LOCALID",
-    "SLURM_NTASKS_PER_NODE",
+    "SLURM_NODEID",
+    "SLURM_TASKS_PER_NODE",
+    "SLURM_STEP_TASKS_PER_NODE",
 ]
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "2"}
+SLURM = {
+    "SLURM_PROCID": "3",
+    "SLURM_NTASKS": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_TASKS_PER_NODE": "2(x2)",
+}
 
 
 @pytest.fixture
@@ -48,6 +56,14 @@ def test_torchruns_variables_are_read(environment):
 
 def test_slurms_variables_are_read_where_the_ranks_can_meet(environment):
     assert environment(**SLURM, MASTER_ADDR="node1") == Ranks(3, 4, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("told", "node", "tasks"), [("2(x3),1", 0, 2), ("2(x3),1", 3, 1), ("8", 0, 8), ("1(x2)", 1, 1), ("4,2(x2)", 2, 2)]
+)
+def test_ranks_share_a_node_with_its_own_tasks_only(environment, told, node, tasks):
+    ranks = environment(**SLURM | {"SLURM_TASKS_PER_NODE": told, "SLURM_NODEID": str(node)}, MASTER_ADDR="node1")
+    assert ranks.local_world == tasks
 
 
 def test_an_interactive_slurm_shell_is_one_rank(environment):
