@@ -62,9 +62,7 @@ def options_of(command: list[str]) -> set[str]:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit, LigatureError):
         COMMANDS[command[0]][0]([*command[1:], "--help"])
-    found = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", printed.getvalue())) - {"--print_config"}
-    # The launcher's own options are typed like SLURM's, and --config is its recipe's: a site has --site.
-    return {option.replace("_", "-") for option in found} | {"--site"} if command == ["launch", "slurm"] else found
+    return set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", printed.getvalue())) - {"--print_config"}
 
 
 def fish(words: dict[str, list[str]], about: dict[str, str]) -> str:

@@ -276,14 +276,15 @@ if [ -n "$asked" ]; then
   requeue "stopped with code $why: $asked"
   exit {Interrupted}
 fi
-crash="crashed with code ${{first_exit:-$why}}: $(last_error)"
+error=$(last_error)
+crash="crashed with code ${{first_exit:-$why}}${{error:+: $error}}"
 crashes=$(awk -v job="$job" '$3 == job && / start [0-9]+: held / {{ n = 0 }} $3 == job && / start [0-9]+: crashed / {{ n++ }} END {{ print n + 1 }}' "$events")
 if [ "$crashes" -le "$max_crashes" ]; then
   requeue "$crash (crash $crashes of $max_crashes)"
 else
   say "$crash"
-  say "held after $crashes crashes; mend it, then: scontrol release $job"
-  scontrol update JobId="$job" Comment="held after $crashes crashes: $crash"
+  say "held after crash $crashes; mend it, then: scontrol release $job"
+  scontrol update JobId="$job" Comment="held after crash $crashes: $crash"
   scontrol requeuehold "$job"
 fi
 exit $((code ? code : 1))

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import fcntl
+import inspect
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from launch.config import LaunchOptions
+from launch.config import ContainerConfig, LaunchOptions, SlurmConfig
 from launch.script import Job, Task, render
 from runtime.errors import LigatureError, RecipeError
 from runtime.files import read_json, write_json, write_text
-from runtime.recipe import changed_keys, keys_of, load_recipe, read_recipe, write_recipe
-from runtime.run_folder import FREE_KEYS, RunFolder
+from runtime.recipe import keys_of, read_recipe, write_recipe
+from runtime.run_folder import RunFolder
 
 TRAINED = ("pretrain", "finetune")
 STAGES = ("pretrain", "finetune", "evaluate", "shard", "doctor")
@@ -66,8 +69,9 @@ def split_arguments(arguments: list[str]) -> tuple[LaunchOptions, list[str]]:
     for argument in own:
         name, equals, value = argument.partition("=")
         key = name.removeprefix("--").replace("-", "_")
-        if name == "--help" and not rest:
-            read_recipe(LaunchOptions, ["--help"], "ligature launch slurm STAGE")
+        if name in ("--help", "-h") and not rest:
+            print(usage())
+            sys.exit(0)
         if not name.startswith("--") or key not in known | {"site"}:
             rest.append(argument)
         elif key in FLAGS:
@@ -78,6 +82,44 @@ def split_arguments(arguments: list[str]) -> tuple[LaunchOptions, list[str]]:
             # A site's file comes first: what stands on the command line wins over it, wherever it stands.
             ours = ["--config", value, *ours] if key == "site" else [*ours, f"--{key}={value}"]
     return read_recipe(LaunchOptions, ours, "ligature launch slurm"), rest
+
+
+def usage() -> str:
+    """Every option with what is written beside its field."""
+    lines = ["usage: ligature launch slurm [STAGE] [the stage's own options] [these, anywhere]", ""]
+    lines += [f"Submit a stage to SLURM ({', '.join(STAGES)}; pretrain where none is named).", ""]
+    lines += [
+        "  --site FILE",
+        "      The cluster's settings, any of the keys below (YAML); two examples: launch/modules.yaml, launch/container.yaml",
+    ]
+    defaults = LaunchOptions()
+    for kind, prefix, values in (
+        (SlurmConfig, "", defaults),
+        (ContainerConfig, "container.", defaults.container),
+        (LaunchOptions, "", defaults),
+    ):
+        for key, about in documented_fields(kind).items():
+            if key != "container":
+                option = f"--{prefix}{key}".replace("_", "-")
+                value = getattr(values, key)
+                shown = (
+                    ""
+                    if key in FLAGS
+                    else f" {key.upper()}" + (f" ({value})" if value not in (None, "", [], {}) else "")
+                )
+                lines += [f"  {option}{shown}", *([f"      {about}"] if about else [])]
+    return "\n".join(lines)
+
+
+def documented_fields(kind: type) -> dict[str, str]:
+    """A dataclass's own fields -> the string that stands below each."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+    found = {}
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            found[node.target.id] = " ".join(after.value.value.split()) if said else ""  # type: ignore[union-attr]
+    return found
 
 
 def plan_job(stage: str, arguments: list[str], options: LaunchOptions) -> tuple[Job, list[Any]]:
@@ -177,10 +219,7 @@ def check_batch(recipe: Any, options: LaunchOptions) -> None:
 def check_run(recipe: Any, insist: bool) -> None:
     """Refuse a run's folder that belongs to another recipe, showing what differs; `insist` goes on with the new one."""
     run = RunFolder(recipe)
-    if not run.config.exists():
-        return
-    stored = load_recipe(type(recipe), run.config)
-    changes = [line for line in changed_keys(stored, recipe) if line.split(":")[0] not in FREE_KEYS]
+    changes = run.changes(recipe)
     if changes and not insist:
         raise RecipeError(
             f"{run.path} belongs to another recipe ({'; '.join(changes)}); choose another --name, "

@@ -49,13 +49,16 @@ class RunFolder:
         self.lease: Lease | None = None
         self.checkpoints = CheckpointFolder(self.path / "checkpoints", recipe.training.keep_last)
 
+    def changes(self, recipe: Any) -> list[str]:
+        """`key: old -> new` where the folder's recipe and this one differ in what makes a run another run."""
+        if not self.config.exists():
+            return []
+        stored = load_recipe(type(recipe), self.config)
+        return [line for line in changed_keys(stored, recipe) if line.split(":")[0] not in FREE_KEYS]
+
     def check(self, recipe: Any) -> None:
         """Refuse a folder that belongs to another recipe, naming the keys that differ."""
-        if not self.config.exists():
-            return
-        stored = load_recipe(type(recipe), self.config)
-        changes = [line for line in changed_keys(stored, recipe) if line.split(":")[0] not in FREE_KEYS]
-        if changes:
+        if changes := self.changes(recipe):
             raise RecipeError(
                 f"{self.path} belongs to another recipe ({'; '.join(changes)}); choose another --name, or remove the folder"
             )
