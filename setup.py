@@ -27,10 +27,18 @@ REQUIRED = [
     "simplejpeg>=1.8",  # the same JPEG decoder as Pillow's, into an array at once; its pixels are Pillow's to the bit
     "matplotlib>=3.8",  # curves as pictures
 ]
+REMOTE = [
+    "s3fs>=2024.6",  # shards behind s3://
+    "gcsfs>=2024.6",  # gs://
+    "aiohttp>=3.9",  # https://
+]
 DEVELOP = [
     "pytest>=8",
     "hypothesis>=6",  # properties of cursors, metrics, transport
     "scipy>=1.11",  # what metrics are checked against
+    "s3fs>=2024.6",  # remote shards are tested against real servers: http on loopback, and moto's S3
+    "aiohttp>=3.9",
+    "moto[server]>=5",
     "ruff>=0.17,<0.18",  # lint and format; another minor version lays code out differently
     "mypy>=2.4,<2.5",  # types; likewise
     "types-PyYAML",
@@ -60,6 +68,6 @@ setup(
     ],
     package_data={"configs": ["**/*.yaml"]},
     install_requires=REQUIRED,
-    extras_require={"develop": DEVELOP},
+    extras_require={"develop": DEVELOP, "remote": REMOTE},
     entry_points={"console_scripts": ["ligature = launch.cli:entry"]},
 )

@@ -5,6 +5,7 @@ A shard folder, or a caption file (COCO's, Karpathy's, …) with its images besi
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_tools.images import decode_image
-from data_tools.manifest import Manifest, read_manifest
+from data_tools.manifest import Manifest, image_number, read_manifest
 from data_tools.reader import RawSample, ShardReader
 from data_tools.sources import Choice, clean_caption, collect, detect_kind, safe_key
 from data_tools.sources.collect import entries_of
@@ -66,7 +67,8 @@ class CaptionFile:
     def __getitem__(self, sample: int) -> RawSample:
         key, captions, read = self.samples[sample]
         assert read is not None, "opened for its captions only"
-        return RawSample(key, self.path.name, read(), captions)
+        text = json.dumps({"captions": captions}).encode()
+        return RawSample(key, self.path.name, read(), text, "json", image_number(key))
 
 
 def open_collection(
@@ -105,7 +107,7 @@ class Collection(Dataset):
 
     def __init__(self, source: str | Path | Manifest | CaptionFile, captions_per_image: int | None = None) -> None:
         self.reader = source if isinstance(source, CaptionFile) else ShardReader(source)
-        self.place = self.reader.path if isinstance(self.reader, CaptionFile) else self.reader.manifest.folder
+        self.place = self.reader.path if isinstance(self.reader, CaptionFile) else self.reader.where
         self.transform: Callable | None = None
         lists = [self.reader.captions(sample)[:captions_per_image] for sample in range(len(self.reader))]
         self.captions = [caption for captions in lists for caption in captions]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from runtime.errors import DataError, LigatureError
-from runtime.files import read_json, replaced_file, write_json
+from runtime.errors import DataError
+from runtime.files import replaced_file, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,29 +37,102 @@ class Shard:
     index_sha256: str
 
 
+_SHARD_KEYS = tuple(name.name for name in fields(Shard))
+_SHARD_NUMBERS = ("samples", "captions", "bytes")
+
+
+def _shard_of(values: Sequence[Any]) -> Shard:
+    told: list[Any] = [value.decode() if isinstance(value, bytes) else value for value in values]
+    return Shard(*told)
+
+
+class ShardTable(Sequence[Shard]):
+    """Shards in columns, `Shard`s on demand: half a million take 100 MB and are summed at once."""
+
+    __slots__ = ("columns",)
+
+    def __init__(self, columns: dict[str, np.ndarray]) -> None:
+        """columns: field of `Shard` -> (shards,) int64, or UTF-8 bytes."""
+        self.columns = columns
+
+    @classmethod
+    def of(cls, shards: Iterable[Shard]) -> ShardTable:
+        return cls.from_rows([astuple(shard) for shard in shards])
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Sequence[Any]]) -> ShardTable:
+        """One sequence a shard, in the order of its fields. Raises TypeError or ValueError where a value is of another kind."""
+        import numpy as np
+
+        columns = {}
+        for place, name in enumerate(_SHARD_KEYS):
+            if name in _SHARD_NUMBERS:
+                columns[name] = np.fromiter((row[place] for row in rows), np.int64, len(rows))
+            else:
+                columns[name] = np.array([str.encode(row[place]) for row in rows], "S" if rows else "S1")
+        return cls(columns)
+
+    def __len__(self) -> int:
+        return len(self.columns["samples"])
+
+    def __getitem__(self, number: Any) -> Any:
+        """A shard by its number, or a table by a slice."""
+        if isinstance(number, slice):
+            return ShardTable({name: column[number] for name, column in self.columns.items()})
+        values = [column[number].item() for column in self.columns.values()]
+        return _shard_of(values)
+
+    def __iter__(self) -> Iterator[Shard]:
+        for start in range(0, len(self), 1000):
+            rows = zip(*(column[start : start + 1000].tolist() for column in self.columns.values()), strict=True)
+            yield from map(_shard_of, rows)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Sequence)
+            and len(self) == len(other)
+            and all(a == b for a, b in zip(self, other, strict=True))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def total(self, name: str) -> int:
+        return int(self.columns[name].sum())
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """A complete shard folder: its shards in order, where they came from, and what was left out and why."""
 
     folder: Path
-    shards: tuple[Shard, ...]
+    shards: Sequence[Shard]
+    """Kept as a `ShardTable`, whatever it is made from."""
     source: dict[str, Any] = field(default_factory=dict)
     """Free description of what the samples are and how they were written; holds no path of this machine."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Reason -> how many captions or images were left out for it."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.shards, ShardTable):
+            object.__setattr__(self, "shards", ShardTable.of(self.shards))
+
+    @property
+    def table(self) -> ShardTable:
+        assert isinstance(self.shards, ShardTable)
+        return self.shards
+
     @property
     def samples(self) -> int:
-        return sum(shard.samples for shard in self.shards)
+        return self.table.total("samples")
 
     @property
     def captions(self) -> int:
-        return sum(shard.captions for shard in self.shards)
+        return self.table.total("captions")
 
     @property
     def bytes(self) -> int:
         """Size of all tars."""
-        return sum(shard.bytes for shard in self.shards)
+        return self.table.total("bytes")
 
     @property
     def fingerprint(self) -> str:
@@ -107,27 +180,49 @@ def read_manifest(folder: str | Path, check: bool = True) -> Manifest:
             "or `ligature inspect --index` for shards made elsewhere"
         )
     try:
-        value = read_json(path)
-    except LigatureError as error:
-        raise DataError(str(error)) from None
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise DataError(f"{path} is not a manifest of {FORMAT}; run `ligature shard` into an empty folder")
-    if value.get("version") != VERSION:
-        raise DataError(
-            f"{path} has version {value.get('version')}, this Ligature reads version {VERSION}; shard the source again"
-        )
-    try:
-        shards = tuple(Shard(**{name.name: entry[name.name] for name in fields(Shard)}) for entry in value["shards"])
-        manifest = Manifest(folder, shards, value["source"], value["dropped"])
-        totals = [manifest.samples, manifest.captions, manifest.bytes]
-        promised = [value["samples"], value["captions"], value["bytes"]]
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{path} is incomplete or altered ({error}); shard the source again") from None
-    if totals != promised:
-        raise DataError(f"{path} was altered: its shards sum to {totals}, not to {promised}; shard the source again")
+        text = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    manifest = parse_manifest(text, folder, str(path))
     if check and (found := manifest.damaged()):
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise DataError(f"{folder} is damaged: {found[0]}{more}; run the `ligature shard` that made it again")
+    return manifest
+
+
+def parse_manifest(text: bytes, folder: Path, name: str) -> Manifest:
+    """The manifest in `text`, of the shards in `folder`; `name` is where it was read, for messages.
+
+    Shards become rows as they are parsed, so that half a million of them are never half a million dictionaries.
+    """
+    rows: list[tuple] = []
+
+    def take(value: dict[str, Any]) -> Any:
+        if len(value) == len(_SHARD_KEYS) and all(key in value for key in _SHARD_KEYS):
+            rows.append(tuple(value[key] for key in _SHARD_KEYS))
+            return None
+        return value
+
+    try:
+        value = json.loads(text, object_hook=take)
+    except ValueError as error:
+        raise DataError(f"{name} is not valid JSON ({error}); it was cut short or altered, make it again") from None
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise DataError(f"{name} is not a manifest of {FORMAT}; run `ligature shard` into an empty folder")
+    if value.get("version") != VERSION:
+        raise DataError(
+            f"{name} has version {value.get('version')}, this Ligature reads version {VERSION}; shard the source again"
+        )
+    try:
+        if broken := [entry for entry in value["shards"] if entry is not None]:
+            raise KeyError(next((key for key in _SHARD_KEYS if key not in broken[0]), "shards"))
+        manifest = Manifest(folder, ShardTable.from_rows(rows), value["source"], value["dropped"])
+        totals = [manifest.samples, manifest.captions, manifest.bytes]
+        promised = [value["samples"], value["captions"], value["bytes"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{name} is incomplete or altered ({error}); shard the source again") from None
+    if totals != promised:
+        raise DataError(f"{name} was altered: its shards sum to {totals}, not to {promised}; shard the source again")
     return manifest
 
 
@@ -201,30 +296,34 @@ def write_index(path: Path, index: ShardIndex, note: Mapping[str, Any] | None = 
         temporary.write_bytes(buffer.getvalue())
 
 
-def _read_parquet(path: Path):
+def read_columns(source: Path | BinaryIO, columns: Sequence[str] = (), name: str = ""):
+    """A shard's index as an arrow table: some columns, or all. A missing, cut or foreign one is a `DataError`.
+
+    source: its path, or an open file called `name`.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    name = name or str(source)
     try:
-        return pq.ParquetFile(path).read(use_threads=False)
+        table = pq.ParquetFile(source).read(columns=list(columns) or None, use_threads=False)
     except FileNotFoundError:
-        raise DataError(f"no shard index {path}; run the `ligature shard` that made the folder again") from None
+        raise DataError(f"no shard index {name}; run the `ligature shard` that made the folder again") from None
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"{path} is not a readable shard index ({reason}); run `ligature shard` again") from None
+        raise DataError(f"{name} is not a readable shard index ({reason}); run `ligature shard` again") from None
+    missing = [column for column in columns or _COLUMNS if column not in table.column_names]
+    if missing and not (missing == ["image_id"] and "key" in table.column_names):
+        raise DataError(f"{name} is no shard index: it has no column {missing[0]!r}")
+    if missing:  # written before indexes had image ids
+        keys = table.column("key").to_pylist()
+        table = table.append_column("image_id", pa.array([image_number(key) for key in keys], pa.int64()))
+    return table
 
 
 def read_index(path: str | Path) -> ShardIndex:
     """Load a shard's index. A missing, cut or foreign file is a `DataError` that names it."""
-    import pyarrow as pa
-
-    table = _read_parquet(Path(path))
-    missing = [name for name in _COLUMNS if name not in table.column_names]
-    if missing and missing != ["image_id"]:
-        raise DataError(f"{path} is no shard index: it has no column {missing[0]!r}")
-    if missing:  # written before indexes had image ids
-        keys = table.column("key").to_pylist()
-        table = table.append_column("image_id", pa.array([image_number(key) for key in keys], pa.int64()))
+    table = read_columns(Path(path))
     columns = {}
     for name, kind in _COLUMNS.items():
         column = table.column(name)
@@ -235,5 +334,5 @@ def read_index(path: str | Path) -> ShardIndex:
 
 def read_index_note(path: str | Path) -> dict[str, Any]:
     """The note that `write_index` put into the file's metadata ({} where there is none)."""
-    metadata = _read_parquet(Path(path)).schema.metadata or {}
+    metadata = read_columns(Path(path)).schema.metadata or {}
     return json.loads(metadata.get(_NOTE, b"{}"))

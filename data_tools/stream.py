@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data_tools.images import decode_image, decode_pixels
-from data_tools.manifest import Manifest
-from data_tools.order import SampleOrder, derived_seed
+from data_tools.order import WINDOW, derived_seed
 from data_tools.packed import join_images
-from data_tools.reader import ShardReader
+from data_tools.quarantine import Quarantine, sample_id
+from data_tools.reader import BrokenSample, RawSample
 from data_tools.tokenizer import CaptionTokenizer, pad_tokens
+from data_tools.training_set import Folder, TrainingSet, Walk, default_block
 from runtime.errors import DataError
 
 STAND_INS = 100
 """Tries to find a readable stand-in before the data is given up as broken."""
+
+
+CURSOR_VERSION = 2
 
 
 @dataclass(slots=True)
@@ -32,7 +34,7 @@ class Example:
     """One position of the order, decoded."""
 
     position: int
-    sample: int
+    image_id: int
     key: str
     image: Any
     caption: str
@@ -41,45 +43,62 @@ class Example:
 
 
 class ExampleReader(Dataset):
-    """Position -> Example, a pure function of (manifest, seed, position): workers and ranks may call it in any order."""
+    """Position -> Example, a pure function of (training set, seed, position) and of the samples known to be bad: workers and
+    ranks may call it in any order."""
 
-    def __init__(
-        self, reader: ShardReader, seed: int, transform: Callable | None, tokenizer: CaptionTokenizer | None
-    ) -> None:
-        self.reader, self.seed, self.transform, self.tokenizer = reader, seed, transform, tokenizer
-        self.order = SampleOrder(len(reader), seed)
+    def __init__(self, walk: Walk, transform: Callable | None, tokenizer: CaptionTokenizer | None) -> None:
+        self.walk, self.transform, self.tokenizer = walk, transform, tokenizer
+        self.reader, self.keep = walk.data.reader, walk.data.keep
+        self.bad: frozenset[str] = frozenset()
 
-    def __getitem__(self, position: int) -> Example | DataError:
+    def __getitems__(self, positions: list[int]) -> list[Example | DataError]:
         """An error is returned, not raised: a loader worker would wrap it in a traceback of its own (see `raised`)."""
         try:
-            return self._read(position)
+            samples, captions = self.walk.at(np.array(positions))
+            read = self.reader.read(samples)
+            return [self._example(*one) for one in zip(positions, read, captions.tolist(), strict=True)]
         except DataError as error:
-            return error
+            return [error]
 
-    def _read(self, position: int) -> Example:
+    def _example(self, position: int, raw: RawSample | BrokenSample, chosen: int) -> Example:
         failures: list[dict[str, str]] = []
         for attempt in range(STAND_INS):
-            # A sample that cannot be read is replaced by one that is itself a function of (seed, position).
-            sample = (
-                self.order[position] if attempt == 0 else derived_seed(self.seed, position, attempt) % len(self.reader)
-            )
-            try:
-                raw = self.reader[sample]
-                image: Any = decode_image(raw.image) if self.transform is None else decode_pixels(raw.image)
-            except (OSError, ValueError, DataError) as error:
-                shard = self.reader.manifest.shards[self.reader.place(sample)[0]].name
-                failures.append(
-                    {"shard": shard, "key": self.reader.key(sample), "reason": " ".join(str(error).split())}
-                )
+            if attempt:
+                # A sample that cannot be read is replaced by one that is itself a function of (seed, position).
+                sample, chosen = self.walk.stand_in(position, attempt)
+                (raw,) = self.reader.read([sample])
+            failure = {"shard": raw.shard, "key": raw.key, "reason": "it could not be read before"}
+            if self.bad and sample_id(failure) in self.bad:
+                failures.append(failure)
                 continue
-            draw = derived_seed(self.seed, position)
-            caption = raw.captions[draw % len(raw.captions)]
+            draw = derived_seed(self.walk.seed, position)
+            try:
+                if isinstance(raw, BrokenSample):
+                    raise raw
+                caption = self._caption(raw, chosen, draw)
+                image: Any = decode_image(raw.image) if self.transform is None else decode_pixels(raw.image)
+            except BrokenSample as error:
+                failures.append({**failure, "reason": error.reason})
+                continue
+            except (OSError, ValueError) as error:
+                failures.append({**failure, "reason": " ".join(str(error).split())})
+                continue
             image = image if self.transform is None else self.transform(image, draw)
             tokens = self.tokenizer.encode([caption])[0] if self.tokenizer else None
-            return Example(position, sample, raw.key, image, caption, tokens, failures)
+            return Example(position, raw.image_id, raw.key, image, caption, tokens, failures)
         raise DataError(
             f"{STAND_INS} samples in a row cannot be read, the last one {failures[-1]['key']}: {failures[-1]['reason']}"
         )
+
+    def _caption(self, raw: RawSample, chosen: int, draw: int) -> str:
+        captions = raw.captions
+        if chosen >= 0:
+            if chosen >= len(captions):
+                raise BrokenSample(raw.shard, raw.key, f"it has {len(captions)} captions, its index says more")
+            return captions[chosen]
+        if self.keep.counts_words:
+            captions = [caption for caption in captions if self.keep.allows(caption)] or captions
+        return captions[draw % len(captions)]
 
 
 class ShardStream:
@@ -87,8 +106,8 @@ class ShardStream:
 
     A batch is a dictionary: `keys` (list of str), `positions` and `image_ids` (batch,) int64, `captions` (list of str),
     `images` (views, batch, 3, size, size) uint8 (a list of PIL images without a transform; PackedImages where the device
-    augments them: `views_on` turns either into views), and with a tokenizer `ids`
-    (batch, words) int64 and `mask` (batch, words) bool.
+    augments them: `views_on` turns either into views), and with a tokenizer `ids` (batch, words) int64 and `mask` (batch, words)
+    bool. Samples with the same `image_ids` show the same picture.
 
     The cursor counts samples consumed by all ranks; `state_dict()` may be taken after any batch, prefetching workers or not, and
     loaded with another world size, worker count or batch size.
@@ -96,7 +115,7 @@ class ShardStream:
 
     def __init__(
         self,
-        folder: str | Path | Manifest,
+        folder: Folder | Sequence[Folder] | Mapping[str, float] | TrainingSet,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
@@ -106,33 +125,46 @@ class ShardStream:
         tokenizer: CaptionTokenizer | None = None,
         quarantine: Path | None = None,
         max_bad_share: float = 0.01,
+        block: int | None = None,
+        window: int = WINDOW,
     ) -> None:
-        """batch_size: samples per rank and step; transform: (pixels (height, width, 3) uint8, seed) -> (views, 3, size, size); quarantine: a file
-        that lists samples that cannot be read, each once. Raises DataError when they are more than `max_bad_share` of all."""
+        """folder: a shard folder, several read as one, folder -> weight, or a `TrainingSet` (filters, all captions, a cache);
+        batch_size: samples per rank and step; transform: (pixels (height, width, 3) uint8, seed) -> (views, 3, size, size);
+        quarantine: a file that lists samples that cannot be read, each once. Raises DataError when they are more than
+        `max_bad_share` of all. block, window: how the order is shuffled, see `SampleOrder`; a block left out is the cursor's, where one is loaded."""
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"batch_size {batch_size} and rank {rank} of world_size {world_size} do not make a stream")
-        self.reader = ShardReader(folder)
-        if not len(self.reader):
-            raise DataError(f"{self.reader.manifest.folder} holds no samples")
-        self.batch_size, self.rank, self.world_size, self.workers, self.seed = (
-            batch_size,
-            rank,
-            world_size,
-            workers,
-            seed,
-        )
-        self.quarantine, self.max_bad_share = quarantine, max_bad_share
-        self.examples = ExampleReader(self.reader, seed, transform, tokenizer)
+        self.data = folder if isinstance(folder, TrainingSet) else TrainingSet(folder)
+        self.reader = self.data.reader
+        self.reader.read_ahead = True
+        self.batch_size, self.rank, self.world_size, self.workers = batch_size, rank, world_size, workers
+        self.quarantine, self.max_bad_share = Quarantine(quarantine) if quarantine else None, max_bad_share
+        self._block = block
+        walk = Walk(self.data, seed, default_block(self.data) if block is None else block, window)
+        self.examples = ExampleReader(walk, transform, tokenizer)
         self.consumed = 0
         self.bad: set[str] = set()
+        """Samples that could not be read, as `shard/key`."""
+        self._iteration = 0
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+        return len(self.data)
 
     @property
     def epoch(self) -> float:
         """Epochs consumed, with fraction."""
-        return self.consumed / len(self.reader)
+        return self.consumed / len(self)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        """From the cursor on. There is one cursor: an iterator ends in an error where another has been begun, or a state loaded."""
+        self._iteration += 1
+        return self._batches(self._iteration)
+
+    def _batches(self, iteration: int) -> Iterator[dict[str, Any]]:
+        self.examples.bad = frozenset(self.bad)
         starts = range(self.consumed + self.rank * self.batch_size, 1 << 62, self.batch_size * self.world_size)
+        self.examples.walk.at(np.arange(starts[0], starts[0] + self.batch_size))  # made once, before workers are forked
         loader = DataLoader(
             self.examples,
             batch_sampler=(list(range(start, start + self.batch_size)) for start in starts),
@@ -144,65 +176,69 @@ class ShardStream:
             generator=torch.Generator(),  # else it would draw from the global one
         )
         for batch in raised(loader):
+            if iteration != self._iteration:
+                raise RuntimeError("the stream's cursor has moved under this iterator; take a new one")
             self._note_failures(batch.pop("failures"))
             self.consumed += self.batch_size * self.world_size
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able: samples consumed by all ranks, the manifest's fingerprint, the seed, and the keys known to be bad."""
+        """JSON-able: samples consumed by all ranks, in all and of each dataset, what the order is a function of (fingerprint,
+        seed, block, window), and the samples known to be bad."""
+        walk, counts = self.examples.walk, self.data.mixture.counts(self.consumed).tolist()
         return {
+            "version": CURSOR_VERSION,
             "samples": self.consumed,
-            "fingerprint": self.reader.manifest.fingerprint,
-            "seed": self.seed,
+            "datasets": {dataset.name: count for dataset, count in zip(self.data.datasets, counts, strict=True)},
+            "fingerprint": self.data.fingerprint,
+            "seed": walk.seed,
+            "block": walk.block,
+            "window": walk.window,
             "bad": sorted(self.bad),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a cursor. Raises DataError where it belongs to other shards or another seed."""
-        if state["fingerprint"] != self.reader.manifest.fingerprint:
+        """Go on from a cursor. Raises DataError where it belongs to other data or another order."""
+        if state.get("version") != CURSOR_VERSION:
             raise DataError(
-                f"{self.reader.manifest.folder} is not the data this run was reading (its manifest differs); point data.train to the same shards"
+                f"this run's cursor has version {state.get('version', 1)}, this Ligature walks the data in the order of version "
+                f"{CURSOR_VERSION}: go on with the version that began the run, or begin it anew under another --name"
             )
-        if state["seed"] != self.seed:
+        if state["fingerprint"] != self.data.fingerprint:
             raise DataError(
-                f"this run was reading with seed {state['seed']}, not {self.seed}: its order is another; set training.seed back"
+                f"{self.reader.where} is not the data this run was reading (its manifest, filter, captions or weights differ); "
+                "set `data` back to what it was"
             )
+        walk = self.examples.walk
+        block = state["block"] if self._block is None else walk.block
+        for name, was, now, key in (
+            ("seed", state["seed"], walk.seed, "training.seed"),
+            ("block", state["block"], block, "data.shuffle.block"),
+            ("window", state["window"], walk.window, "data.shuffle.window"),
+        ):
+            if was != now:
+                raise DataError(
+                    f"this run was reading with {name} {was}, not {now}: its order is another; set {key} back"
+                )
+        if block != walk.block:
+            self.examples.walk = Walk(self.data, walk.seed, block, walk.window)
         self.consumed, self.bad = state["samples"], set(state["bad"])
+        self._iteration += 1
 
     def _note_failures(self, failures: list[dict[str, str]]) -> None:
-        new = {failure["key"]: failure for failure in failures if failure["key"] not in self.bad}
+        new = {sample_id(failure): failure for failure in failures if sample_id(failure) not in self.bad}
         if not new:
             return
         if self.quarantine:
-            self.bad |= _list_once(self.quarantine, list(new.values()))
+            self.bad |= self.quarantine.add(list(new.values()))
         self.bad |= new.keys()
-        if len(self.bad) > self.max_bad_share * len(self.reader):
-            where = f", listed in {self.quarantine}" if self.quarantine else ""
+        samples = len(self.reader)
+        if len(self.bad) > self.max_bad_share * samples:
+            where = f", listed in {self.quarantine.path}" if self.quarantine else ""
             raise DataError(
-                f"{len(self.bad)} of {len(self.reader)} samples of {self.reader.manifest.folder} cannot be read, more than "
+                f"{len(self.bad):,} of {samples:,} samples of {self.reader.where} cannot be read, more than "
                 f"max_bad_share {self.max_bad_share:.2%}{where}; shard them again, or raise the share"
             )
-
-
-def _list_once(path: Path, failures: list[dict[str, str]]) -> set[str]:
-    """Append failures to a file of JSON lines -> the keys it listed before, which are not listed again.
-
-    Other ranks write there as well, so it is locked; a line that a crash cut short counts for nothing.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    listed = set()
-    with open(path, "a+", encoding="utf-8", errors="replace") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        text = file.read()
-        for line in text.splitlines():
-            with suppress(json.JSONDecodeError, KeyError, TypeError):
-                listed.add(json.loads(line)["key"])
-        cut = "" if not text or text.endswith("\n") else "\n"
-        new = [failure for failure in failures if failure["key"] not in listed]
-        if new:
-            file.write(cut + "".join(json.dumps(failure) + "\n" for failure in new))
-    return listed
 
 
 def raised(batches: Iterable[Any]) -> Iterator[Any]:
@@ -221,7 +257,7 @@ def _collate(read: list[Example | DataError]) -> dict[str, Any] | DataError:
     batch = {
         "keys": [example.key for example in examples],
         "positions": torch.tensor([example.position for example in examples]),
-        "image_ids": torch.tensor([example.sample for example in examples]),
+        "image_ids": torch.tensor([example.image_id for example in examples]),
         "captions": [example.caption for example in examples],
         "images": join_images(images),
         "failures": [failure for example in examples for failure in example.failures],

@@ -15,6 +15,7 @@ from data_tools.collection import validation_collection
 from data_tools.order import derived_seed, uniforms
 from data_tools.packed import views_on
 from data_tools.stream import ShardStream
+from data_tools.training_set import open_training_set
 from data_tools.transforms import TrainTransform
 from finetune.config import FinetuneRecipe
 from finetune.task import RetrievalTask, make_task
@@ -60,7 +61,7 @@ def train(recipe: FinetuneRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     validation = validation_collection(told, recipe.data.select_on_test) if told else None
     run.open(recipe, ranks)
     stream = ShardStream(
-        recipe.data.train,
+        open_training_set(recipe.data),
         recipe.training.global_batch // ranks.world,
         ranks.rank,
         ranks.world,
@@ -70,6 +71,8 @@ def train(recipe: FinetuneRecipe, run: RunFolder, ranks: Ranks, device: torch.de
         task.tokenizer,
         run.quarantine,
         recipe.data.max_bad_share,
+        recipe.data.shuffle.block,
+        recipe.data.shuffle.window,
     )
     mixed = "bf16" if recipe.training.precision == "bf16" else "no"
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=task.partial)]
@@ -129,7 +132,7 @@ def train(recipe: FinetuneRecipe, run: RunFolder, ranks: Ranks, device: torch.de
             )
         return resume(folder, task, optimizer, named, sick)["step"]
 
-    steps = recipe.training.total_steps(len(stream.reader))
+    steps = recipe.training.total_steps(len(stream))
     stage = Stage(take_step, measure if validation else None, commit, go_back)
     run_loop(run, recipe.training, stream, stage, sick, watchdog, ranks, device, step, best)
 

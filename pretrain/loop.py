@@ -52,7 +52,7 @@ def run_loop(
     best: float,
 ) -> None:
     """From `step` to the last one. Raises Interrupted, its state saved, when any rank was asked to stop."""
-    steps = config.total_steps(len(stream.reader))
+    steps = config.total_steps(len(stream))
     log = MetricsLog(run.path, step, run.lease) if ranks.first else None
     straggler = StragglerWatch(ranks)
     sick_log = run.path / "sick_steps.jsonl"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,9 @@ from torch import Tensor
 
 from data_tools.collection import Collection, validation_collection
 from data_tools.order import derived_seed
-from data_tools.reader import ShardReader
 from data_tools.stream import ShardStream
 from data_tools.tokenizer import CaptionTokenizer, load_tokenizer, train_tokenizer
+from data_tools.training_set import TrainingSet, open_training_set
 from data_tools.transforms import TrainTransform
 from pretrain.config import PretrainRecipe, divide_batch
 from pretrain.encode import encode_collection
@@ -58,7 +56,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
 def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.device, watchdog: Watchdog) -> None:
     """One rank's part of the run, from what is saved of it to its end."""
     micro_batch, accumulation = divide_batch(recipe.training.global_batch, recipe.training.micro_batch, ranks.world)
-    data = ShardReader(recipe.data.train)
+    data = open_training_set(recipe.data)
     told = recipe.data.validation
     validation = validation_collection(told, recipe.data.select_on_test) if told else None
     run.open(recipe, ranks)
@@ -77,7 +75,7 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     engine = Engine(task.student, recipe.optimizer, recipe.training, micro_batch, accumulation, device)
     views = 2 if recipe.teacher.second_view else 1
     stream = ShardStream(
-        recipe.data.train,
+        data,
         micro_batch * accumulation,
         ranks.rank,
         ranks.world,
@@ -87,6 +85,8 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
         tokenizer,
         run.quarantine,
         recipe.data.max_bad_share,
+        recipe.data.shuffle.block,
+        recipe.data.shuffle.window,
     )
     sick = SickSteps(recipe.training.sick_steps)
     step, best = 0, -1.0
@@ -137,16 +137,12 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     run_loop(run, recipe.training, stream, stage, sick, watchdog, ranks, device, step, best)
 
 
-def prepare_tokenizer(recipe: PretrainRecipe, run: RunFolder, data: ShardReader, ranks: Ranks) -> CaptionTokenizer:
+def prepare_tokenizer(recipe: PretrainRecipe, run: RunFolder, data: TrainingSet, ranks: Ranks) -> CaptionTokenizer:
     """The run's tokenizer: trained or loaded once by the first rank, then read from the run's folder by all."""
     if ranks.first and not (run.path / "tokenizer.json").exists():
         if recipe.data.tokenizer == "train":
-            captions: Iterable[str] = itertools.chain.from_iterable(
-                data.captions(sample) for sample in range(len(data))
-            )
-            made = train_tokenizer(
-                itertools.islice(captions, TOKENIZER_CAPTIONS), recipe.data.vocabulary, recipe.data.caption_tokens
-            )
+            captions = data.some_captions(TOKENIZER_CAPTIONS)
+            made = train_tokenizer(captions, recipe.data.vocabulary, recipe.data.caption_tokens)
         else:
             made = load_tokenizer(recipe.data.tokenizer, recipe.data.caption_tokens)
         made.save(run.path)

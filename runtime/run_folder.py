@@ -31,6 +31,9 @@ PACKAGES = (
 FREE_KEYS = (
     "runs",
     "data.workers",
+    "data.cache.folder",
+    "data.cache.gigabytes",
+    "data.cache.stage",
     "training.micro_batch",
     "training.device",
     "training.zero_stage",

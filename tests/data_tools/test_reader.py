@@ -106,6 +106,7 @@ def test_an_index_that_cannot_be_read_leaves_no_file_open(folder):
     (folder / "0.parquet").write_bytes(b"PAR1 nothing")
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        with pytest.raises(DataError, match=r"0\.parquet is not a readable shard index"):
+        with pytest.raises(DataError, match=r"its index 0\.parquet cannot be read"):
             reader[0]
+    reader.close()
     assert len(os.listdir("/proc/self/fd")) == before

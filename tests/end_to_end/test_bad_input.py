@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_tools.manifest import read_index
 from data_tools.reader import ShardReader
 from data_tools.tokenizer import train_tokenizer
 from launch.cli import main
@@ -79,8 +80,9 @@ def test_a_broken_image_in_the_test_set_is_refused_by_its_key(drawn, captions, t
     shutil.copytree(drawn / "test", tmp_path / "test")
     reader = ShardReader(tmp_path / "test")
     shard, row = reader.place(5)
-    index = reader._shard(shard)[1]
-    with open(tmp_path / "test" / reader.manifest.shards[shard].name, "r+b") as file:
+    entry = reader.shard(shard)[1]
+    index = read_index(tmp_path / "test" / entry.index)
+    with open(tmp_path / "test" / entry.name, "r+b") as file:
         file.seek(int(index.image_offset[row]))
         file.write(b"\0" * int(index.image_size[row]))
     folder = save_untrained(tmp_path / "model", captions)
