@@ -104,6 +104,43 @@ def compare(arguments: list[str]) -> None:
     print(describe(found))
 
 
+def import_weights(arguments: list[str]) -> None:
+    from runtime.recipe import OptionParser
+
+    parser = OptionParser(
+        "ligature import",
+        description="Turn a published checkpoint into one of ours. (Weights of BERT and timm are named in a recipe: model.text.weights, model.image.weights.)",
+    )
+    parser.add_argument("kind", choices=["albef"])
+    parser.add_argument("checkpoint", type=Path, help="the published .pth file")
+    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("--tokenizer", default="bert-base-uncased", help="folder or name (default bert-base-uncased)")
+    parser.add_argument(
+        "--bert-config", type=Path, help="ALBEF's config_bert.json (default: the one beside CHECKPOINT)"
+    )
+    parser.add_argument("--image-size", type=int, help="pixels a side, to interpolate position embeddings to")
+    parser.add_argument("--caption-tokens", type=int, default=30, help="longest caption (default 30)")
+    parser.add_argument("--fine-tuned-on", metavar="DATASET", help="what a fine-tuned checkpoint was tuned on")
+    options = parser.parse_args(arguments)
+    from pretrain.import_albef import import_albef
+
+    training = f"fine-tuned-on {options.fine_tuned_on}" if options.fine_tuned_on else "pretrained"
+    given = (options.tokenizer, options.bert_config, options.image_size, options.caption_tokens)
+    print("\n".join(import_albef(options.checkpoint, options.out, *given, training)))
+
+
+def export(arguments: list[str]) -> None:
+    from runtime.recipe import OptionParser
+
+    parser = OptionParser("ligature export", description="Write a model alone, as a plain safetensors folder.")
+    parser.add_argument("checkpoint", type=Path, help="a run's folder or a checkpoint's")
+    parser.add_argument("out", type=Path, help="folder to make")
+    options = parser.parse_args(arguments)
+    from pretrain.export import export as run
+
+    print(run(options.checkpoint, options.out))
+
+
 def plot(arguments: list[str]) -> None:
     from runtime.recipe import OptionParser
 
@@ -154,6 +191,8 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "finetune": (finetune, "--config RECIPE: fine-tune a checkpoint for retrieval"),
     "evaluate": (evaluate, "--config RECIPE: score a checkpoint, with a table and a JSON record"),
     "compare": (compare, "A B: two score records held against each other, a paired test"),
+    "import": (import_weights, "albef FILE OUT: a published checkpoint as one of ours"),
+    "export": (export, "CHECKPOINT OUT: the model alone, as a plain safetensors folder"),
     "plot": (plot, "RUN… --out FILE: the curves of a run as a picture"),
     "launch": (
         launch,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 
 import pytest
@@ -12,13 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from pretrain.config import (
-    ContrastiveConfig,
-    FusionEncoderConfig,
-    ImageEncoderConfig,
-    ModelConfig,
-    TextEncoderConfig,
-)
+from pretrain.config import ContrastiveConfig
+from pretrain.import_albef import Albef as Read
+from pretrain.import_albef import make_model, our_names, read_albef
 from pretrain.model.alignment_model import AlignmentModel, TextBatch
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.masked_language import masked_language_loss, word_logits
@@ -28,57 +23,6 @@ from pretrain.teacher import Teacher
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
-NAMES = {
-    "visual_encoder": "image_encoder.vit",
-    "vision_proj": "image_projection",
-    "text_proj": "text_projection",
-    "itm_head": "matching_head",
-    "text_encoder.bert.embeddings.word_embeddings": "text_encoder.words",
-    "text_encoder.bert.embeddings.position_embeddings": "text_encoder.positions",
-    "text_encoder.bert.embeddings.token_type_embeddings": "text_encoder.segments",
-    "text_encoder.bert.embeddings.LayerNorm": "text_encoder.norm",
-    "text_encoder.cls.predictions.transform.dense": "masked_language_head.dense",
-    "text_encoder.cls.predictions.transform.LayerNorm": "masked_language_head.norm",
-    "text_encoder.cls.predictions.bias": "masked_language_head.bias",
-}
-LAYER_NAMES = {
-    "attention.output.dense": "self_attention.output",
-    "attention.output.LayerNorm": "self_attention.norm",
-    "crossattention.self.query": "cross_attention.query",
-    "crossattention.output.dense": "cross_attention.output",
-    "crossattention.output.LayerNorm": "cross_attention.norm",
-    "intermediate.dense": "intermediate",
-    "output.dense": "output",
-    "output.LayerNorm": "norm",
-}
-JOINED = {
-    "attention.self.": ("self_attention.query_key_value", ("query", "key", "value")),
-    "crossattention.self.": ("cross_attention.key_value", ("key", "value")),
-}
-
-
-def our_names(theirs: dict[str, Tensor], text_layers: int) -> dict[str, Tensor]:
-    """ALBEF's tensors (weights, or gradients of them) under our names. What has no place here is left out."""
-    ours: dict[str, Tensor] = {}
-    for name, tensor in theirs.items():
-        layer = re.fullmatch(r"text_encoder\.bert\.encoder\.layer\.(\d+)\.(.+)\.(weight|bias)", name)
-        if layer is None:
-            for old, new in NAMES.items():
-                if name == old or name.startswith(old + "."):
-                    ours[new + name[len(old) :]] = tensor
-            continue
-        number, part, kind = int(layer[1]), layer[2], layer[3]
-        home = (
-            f"text_encoder.layers.{number}" if number < text_layers else f"fusion_encoder.layers.{number - text_layers}"
-        )
-        if part in LAYER_NAMES:
-            ours[f"{home}.{LAYER_NAMES[part]}.{kind}"] = tensor
-        for start, (joined, parts) in JOINED.items():
-            if part == start + parts[0]:
-                before = name[: -len(f"{part}.{kind}")] + start
-                ours[f"{home}.{joined}.{kind}"] = torch.cat([theirs[f"{before}{which}.{kind}"] for which in parts])
-    return ours
-
 
 @dataclass
 class Albef:
@@ -87,6 +31,7 @@ class Albef:
     inputs: dict[str, Tensor]
     expected: dict[str, Tensor]
     gradients: dict[str, Tensor]
+    read: Read
     model: AlignmentModel
     text: TextBatch
 
@@ -94,17 +39,10 @@ class Albef:
     def image(self) -> Tensor:
         return self.inputs["image"]
 
-    def of_teacher(self) -> dict[str, Tensor]:
-        """The teacher's tensors under the student's names."""
-        renamed = {
-            re.sub(r"^(\w+?)_m\.", r"\1.", name): tensor for name, tensor in self.checkpoint.items() if "_m." in name
-        }
-        return our_names(renamed, self.sizes["fusion_layer"])
-
     def teacher(self) -> Teacher:
         """The teacher after the one update that the figures are made with."""
         teacher = Teacher(self.model, self.sizes["momentum"])
-        teacher.load(self.of_teacher())
+        teacher.load(self.read.teacher)
         teacher.update((name, parameter.data) for name, parameter in self.model.named_parameters())
         return teacher
 
@@ -121,29 +59,12 @@ def albef(shared) -> Albef:
     inputs, expected, gradients = (
         load_file(folder / f"{name}.safetensors") for name in ("inputs", "expected", "gradients")
     )
-    config = ModelConfig(
-        image=ImageEncoderConfig(
-            "vit_base_patch16_224",
-            sizes["image_size"],
-            sizes["patch"],
-            sizes["vision_width"],
-            sizes["vision_depth"],
-            sizes["heads"],
-        ),
-        text=TextEncoderConfig(
-            sizes["text_width"], sizes["fusion_layer"], sizes["heads"], 4 * sizes["text_width"], 0.0, positions=64
-        ),
-        fusion=FusionEncoderConfig(layers=sizes["text_layers"] - sizes["fusion_layer"]),
-        feature_dim=sizes["embed_dim"],
-        codewords=0,
-        temperature=sizes["temperature"],
-    )
-    model = AlignmentModel(config, sizes["vocab"])
-    weights = our_names(checkpoint, sizes["fusion_layer"])
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert missing == ["temperature.logit"] and not unexpected
+    read = read_albef(folder / "checkpoint.pth")
+    assert not read.unused
+    model, fresh = make_model(read)
+    assert not fresh
     text = TextBatch(inputs["input_ids"], inputs["attention_mask"].bool())
-    return Albef(sizes, checkpoint, inputs, expected, gradients, model.eval(), text)
+    return Albef(sizes, checkpoint, inputs, expected, gradients, read, model.eval(), text)
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
@@ -157,9 +78,9 @@ def close_to_scale(found: Tensor, wanted: Tensor) -> None:
 
 
 def test_every_tensor_of_the_checkpoint_has_a_place(albef):
-    student = our_names(albef.checkpoint, albef.sizes["fusion_layer"])
+    student = albef.read.student
     assert set(student) == {name for name, _ in albef.model.named_parameters()} - {"temperature.logit"}
-    assert set(albef.of_teacher()) == set(albef.teacher().averages)
+    assert set(albef.read.teacher) == set(albef.teacher().averages)
     tied = albef.checkpoint["text_encoder.cls.predictions.decoder.weight"]
     assert torch.equal(tied, student["text_encoder.words.weight"])
 
@@ -260,7 +181,7 @@ def test_losses_and_the_gradient_of_every_parameter(albef, name, figure):
         if key.startswith(f"{name}/")
     }
     of_temperature = theirs.pop("temp", None)
-    wanted = our_names(theirs, albef.sizes["fusion_layer"])
+    wanted, _ = our_names(theirs, albef.sizes["fusion_layer"])
     parameters = dict(albef.model.named_parameters())
     gradients = dict(
         zip(parameters, torch.autograd.grad(found, list(parameters.values()), allow_unused=True), strict=True)
