@@ -158,6 +158,10 @@ def launch(arguments: list[str]) -> None:
         from launch.slurm import launch_slurm
 
         launch_slurm(arguments[1:])
+    elif arguments[:1] == ["hosts"]:
+        from launch.hosts import launch_hosts
+
+        launch_hosts(arguments[1:])
     else:
         from launch.local import launch as run
 
@@ -196,7 +200,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "plot": (plot, "RUN… --out FILE: the curves of a run as a picture"),
     "launch": (
         launch,
-        "slurm STAGE …, or local --nproc N STAGE …: run a stage on a cluster, or on several processes here",
+        "slurm STAGE …, hosts --hostfile FILE STAGE … or local --nproc N STAGE …: run a stage there",
     ),
     "status": (status, "RUN…: job, step, rate, time left, last checkpoint, last error"),
     "doctor": (doctor, "check this node, or a job's nodes, before time is spent on them"),

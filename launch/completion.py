@@ -9,7 +9,7 @@ import re
 from runtime.errors import LigatureError, RecipeError
 
 SHELLS = ("bash", "zsh", "fish")
-NESTED = {"launch": ("local", "slurm")}
+NESTED = {"launch": ("local", "slurm", "hosts")}
 """Commands whose first word is one of a few, then a stage."""
 
 BASH = """\

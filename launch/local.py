@@ -44,12 +44,17 @@ def launch(arguments: list[str]) -> None:
         raise error
 
 
-def run_ranks(command: list[str], count: int) -> int:
-    """Run `command` as `count` ranks -> 0, or the exit code of the first one that failed."""
+def run_ranks(
+    command: list[str], count: int, first: int = 0, world: int | None = None, address: str = "127.0.0.1", port: int = 0
+) -> int:
+    """Run `command` as `count` ranks -> 0, or the exit code of the first one that failed.
+
+    first, world, address, port: where these are a part of `world` ranks, from rank `first` on, that meet elsewhere.
+    """
     shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port or free_port()),
+        "WORLD_SIZE": str(world or count),
         "LOCAL_WORLD_SIZE": str(count),
     }
     ranks: list[subprocess.Popen] = []
@@ -63,7 +68,7 @@ def run_ranks(command: list[str], count: int) -> int:
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         for rank in range(count):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            own = {"RANK": str(first + rank), "LOCAL_RANK": str(rank)}
             ranks.append(
                 subprocess.Popen(
                     command,

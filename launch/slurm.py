@@ -102,11 +102,11 @@ def usage() -> str:
             if key != "container":
                 option = f"--{prefix}{key}".replace("_", "-")
                 value = getattr(values, key)
-                shown = (
-                    ""
-                    if key in FLAGS
-                    else f" {key.upper()}" + (f" ({value})" if value not in (None, "", [], {}) else "")
+                shape = (
+                    "'[…, …]'" if isinstance(value, list) else "'{…: …}'" if isinstance(value, dict) else key.upper()
                 )
+                default = f" ({value})" if value not in (None, "", [], {}) else ""
+                shown = "" if key in FLAGS else f" {shape}{default}"
                 lines += [f"  {option}{shown}", *([f"      {about}"] if about else [])]
     return "\n".join(lines)
 
