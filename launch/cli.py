@@ -180,6 +180,12 @@ def doctor(arguments: list[str]) -> None:
     run(arguments)
 
 
+def plan(arguments: list[str]) -> None:
+    from launch.plan import plan as run
+
+    run(arguments)
+
+
 def demo(arguments: list[str]) -> None:
     from launch.demo import demo as run
 
@@ -204,6 +210,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     ),
     "status": (status, "RUN…: job, step, rate, time left, last checkpoint, last error"),
     "doctor": (doctor, "check this node, or a job's nodes, before time is spent on them"),
+    "plan": (plan, "--config RECIPE --nodes N --gpus-per-node G: memory, time and cost of a run before it is paid for"),
 }
 
 

@@ -129,12 +129,12 @@ def _meet(ranks: Ranks, timeout: float) -> Any:
     return run
 
 
-def meeting_store() -> Any:
-    """A connection of its own to the store that the ranks of the default group met at."""
+def meeting_store(name: str) -> Any:
+    """A connection of its own, with names of its own, to the store that the ranks of the default group met at."""
     from torch import distributed
     from torch.distributed.distributed_c10d import _get_default_store
 
-    return distributed.PrefixStore("watchdog", _get_default_store().clone())
+    return distributed.PrefixStore(name, _get_default_store().clone())
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,9 @@ FAILURES = (
 """What an error of torch.distributed says when another rank has gone."""
 
 
+_watches = 0
+
+
 class Watchdog:
     """What this rank is doing, told to the others; made by `watch_ranks`."""
 
@@ -135,7 +138,9 @@ class Watchdog:
 
     def start(self) -> None:
         if self._store is None:
-            self._store = meeting_store()
+            global _watches
+            _watches += 1  # every rank counts alike: nothing a former watch wrote is read
+            self._store = meeting_store(f"watch-{_watches}")
         self._store.set_timeout(timedelta(seconds=max(1.0, MISSED * self.beat)))
         self._tell()
         barrier()  # from here on every rank's beat is there to be read

@@ -109,8 +109,11 @@ LIGHT = [
     "launch",
     "launch.cli",
     "launch.local",
+    "launch.plan",
     "pretrain",
     "pretrain.config",
+    "pretrain.budget",
+    "pretrain.sick_steps",
     "finetune",
     "finetune.config",
     "retrieval",
@@ -128,6 +131,8 @@ LIGHT = [
     "runtime.progress",
     "runtime.ranks",
     "runtime.interrupts",
+    "runtime.watchdog",
+    "runtime.straggler",
     "configs",
 ]
 

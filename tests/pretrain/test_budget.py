@@ -1,0 +1,68 @@
+"""The planner's formulas against the model itself: counted parameters, counted operations, autograd's saved tensors, a measured run."""
+
+from __future__ import annotations
+
+import budget_jobs
+import pytest
+import tiny
+from gloo_pool import GlooPool
+
+from pretrain.budget import Budget
+
+SHAPES = [
+    {},
+    {"objectives__codebook__weight": 0.0, "model__codewords": 0, "objectives__contrastive__intra_modal": False},
+    {"objectives__masked_language__weight": 0.0, "transport__samples": "batch+queue", "model__text__layers": 3},
+    {"teacher__distill_weight": 0.0, "model__fusion__layers": 3, "model__image__depth": 3, "model__image__width": 48},
+]
+
+
+def budget(**changes) -> Budget:
+    return Budget(tiny.recipe(data__vocabulary=tiny.tokenizer().vocabulary, **changes))
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_parameters_are_the_models(changes):
+    counted = budget_jobs.parameters(tiny.model(tiny.recipe(**changes)))
+    planned = budget(**changes)
+    assert (planned.total, planned.teacher) == counted
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_flops_are_torchs_count_within_2_percent(lone_process, changes):
+    counted = lone_process.run(budget_jobs.count_flops, changes)[0]
+    planned = budget(**changes).flops_per_sample
+    assert planned == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_activations_are_what_autograd_keeps(lone_process, changes):
+    """Within 15 %: softmaxes of attention, norms' statistics and the like are left out."""
+    kept = lone_process.run(budget_jobs.saved_bytes, changes)[0]
+    assert budget(**changes).activation_bytes == pytest.approx(kept, rel=0.15)
+
+
+LARGER = {
+    "model__image__width": 384,
+    "model__image__depth": 6,
+    "model__image__patch": 8,
+    "model__text__width": 384,
+    "model__text__layers": 3,
+    "model__text__feed_forward": 1536,
+    "model__fusion__layers": 3,
+    "teacher__queue": 4096,
+}
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_memory_is_a_measured_runs_within_15_percent(stage):
+    """In a process of its own: what other tests left in a pool's memory would be used again and not be seen."""
+    process = GlooPool(1)
+    try:
+        measured = process.run(budget_jobs.peak_bytes, LARGER | {"training__zero_stage": stage})[0]
+    finally:
+        process.close()
+    planned = Budget(
+        tiny.recipe(data__vocabulary=tiny.tokenizer().vocabulary, training__zero_stage=stage, **LARGER), 16
+    ).memory(stage, 1, gpu=False)
+    assert planned["fullest moment"] == pytest.approx(measured, rel=0.15), planned
