@@ -91,12 +91,14 @@ def plan(arguments: list[str]) -> None:
 
 
 def count_samples(recipe: PretrainRecipe) -> int | None:
-    """Samples of the recipe's shards, where they are at hand."""
-    if not recipe.data.train or not (Path(recipe.data.train) / "manifest.json").is_file():
+    """Samples of the recipe's shards, before any selection, where they are at hand."""
+    train = recipe.data.train
+    folders = [Path(folder) for folder in ([train] if isinstance(train, str) else train) if folder]
+    if not folders or not all((folder / "manifest.json").is_file() for folder in folders):
         return None
     from data_tools.manifest import read_manifest
 
-    return read_manifest(recipe.data.train, check=False).samples
+    return sum(read_manifest(folder, check=False).samples for folder in folders)
 
 
 @dataclass
