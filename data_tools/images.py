@@ -45,6 +45,12 @@ def open_image(data: bytes, formats: tuple[str, ...] = SHARD_FORMATS, least: int
         return image
 
 
+def read_size(data: bytes) -> tuple[int, int]:
+    """(width, height) as stored, by the header alone: the rest may still be broken. Raises ValueError that says why."""
+    with _in_words():
+        return _read_header(data, SHARD_FORMATS).size
+
+
 def decode_pixels(data: bytes) -> np.ndarray:
     """`decode_image` for training: (height, width, 3) uint8, to the bit the same pixels, in two thirds of the time.
 

@@ -96,6 +96,16 @@ class ShardOptions:
         }  # fmt: skip
 
 
+def read_options(arguments: list[str]) -> ShardOptions:
+    """The options of a `ligature shard` command line: the source may come first, bare, and `--exclude` several times."""
+    from runtime.recipe import read_recipe
+
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--annotation", *arguments]
+    arguments = ["--exclude+" if argument == "--exclude" else argument for argument in arguments]  # each adds one
+    return read_recipe(ShardOptions, arguments, "ligature shard")
+
+
 def read_slice(text: str | None) -> tuple[int, int]:
     """`3/8` -> (3, 8); none -> (0, 1), the whole."""
     if text is None:
@@ -253,7 +263,7 @@ def _refuse_too_many(out: Path, written: list[Written], count: int, max_bad_shar
     lines = [line for found in written for line in found.unreadable]
     if len(lines) <= max_bad_share * count:
         return
-    _write_lines(out / DROPPED_NAME, [{**line, "counted_as": UNREADABLE} for line in lines])
+    write_lines(out / DROPPED_NAME, [{**line, "counted_as": UNREADABLE} for line in lines])
     raise DataError(
         f"{len(lines):,} of {count:,} images cannot be decoded, more than the share {max_bad_share:g} allowed; "
         f"the first: {lines[0]['source']} ({lines[0]['reason']}); see {out / DROPPED_NAME}, "
@@ -261,7 +271,8 @@ def _refuse_too_many(out: Path, written: list[Written], count: int, max_bad_shar
     )
 
 
-def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """The report of what was dropped: one JSON object a line."""
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
@@ -312,7 +323,7 @@ def _finish(
     totals.update(line["counted_as"] for line in lines if line["counted_as"] not in dropped)
     shards = tuple(found.shard for found in written if found.shard.samples)
     if lines:
-        _write_lines(out / DROPPED_NAME, lines)
+        write_lines(out / DROPPED_NAME, lines)
     if not shards:
         raise DataError(f"none of the images can be decoded; see {out / DROPPED_NAME}")
     manifest = Manifest(out, shards, plan, dict(totals))

@@ -18,14 +18,10 @@ Command = Callable[[list[str]], None]
 
 
 def shard(arguments: list[str]) -> None:
-    from data_tools.writer import ShardOptions
+    from data_tools.writer import read_options
     from data_tools.writer import shard as write
-    from runtime.recipe import read_recipe
 
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--annotation", *arguments]
-    arguments = ["--exclude+" if argument == "--exclude" else argument for argument in arguments]  # each adds one
-    write(read_recipe(ShardOptions, arguments, "ligature shard"))
+    write(read_options(arguments))
 
 
 def shapes(arguments: list[str]) -> None:
@@ -52,15 +48,25 @@ def shapes(arguments: list[str]) -> None:
 def inspect(arguments: list[str]) -> None:
     from runtime.recipe import OptionParser
 
-    parser = OptionParser("ligature inspect", description="Verify and describe a shard folder.")
+    parser = OptionParser(
+        "ligature inspect", description="Verify and describe a shard folder, or index one made elsewhere."
+    )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--full", action="store_true", help="check every file's hash, not sizes alone")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--quick", action="store_true", help="check names and sizes (the default)")
+    how.add_argument("--full", action="store_true", help="check every file's hash, and every index")
+    parser.add_argument("--html", type=Path, metavar="PAGE", help="write a page with histograms and a grid of samples")
+    parser.add_argument(
+        "--index", action="store_true", help="index tars made elsewhere (img2dataset, open_clip) in place"
+    )
+    parser.add_argument(
+        "--slice", metavar="I/N", help="with --index: this part of the tars only, as one task of a job array"
+    )
+    parser.add_argument("--workers", type=int, default=0, help="processes; 0: one a core")
     options = parser.parse_args(arguments)
-    from data_tools.inspect import describe, verify
+    from data_tools.inspect import inspect as look
 
-    verify(options.folder, full=options.full)
-    for name, value in describe(options.folder).items():
-        print(f"{name:24} {value}")
+    look(options.folder, options.full, options.html, options.index, options.slice, options.workers)
 
 
 def pretrain(arguments: list[str]) -> None:

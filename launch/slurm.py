@@ -200,10 +200,9 @@ def plan_task(
 
 def plan_shards(arguments: list[str], slices: int) -> tuple[Task, None, int]:
     """`ligature shard`, one task or one a slice; its script and logs go beside the shard folder, which holds shards alone."""
-    from data_tools.writer import ShardOptions
+    from data_tools.writer import read_options
 
-    source = [] if not arguments or arguments[0].startswith("-") else ["--annotation"]
-    options = read_recipe(ShardOptions, [*source, *arguments], "ligature shard")
+    options = read_options(arguments)
     command = shlex.join(["shard", *arguments]) + (f" --slice $SLURM_ARRAY_TASK_ID/{slices}" if slices else "")
     out = Path(options.out).absolute()
     return Task(command, out.with_name(f"{out.name}.launch")), None, (options.workers or SHARD_CORES) - 1

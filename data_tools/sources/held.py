@@ -72,7 +72,7 @@ def webdataset_tars(annotation: Path, choice: Choice, dropped: Dropped) -> Itera
     """
     refuse_split(annotation, choice)
     tars = find_tars(annotation)
-    stats = [_stats_file(tar).is_file() for tar in tars]
+    stats = [stats_file(tar).is_file() for tar in tars]
     wrong: list[str] = []
     with progress("listing", len(tars), "tars") as bar:
         results: dict[int, _Listed] = {}
@@ -84,7 +84,7 @@ def webdataset_tars(annotation: Path, choice: Choice, dropped: Dropped) -> Itera
             while following in results:  # in the tars' order, whichever was listed first
                 part, tar = results.pop(following), tars[following]
                 if any(stats):
-                    wrong += _held_against_stats(tar, part.samples)
+                    wrong += held_against_stats(tar, part.samples)
                 wrong += [f"{tar.name}: {problem}" for problem in part.problems]
                 for problem in part.problems:
                     dropped.image(tar.name, problem, "broken places in tars")
@@ -155,12 +155,12 @@ def read_words(texts: dict[str, bytes]) -> tuple[list[str], str | None]:
     return ([value["caption"]] if isinstance(value.get("caption"), str) else []), named
 
 
-def _stats_file(tar: Path) -> Path:
+def stats_file(tar: Path) -> Path:
     return tar.with_name(f"{tar.stem}_stats.json")
 
 
-def _held_against_stats(tar: Path, samples: int) -> list[str]:
-    path = _stats_file(tar)
+def held_against_stats(tar: Path, samples: int) -> list[str]:
+    path = stats_file(tar)
     if not path.is_file():
         return [f"{tar.name} has no {path.name}: img2dataset had not finished it"]
     try:
