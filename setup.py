@@ -32,7 +32,11 @@ REMOTE = [
     "gcsfs>=2024.6",  # gs://
     "aiohttp>=3.9",  # https://
 ]
+EXTENDED = [
+    "eccv-caption>=0.1",  # COCO's extended positives (CxC, ECCV Caption) and their measures
+]
 DEVELOP = [
+    *EXTENDED,
     "pytest>=8",
     "hypothesis>=6",  # properties of cursors, metrics, transport
     "scipy>=1.11",  # what metrics are checked against
@@ -68,6 +72,6 @@ setup(
     ],
     package_data={"configs": ["**/*.yaml"]},
     install_requires=REQUIRED,
-    extras_require={"develop": DEVELOP, "remote": REMOTE},
+    extras_require={"develop": DEVELOP, "remote": REMOTE, "extended": EXTENDED},
     entry_points={"console_scripts": ["ligature = launch.cli:entry"]},
 )

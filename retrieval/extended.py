@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ def extended_positives(
     Raises LigatureError where the package is not installed or the data is not that split.
     """
     try:
-        from eccv_caption import Metrics
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it would like a faster JSON
+            from eccv_caption import Metrics
     except ImportError:
         raise LigatureError(
             "extended positives need the package eccv_caption; install it with `pip install 'ligature[extended]'`"

@@ -90,6 +90,16 @@ def test_the_engine_alone_imports_deepspeed():
     assert found == {"pretrain.engine"}
 
 
+def test_scoring_and_loading_never_reach_the_engine():
+    names = {module_name(path): path for path in FILES}
+    reached, waiting = set[str](), ["finetune.evaluate", "finetune.heads.hat", "pretrain.load", "retrieval.compare"]
+    while waiting:
+        if (name := waiting.pop()) in names and name not in reached:
+            reached.add(name)
+            waiting += at_import(names[name])
+    assert "pretrain.encode" in reached and "pretrain.engine" not in reached
+
+
 def test_no_checkpoint_is_ever_unpickled_but_foreign_weights():
     """`torch.load` runs what a file says; the one place that reads others' .pth files reads their weights only."""
     calls = [

@@ -13,12 +13,11 @@ from data_tools.collection import Collection
 from finetune.config import FinetuneRecipe
 from finetune.task import RetrievalTask
 from pretrain.encode import Encodings, encode_collection
-from pretrain.load import ImageTextModel, load_model
+from pretrain.load import ImageTextModel, describe_model, load_model
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.objectives.contrastive import soft_cross_entropy
 from pretrain.objectives.matching import Matching
 from pretrain.objectives.state import Keys, MicroBatch, StudentState
-from pretrain.train import describe_model
 from runtime.ranks import Ranks, gather_rows, sum_over_ranks
 
 

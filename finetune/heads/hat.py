@@ -15,7 +15,7 @@ from data_tools.tokenizer import CaptionTokenizer, load_tokenizer
 from finetune.config import FinetuneRecipe, HatConfig
 from finetune.heads.dual import GatherRows, at_resolution
 from finetune.heads.levels import BackboneEncoders, CheckpointEncoders, LevelEncoders
-from finetune.heads.stacked_attention import mean_scores, pair_scores
+from finetune.heads.stacked_attention import context_gram, mean_scores, pair_scores
 from finetune.task import RetrievalTask
 from pretrain.config import ModelConfig
 from pretrain.load import find_checkpoint, load_model, load_weights
@@ -59,16 +59,23 @@ class HatModel(nn.Module):
             found = self.encoders.text_levels(ids, mask, [text for text, _ in self.pairs])
         return [project(states) for project, states in zip(self.text_projections, found, strict=True)]
 
-    def score(self, images: list[Tensor], texts: list[Tensor], mask: Tensor) -> Tensor:
+    def grams(self, images: list[Tensor]) -> list[Tensor] | None:
+        """What `score` can be given where it is called several times with the same images."""
+        if self.config.attention == "mean" or self.config.direction == "image_to_text":
+            return None
+        return [context_gram(regions) for regions in images]
+
+    def score(
+        self, images: list[Tensor], texts: list[Tensor], mask: Tensor, grams: list[Tensor] | None = None
+    ) -> Tensor:
         """What `image_levels` and `text_levels` gave, and the captions' mask -> (images, captions): the levels' scores, summed."""
         total: Tensor | float = 0.0
-        for regions, words in zip(images, texts, strict=True):
+        for level, (regions, words) in enumerate(zip(images, texts, strict=True)):
             if self.config.attention == "mean":
                 total = total + mean_scores(regions, words, mask)
             else:
-                total = total + pair_scores(
-                    regions, words, mask, self.config.direction, sharpness=self.config.sharpness
-                )
+                gram, sharpness = grams[level] if grams else None, self.config.sharpness
+                total = total + pair_scores(regions, words, mask, self.config.direction, sharpness=sharpness, gram=gram)
         assert isinstance(total, Tensor)
         return total
 

@@ -6,6 +6,7 @@ them exists at a time, beside the captions' tokens (25,010 captions of 13 words,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +21,12 @@ from pretrain.encode import share, whole
 from runtime.progress import progress
 from runtime.ranks import Ranks
 
-CAPTIONS = 128
+CAPTIONS = 32
 """Captions scored at once. They come sorted by length, so that hardly any of a block is padding."""
-ELEMENTS = 1 << 21
-"""Similarities of a block: the block's temporaries should stay in the cache."""
+ELEMENTS = 1 << 19
+"""Similarities of a block: its temporaries, 2 MB each, should stay in the cache."""
+GRAM_ELEMENTS = 1 << 25
+"""Of the Gram matrices that are kept at a time."""
 
 
 @dataclass
@@ -125,26 +128,33 @@ def hat_scores(
     return found
 
 
-def _images_at_once(levels: list[Tensor], captions: int, words: int) -> int:
-    largest = max(tokens.shape[1] for tokens in levels)
-    return max(1, ELEMENTS // (largest * captions * words))
-
-
 def _score_all(model: HatModel, levels: list[Tensor], texts: CaptionTokens, out: Tensor) -> None:
     """All captions for each image of a batch. out: (images, captions) in the order of lengths."""
-    for start in range(0, len(texts.order), CAPTIONS):
-        places = torch.arange(start, min(start + CAPTIONS, len(texts.order)), device=texts.lengths.device)
-        words, mask = texts.take(places)
-        step = _images_at_once(levels, *mask.shape)
-        for first in range(0, len(out), step):
-            part = [tokens[first : first + step] for tokens in levels]
-            out[first : first + step, start : start + len(places)] = model.score(part, words, mask).cpu()
+    largest = max(tokens.shape[1] for tokens in levels)
+    group = max(1, GRAM_ELEMENTS // largest**2)
+    for begin in range(0, len(out), group):
+        images = [tokens[begin : begin + group] for tokens in levels]
+        grams, rows = model.grams(images), out[begin : begin + group]
+        for start in range(0, len(texts.order), CAPTIONS):
+            places = torch.arange(start, min(start + CAPTIONS, len(texts.order)), device=texts.lengths.device)
+            words, mask = texts.take(places)
+            for part in blocks(len(rows), largest, mask.numel()):
+                given = [gram[part] for gram in grams] if grams else None
+                found = model.score([tokens[part] for tokens in images], words, mask, given)
+                rows[part, start : start + len(places)] = found.cpu()
+
+
+def blocks(images: int, regions: int, words: int) -> Iterator[slice]:
+    """Runs of images whose similarities with so many words fit in the cache."""
+    step = max(1, ELEMENTS // (regions * words))
+    return (slice(first, first + step) for first in range(0, images, step))
 
 
 def _score_chosen(model: HatModel, levels: list[Tensor], texts: CaptionTokens, chosen: np.ndarray, out: Tensor) -> None:
     """For each image its own captions. chosen: (images, captions) bool, in the order of lengths, as is out."""
     for row, marks in enumerate(chosen):
         image = [tokens[row : row + 1] for tokens in levels]
+        grams = model.grams(image)
         for places in torch.from_numpy(np.flatnonzero(marks)).split(CAPTIONS):
             words, mask = texts.take(places.to(texts.lengths.device))
-            out[row, places] = model.score(image, words, mask)[0].cpu()
+            out[row, places] = model.score(image, words, mask, grams)[0].cpu()

@@ -35,6 +35,7 @@ def pair_scores(
     pooling: Pooling = "mean",
     sharpness: float = 9.0,
     pooling_sharpness: float = 6.0,
+    gram: Tensor | None = None,
 ) -> Tensor:
     """The score of every image with every caption, differentiable; the caller chooses how many pairs fit in memory.
 
@@ -46,14 +47,33 @@ def pair_scores(
         norm: how similarities are normalised over the queries before the softmax over the context.
         pooling: how the queries' cosines become one score; `logsumexp` with `pooling_sharpness` (SCAN's lambda 2).
         sharpness: factor before the softmax (SCAN's lambda 1; 9 in HAT).
+        gram: `context_gram` of the context, where several calls share it; for `text_to_image` it costs as much as the regions'
+            similarities with a caption of `regions` words, so it should be made once an image.
 
     Returns:
         (images, captions), float32.
     """
     with torch.autocast(regions.device.type, enabled=False):
         regions, words = regions.float(), words.float() * mask[..., None]
+        if gram is None:
+            gram = context_gram(words if direction == "image_to_text" else regions)
         compared = _regions_query if direction == "image_to_text" else _words_query
-        return compared(regions, words, mask, norm, pooling, sharpness, pooling_sharpness)
+        return compared(regions, words, mask, gram, norm, pooling, sharpness, pooling_sharpness)
+
+
+def context_gram(tokens: Tensor) -> Tensor:
+    """(batch, n, width) -> (batch, n, n), inner products of the tokens, of many tokens by its upper half alone: blocks right of
+    the diagonal are counted twice, those left of it are zero."""
+    tokens = tokens.float()
+    size, other = tokens.shape[1], tokens.transpose(1, 2)
+    if size <= 2 * GRAM_ROWS:
+        return tokens @ other
+    gram = tokens.new_zeros(len(tokens), size, size)
+    for start in range(0, size, GRAM_ROWS):
+        end = min(start + GRAM_ROWS, size)
+        gram[:, start:end, start:end] = tokens[:, start:end] @ other[..., start:end]
+        gram[:, start:end, end:] = 2 * tokens[:, start:end] @ other[..., end:]
+    return gram
 
 
 def word_attention(regions: Tensor, words: Tensor, direction: Direction, sharpness: float = 9.0) -> Tensor:
@@ -75,22 +95,35 @@ def mean_scores(regions: Tensor, words: Tensor, mask: Tensor) -> Tensor:
 
 
 def _regions_query(
-    regions: Tensor, words: Tensor, mask: Tensor, norm: Norm, pooling: Pooling, sharpness: float, lse: float
+    regions: Tensor,
+    words: Tensor,
+    mask: Tensor,
+    gram: Tensor,
+    norm: Norm,
+    pooling: Pooling,
+    sharpness: float,
+    lse: float,
 ) -> Tensor:
     """i-t. Everything is (captions, words, images * regions): long contiguous rows, and one product for all pairs."""
     (images, each, width), (captions, length, _) = regions.shape, words.shape
     similarity = (words.reshape(-1, width) @ regions.reshape(-1, width).T).view(captions, length, images, each)
     attention = _attention(similarity, 3, 1, norm, sharpness, mask[:, :, None, None], None)
     similarity, attention = (part.view(captions, length, images * each) for part in (similarity, attention))
-    inner = (attention * similarity).sum(1)
-    seen = _quadratic(words @ words.transpose(1, 2), attention)
+    inner, seen = _weighted(similarity, attention), _quadratic(gram, attention)
     cosine = (inner * seen.clamp(min=TINY**2).rsqrt()).view(captions, images, each)
     cosine = cosine / torch.linalg.vector_norm(regions, dim=-1).clamp(min=TINY)
     return _pool(cosine, 2, pooling, lse, None).T
 
 
 def _words_query(
-    regions: Tensor, words: Tensor, mask: Tensor, norm: Norm, pooling: Pooling, sharpness: float, lse: float
+    regions: Tensor,
+    words: Tensor,
+    mask: Tensor,
+    gram: Tensor,
+    norm: Norm,
+    pooling: Pooling,
+    sharpness: float,
+    lse: float,
 ) -> Tensor:
     """t-i. Everything is (images, regions, words * captions), captions innermost, so that sums over words run over long rows."""
     (images, each, width), (captions, length, _) = regions.shape, words.shape
@@ -98,8 +131,7 @@ def _words_query(
     similarity = (regions.reshape(-1, width) @ words.reshape(-1, width).T).view(images, each, length, captions)
     attention = _attention(similarity, 2, 1, norm, sharpness, None, present)
     similarity, attention = (part.view(images, each, length * captions) for part in (similarity, attention))
-    inner = (attention * similarity).sum(1)
-    seen = _quadratic(regions @ regions.transpose(1, 2), attention)
+    inner, seen = _weighted(similarity, attention), _quadratic(gram, attention)
     cosine = (inner * seen.clamp(min=TINY**2).rsqrt()).view(images, length, captions)
     cosine = cosine / torch.linalg.vector_norm(words, dim=-1).clamp(min=TINY)
     return _pool(cosine, 1, pooling, lse, present)
@@ -115,13 +147,17 @@ def _attention(
     query_mask: Tensor | None,
 ) -> Tensor:
     """Attention up to a factor that each query is free to have. Masks broadcast; `queries` and `context` are axes."""
-    logits = _normalised(similarity, queries, norm, query_mask) * sharpness
+    if norm in ("clipped_l2norm", "l2norm"):  # the sharpness goes into the small factor
+        clipped = functional.leaky_relu(similarity, SLOPE) if norm == "clipped_l2norm" else similarity
+        logits = _times(clipped, sharpness / (_length(clipped, queries) + TINY), clipped is not similarity)
+    else:
+        logits = _normalised(similarity, queries, norm, query_mask) * sharpness
     if norm in ("no_norm", "clipped"):  # unbounded: the largest must not overflow
         if context_mask is not None:
             logits = logits.masked_fill(~context_mask, -torch.inf)
         logits = logits - logits.detach().amax(context, keepdim=True)
-    attention = logits.exp_() if not logits.requires_grad else logits.exp()
-    return attention if context_mask is None else attention * context_mask
+    attention = logits.exp() if logits.requires_grad else logits.exp_()
+    return attention if context_mask is None else _times(attention, context_mask, True)
 
 
 def _normalised(similarity: Tensor, queries: int, norm: Norm, query_mask: Tensor | None = None) -> Tensor:
@@ -132,24 +168,41 @@ def _normalised(similarity: Tensor, queries: int, norm: Norm, query_mask: Tensor
     if norm in ("clipped_l2norm", "clipped"):
         similarity = functional.leaky_relu(similarity, SLOPE)
     if norm in ("clipped_l2norm", "l2norm"):
-        # vector_norm's gradient at zero is zero; that of a square root of sums is not a number.
-        return similarity / (torch.linalg.vector_norm(similarity, dim=queries, keepdim=True) + TINY)
+        return similarity / (_length(similarity, queries) + TINY)
     return similarity
 
 
-def _quadratic(gram: Tensor, attention: Tensor) -> Tensor:
-    """a' G a of every column: gram (batch, n, n) symmetric, attention (batch, n, m) -> (batch, m).
+def _length(similarity: Tensor, axis: int) -> Tensor:
+    """L2 norm, the axis kept, its gradient zero at zero (that of a plain root of sums is not a number there)."""
+    if axis == similarity.ndim - 1:
+        return torch.linalg.vector_norm(similarity, dim=axis, keepdim=True)
+    # vector_norm is slow over an inner axis.
+    return (similarity * similarity).sum(axis, keepdim=True).clamp(min=1e-30).sqrt()
 
-    A large Gram matrix is read by its upper half, the rest counted twice: nearly half of the products are saved.
+
+def _times(large: Tensor, factor: Tensor, own: bool) -> Tensor:
+    """The product, in place where nothing else (`own`), autograd included, needs the first factor."""
+    return large.mul_(factor) if own and not large.requires_grad else large * factor
+
+
+def _weighted(similarity: Tensor, attention: Tensor) -> Tensor:
+    """sum_c a_c S_c of every query: (batch, context, m) -> (batch, m). The similarities are not needed afterwards."""
+    return _times(similarity, attention, not attention.requires_grad).sum(1)
+
+
+def _quadratic(gram: Tensor, attention: Tensor) -> Tensor:
+    """a' G a of every column: a `context_gram` (batch, n, n), attention (batch, n, m) -> (batch, m).
+
+    A large Gram matrix is read by its upper half: nearly half of the products are saved.
     """
     size = gram.shape[-1]
     if size <= 2 * GRAM_ROWS:
-        return (attention * (gram @ attention)).sum(1)
+        return _times(gram @ attention, attention, True).sum(1)
     total: Tensor | float = 0.0
     for start in range(0, size, GRAM_ROWS):
         end = min(start + GRAM_ROWS, size)
-        rows = torch.cat([gram[:, start:end, start:end], 2 * gram[:, start:end, end:]], dim=-1)
-        total = total + (attention[:, start:end] * (rows @ attention[:, start:])).sum(1)
+        part = gram[:, start:end, start:] @ attention[:, start:]
+        total = total + _times(part, attention[:, start:end], True).sum(1)
     assert isinstance(total, Tensor)
     return total
 
