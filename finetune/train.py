@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from pretrain.task import NEGATIVES
 from pretrain.train import find_resume
 from retrieval.protocols import recalls
 from runtime.checkpoint import read_tensors, write_checkpoint
+from runtime.checkpoint_writer import Write, host_copies
 from runtime.errors import RecipeError, SickRun
 from runtime.files import read_json
-from runtime.ranks import Ranks, any_rank, join, sum_over_ranks
+from runtime.ranks import Ranks, join, sum_over_ranks
 from runtime.recipe import write_recipe
 from runtime.run_folder import RunFolder
 from runtime.watchdog import Watchdog, watch_ranks
@@ -120,9 +122,8 @@ def train(recipe: FinetuneRecipe, run: RunFolder, ranks: Ranks, device: torch.de
         task.train(training)
         return {f"validation/{name}": value for name, value in recalls(similarity, validation.caption_image).items()}
 
-    def commit(step: int, best: float, improved: bool) -> bool:
-        saved = not ranks.first or save(run, recipe, task, optimizer, named, stream, sick, step, best, improved)
-        return not any_rank(not saved)
+    def commit(step: int, best: float, improved: bool) -> Write | None:
+        return save(run, recipe, task, optimizer, named, stream, sick, step, best, improved) if ranks.first else None
 
     def go_back(healthy: int) -> int:
         folder = find_resume(run, ranks, healthy)
@@ -205,23 +206,26 @@ def save(
     step: int,
     best: float,
     improved: bool,
-) -> bool:
-    """Commit a checkpoint of the model, Adam's moments and the cursor. -> whether it stands."""
-    about = task.describe(f"fine-tuned-on {recipe.dataset}")
-    weights = task.stored()
-    moments = {
-        f"{moment}.{name}": optimizer.state[parameter][moment]
+) -> Write:
+    """Copy the model, Adam's moments and the cursor. -> what writes them into a checkpoint."""
+    moments = (
+        (f"{moment}.{name}", optimizer.state[parameter][moment])
         for name, parameter in named.items()
         if parameter in optimizer.state
         for moment in MOMENTS
+    )
+    tensors = {
+        "model": host_copies(task.stored().items(), keep=True),
+        "optimizer": host_copies(moments, keep=True),
     }
+    state = {"step": step, "best_rsum": best, "stream": stream.state_dict(), "sick": sick.state_dict()}
+    values = copy.deepcopy({"state": state, "model": task.describe(f"fine-tuned-on {recipe.dataset}")})
 
     def write_more(folder: Path) -> None:
         task.tokenizer.save(folder)
         write_recipe(folder / "config.yaml", recipe)
 
-    state = {"step": step, "best_rsum": best, "stream": stream.state_dict(), "sick": sick.state_dict()}
-    tensors, values = {"model": weights, "optimizer": moments}, {"state": state, "model": about}
-    return run.checkpoints.try_commit(
-        step, improved, lambda folder, staging: write_checkpoint(folder, tensors, values, write_more, staging)
-    )
+    def write(folder: Path, staging: Path) -> None:
+        write_checkpoint(folder, tensors, values, write_more, staging)
+
+    return lambda: run.checkpoints.try_commit(step, improved, write)

@@ -215,15 +215,29 @@ class LoopConfig:
     checkpoint_every: int = 1000
     keep_last: int = 2
     """Newest checkpoints to keep; the best by validation is kept beside them."""
+    milestone_every: int | None = None
+    """Checkpoints of steps that are multiples of this are kept for good; a multiple of `checkpoint_every`."""
     sick_steps: SickStepConfig = field(default_factory=SickStepConfig)
     rank_timeout: float = 600.0
     """Seconds without progress after which a rank counts as hung and the run stops, naming it; more than the longest validation
     or compilation takes. A rank that died is noticed within a twentieth of it, and 30 seconds at most."""
 
     def __post_init__(self) -> None:
-        for name in ("global_batch", "steps", "log_every", "validate_every", "checkpoint_every", "keep_last"):
+        for name in (
+            "global_batch",
+            "steps",
+            "log_every",
+            "validate_every",
+            "checkpoint_every",
+            "keep_last",
+            "milestone_every",
+        ):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise RecipeError(f"training.{name} is {value}; it must be 1 or more")
+        if self.milestone_every and self.milestone_every % self.checkpoint_every:
+            raise RecipeError(
+                f"training.milestone_every is {self.milestone_every}; it must be a multiple of training.checkpoint_every {self.checkpoint_every}"
+            )
         if self.rank_timeout <= 0:
             raise RecipeError(f"training.rank_timeout is {self.rank_timeout}; it is a number of seconds above 0")
         if self.epochs <= 0 or self.seed < 0:
@@ -242,12 +256,23 @@ class TrainingConfig(LoopConfig):
 
     micro_batch: int = 64
     """Most samples a device takes at once."""
-    zero_stage: Literal[0, 1, 2] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed divides among the ranks: 1 masters and moments, 2 gradients too, 3 parameters too, 0 nothing."""
+    offload_optimizer: bool = False
+    """Keep masters and moments in host memory and step there: slower, and room for a larger model."""
+    checkpoint_activations: bool = False
+    """Compute each layer's activations again in the backward pass instead of keeping them."""
+    compile: bool = False
+    """torch.compile of each layer: a faster step, and a slow first one."""
 
     def __post_init__(self) -> None:
         LoopConfig.__post_init__(self)
         if self.micro_batch < 1:
             raise RecipeError(f"training.micro_batch is {self.micro_batch}; it must be 1 or more")
+        if self.offload_optimizer and not self.zero_stage:
+            raise RecipeError("training.offload_optimizer needs training.zero_stage 1, 2 or 3; stage 0 cannot offload")
+        if self.compile and self.zero_stage == 3:
+            raise RecipeError("training.compile does not go with training.zero_stage 3; use stage 0, 1 or 2 with it")
 
 
 @dataclass

@@ -6,6 +6,8 @@ and Adam's moments are gathered and scattered here through its fragment function
 stage 0, fp32   the parameters are the masters; moments in `optimizer.state`
 stage 0, bf16   `FP16_UnfusedOptimizer`: lists `fp16_groups` and `fp32_groups` side by side; moments by the float32 tensor
 stage 1 and 2   flat float32 partitions, mapped to parameters by DeepSpeed's `safe_get_*` and `safe_set_*`
+stage 3         likewise, and the parameters themselves are empty but in a forward: each rank has a slice of each, zero-padded so
+                that all slices are equal. `safe_set_full_*` fails where a parameter does not divide evenly: slices are set here
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +28,8 @@ from runtime.errors import CheckpointError
 from runtime.ranks import ranks_from_environment
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KEPT_WHOLE = 100_000
+"""At stage 3, parameters below this size are kept whole on every rank: gathering them costs more than their memory."""
 
 
 def _import_deepspeed(device: torch.device) -> Any:
@@ -70,9 +75,9 @@ class Engine:
         device: torch.device,
     ) -> None:
         deepspeed = _import_deepspeed(device)
-        from deepspeed import utils
+        from deepspeed import utils, zero
 
-        self._fragments = utils
+        self._fragments, self._zero = utils, zero
         self.stage, self.bf16 = training.zero_stage, training.precision == "bf16"
         self.clip_norm = optimizer.clip_norm
         named = [(name, parameter) for name, parameter in student.model.named_parameters() if parameter.requires_grad]
@@ -80,26 +85,35 @@ class Engine:
             {"params": [p for n, p in named if decays(n, p)], "weight_decay": optimizer.weight_decay},
             {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
         ]
-        # `fused` has no kernel for CPUs in older torch; foreach is as good there.
+        # On the CPU `foreach` is as good; but not where the optimizer alone is there, with all of the memory's traffic.
         adamw = GuardedAdamW(
-            groups, lr=optimizer.lr, betas=(optimizer.betas[0], optimizer.betas[1]), fused=device.type == "cuda"
+            groups,
+            lr=optimizer.lr,
+            betas=(optimizer.betas[0], optimizer.betas[1]),
+            fused=device.type == "cuda" or training.offload_optimizer,
         )
+        zero_settings: dict[str, Any] = {"stage": self.stage, "stage3_param_persistence_threshold": KEPT_WHOLE}
+        if training.offload_optimizer:
+            zero_settings["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
         settings = {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,
-            "zero_optimization": {"stage": self.stage},
+            "zero_optimization": zero_settings,
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own is compiled at first use
             "bf16": {"enabled": self.bf16},
             "gradient_clipping": optimizer.clip_norm,
             "wall_clock_breakdown": False,
         }
         # DeepSpeed makes the masters from weights it has cast already, and at stage 0 decays them once before the first step.
+        shapes = {name: parameter.shape for name, parameter in named}
         start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in named} if self.bf16 else {}
         self.module, *_ = deepspeed.initialize(
             model=student, optimizer=adamw, config=settings, dist_init_required=False
         )
         self.device: torch.device = self.module.device
         self.names = [name for name, _ in named]
+        self.shapes = shapes
         self.parameters = dict(student.model.named_parameters())
         self.adamw, self.applied = adamw, False
         self._make_states()
@@ -145,7 +159,7 @@ class Engine:
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
         """(name, float32 weight, whole) of every trained parameter. A collective: every rank must walk it."""
-        if not self.bf16:
+        if not self.bf16 and self.stage < 3:
             # In float32 the parameters hold the masters' values on every rank.
             yield from ((name, self.parameters[name].data) for name in self.names)
         elif self.stage == 0:
@@ -175,26 +189,55 @@ class Engine:
         for state in self.adamw.state.values():
             state["step"].fill_(steps)
         for name in self.names:
-            parameter = self.parameters[name]
-            if masters[name].shape != parameter.shape:
+            if masters[name].shape != self.shapes[name]:
                 raise CheckpointError(
-                    f"{name} is {tuple(masters[name].shape)} in the checkpoint and {tuple(parameter.shape)} in the recipe; use the recipe it was made with"
+                    f"{name} is {tuple(masters[name].shape)} in the checkpoint and {tuple(self.shapes[name])} in the recipe; use the recipe it was made with"
                 )
             self._load_master(name, masters[name])
             for moment in MOMENTS:
-                value = moments[f"{moment}.{name}"]
-                if self.stage == 0:
-                    self._adam_state(name)[moment].copy_(value)
-                else:
-                    self._fragments.safe_set_full_optimizer_state(parameter, value.to(self.device), moment)
+                self._load_moment(name, moment, moments[f"{moment}.{name}"])
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Within it these parameters are whole, to be read outside the engine's forward. A collective."""
+        return self._zero.GatheredParameters(list(parameters)) if self.stage == 3 else nullcontext()
+
+    def copy_weights(self, network: nn.Module) -> None:
+        """Give `network`, of the student's shape, the student's weights in the compute precision. A collective."""
+        own = dict(network.named_parameters())
+        for name, parameter in self.parameters.items():
+            with self.gathered([parameter]):
+                own[name].data = parameter.detach().clone()
 
     def _load_master(self, name: str, master: Tensor) -> None:
-        parameter = self.parameters[name]
+        parameter: Any = self.parameters[name]  # DeepSpeed hangs its own attributes on it
+        if self.stage == 3:
+            part = self._own_slice(parameter, master)
+            self._fragments.safe_set_local_fp32_param(parameter, part)
+            parameter.ds_tensor.data.copy_(part)
+            if parameter.numel():  # kept whole
+                parameter.data.copy_(master)
+            return
         parameter.data.copy_(master)
         if self.stage > 0:
             self._fragments.safe_set_full_fp32_param(parameter, master.to(self.device))
         elif self.bf16:
             self._unfused_masters()[id(parameter)].data.copy_(master)
+
+    def _load_moment(self, name: str, moment: str, value: Tensor) -> None:
+        parameter = self.parameters[name]
+        if self.stage == 0:
+            self._adam_state(name)[moment].copy_(value)
+        elif self.stage == 3:
+            self._fragments.safe_set_local_optimizer_state(parameter, self._own_slice(parameter, value), moment)
+        else:
+            self._fragments.safe_set_full_optimizer_state(parameter, value.to(self.device), moment)
+
+    def _own_slice(self, parameter: Any, whole: Tensor) -> Tensor:
+        """This rank's slice of a parameter at stage 3, flat."""
+        length: int = parameter.ds_tensor.numel()
+        padded = torch.zeros(length * torch.distributed.get_world_size())
+        padded[: whole.numel()] = whole.flatten()
+        return padded.narrow(0, length * torch.distributed.get_rank(), length).to(self.device)
 
     def _unfused_masters(self) -> dict[int, Tensor]:
         optimizer = self.module.optimizer
@@ -208,10 +251,14 @@ class Engine:
     def _make_states(self) -> None:
         """Make Adam's state, which is lazy, before the first step: there is something to load into, and DeepSpeed 0.19 links
         the moments of the first parameter group alone where it finds the others' not made yet."""
-        for group in self.adamw.param_groups:
-            for tensor in group["params"]:
-                count = torch.tensor(0.0, device=tensor.device if group["fused"] else "cpu")
+        if self.stage == 3:  # its groups are filled for the step alone
+            groups = [(self.adamw.defaults["fused"], self.module.optimizer.fp32_partitioned_groups_flat)]
+        else:
+            groups = [(group["fused"], group["params"]) for group in self.adamw.param_groups]
+        for fused, tensors in groups:
+            for tensor in tensors:
+                count = torch.tensor(0.0, device=tensor.device if fused else "cpu")
                 moments = {moment: torch.zeros_like(tensor, dtype=torch.float32) for moment in MOMENTS}
                 self.adamw.state[tensor] = {"step": count, **moments}
-        if self.stage > 0:
+        if self.stage in (1, 2):
             self.module.optimizer._lazy_init_hp_params_optimizer_state()

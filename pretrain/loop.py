@@ -13,11 +13,12 @@ from torch import Tensor
 from data_tools.stream import ShardStream
 from pretrain.config import LoopConfig
 from pretrain.sick_steps import SickSteps
+from runtime.checkpoint_writer import CheckpointWriter, Write
 from runtime.errors import Interrupted, LigatureError
 from runtime.interrupts import watch_interrupts
 from runtime.metrics import MetricsLog
 from runtime.progress import progress
-from runtime.ranks import Ranks, sum_over_ranks
+from runtime.ranks import Ranks, any_rank, sum_over_ranks
 from runtime.run_folder import RunFolder
 from runtime.straggler import StragglerWatch
 from runtime.watchdog import Watchdog
@@ -32,8 +33,9 @@ class Stage:
     `sick.admits` before it applies anything."""
     validate: Callable[[], dict[str, float]] | None
     """-> figures, `validation/rsum` among them."""
-    save: Callable[[int, float, bool], bool]
-    """(step, best rsum so far, whether this step is the best) -> whether a checkpoint stands; where not, it has been said why."""
+    save: Callable[[int, float, bool], Write | None]
+    """(step, best rsum so far, whether this step is the best) -> what is left to do on the first rank once all state has been
+    copied to host memory."""
     go_back: Callable[[int], int]
     """Restore weights, optimizer, teacher and queue from the newest checkpoint not after a step, the data's cursor left where it
     is. -> that checkpoint's step."""
@@ -56,7 +58,20 @@ def run_loop(
     log = MetricsLog(run.path, step, run.lease) if ranks.first else None
     straggler = StragglerWatch(ranks)
     sick_log = run.path / "sick_steps.jsonl"
-    with watch_interrupts() as interrupts, progress(run.path.name, steps, "steps", step, silent=not ranks.first) as bar:
+    writing, standing, stalled = False, best, 0.0
+
+    def settled() -> bool:
+        """Wait for the checkpoint being written, if any. -> whether it stands; where not, its step was not the best one either."""
+        nonlocal best, standing, writing
+        watchdog.doing("waiting for a checkpoint to be written", step)
+        stands = not any_rank(not writer.finish())
+        best = standing = best if stands else standing
+        sick.returns = 0 if writing and stands else sick.returns
+        writing = False
+        return stands
+
+    counting = progress(run.path.name, steps, "steps", step, silent=not ranks.first)
+    with CheckpointWriter() as writer, watch_interrupts() as interrupts, counting as bar:
         if interrupts.agreed():
             raise Interrupted(f"stopped at step {step} of {steps}, before a step was taken; the same command goes on")
         batches = iter(stream)
@@ -76,6 +91,7 @@ def run_loop(
                 sick.note(step, float(figures["loss"]), batch["keys"], ranks, sick_log)
                 if sick.exhausted:
                     healthy = sick.give_up_or_return(step, sick_log)
+                    settled()
                     watchdog.doing("going back to a checkpoint", step)
                     step = stage.go_back(healthy)
                     bar.done = step
@@ -88,14 +104,17 @@ def run_loop(
                 figures |= {"skipped_steps": torch.tensor(sick.skipped)}
                 shown = over_ranks(figures, device, ranks) | straggler.look(step, run.path)
                 shown |= {"samples_per_second": config.global_batch / shown["step_seconds"]}
+                shown |= {"checkpoint_stall": stalled}
+                stalled = 0.0
                 bar.note = f"loss {shown['loss']:.3f}  {shown['samples_per_second']:.0f} samples/s"
                 if log:
                     log.write(step, {f"train/{name}": value for name, value in shown.items()})
-            candidate = best
+            writer.check()
             if stage.validate and (step % config.validate_every == 0 or last):
+                settled()
                 watchdog.doing("validating", step)
                 scores = stage.validate()
-                improved, candidate = scores["validation/rsum"] > best, max(best, scores["validation/rsum"])
+                improved = scores["validation/rsum"] > best
                 found = (scores[f"validation/{way}_R@10"] for way in ("image_to_text", "text_to_image"))
                 bar.note = "validation R@10 {:.1f} / {:.1f}".format(*found)
                 if log:
@@ -105,12 +124,14 @@ def run_loop(
             stopping = interrupts.agreed()
             # Nothing is kept of a sick streak but what a signal asks for: the last good checkpoint must not be pushed out by it.
             due = (improved or step % config.checkpoint_every == 0) and not sick.in_a_row
-            saved = False
             if due or last or stopping:
+                began = time.monotonic()
+                settled()
+                best = scores["validation/rsum"] if improved else best
                 watchdog.doing("saving a checkpoint", step)
-                saved = stage.save(step, candidate, improved)
-                best = candidate if saved else best
-                sick.returns = sick.returns if sick.in_a_row or not saved else 0
+                writer.start(stage.save(step, best, improved))
+                writing, stalled = True, stalled + time.monotonic() - began
+            saved = (stopping or last) and settled()
             if stopping and not last:
                 where = f"saved in {run.checkpoints.path_of(step)}" if saved else "NOT saved"
                 raise Interrupted(f"stopped at step {step} of {steps}, {where}; the same command goes on from there")

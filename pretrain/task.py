@@ -7,6 +7,7 @@ backward, the optimizer steps; then, and only then, the teacher moves and the qu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class Student(nn.Module):
             losses = objective(state)
             total = total + self.weights[name] * losses[name]
             figures |= {key: value.detach() for key, value in losses.items()}
+        figures["temperature"] = self.model.temperature().detach()
         return total, {"loss": total.detach(), **figures}
 
 
@@ -73,10 +75,19 @@ class PretrainTask:
         self.student = Student(model, recipe)
         precision = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
         self.teacher = Teacher(model, recipe.teacher.ema_momentum, precision)
+        if recipe.training.checkpoint_activations:  # of the student: the teacher keeps none
+            model.checkpoint_activations()
+        if recipe.training.compile:
+            model.compile_layers()
+            self.teacher.model.compile_layers()
         self.queue = FeatureQueue(recipe.teacher.queue, recipe.model.feature_dim, device)
         self._arrived: tuple[Tensor, Tensor, Tensor] | None = None
         self.before_meeting: Callable[[], None] = lambda: None
         """Called in each step before this rank waits for the others, its own part (the teacher's forward) done."""
+        self.gathered: Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]] = lambda parameters: (
+            nullcontext()
+        )
+        """Makes parameters whole that are read outside the student's forward; the engine's, where it divides them."""
 
     @torch.no_grad()
     def prepare(
@@ -176,4 +187,8 @@ class PretrainTask:
             )
         if self.recipe.transport.samples == "batch":
             image_rows, text_rows = image_rows[:samples], text_rows[:samples]
-        return solve_plans(image_rows, text_rows, self.student.model.codewords(), samples, self.recipe.transport)
+        model = self.student.model
+        assert model.codebook is not None, "a recipe whose codebook has a weight has codewords"
+        with self.gathered([model.codebook]):
+            codewords = model.codewords()
+        return solve_plans(image_rows, text_rows, codewords, samples, self.recipe.transport)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from pretrain.starting_weights import load_starting_weights
 from pretrain.task import PretrainTask
 from retrieval.protocols import recalls
 from runtime.checkpoint import read_tensors, verify_checkpoint, write_checkpoint
+from runtime.checkpoint_writer import Write, host_copies
 from runtime.errors import SickRun
 from runtime.files import read_json
-from runtime.ranks import Ranks, any_rank, barrier, from_first, join, sum_over_ranks
+from runtime.ranks import Ranks, barrier, from_first, join, sum_over_ranks
 from runtime.recipe import write_recipe
 from runtime.run_folder import RunFolder
 from runtime.watchdog import Watchdog, watch_ranks
@@ -73,6 +75,7 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     task = PretrainTask(recipe, model, tokenizer, ranks, device)
     task.before_meeting = watchdog.meet
     engine = Engine(task.student, recipe.optimizer, recipe.training, micro_batch, accumulation, device)
+    task.gathered = engine.gathered
     views = 2 if recipe.teacher.second_view else 1
     stream = ShardStream(
         data,
@@ -115,13 +118,17 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
         if engine.applied:
             task.finish(engine.masters())
         figures |= {"lr": torch.tensor(lr), "gradient_norm": torch.tensor(norm)}
-        return figures | mean_figures(parts) | {"temperature": model.temperature().detach()}
+        return figures | mean_figures(parts)
 
     def measure() -> dict[str, float]:
         assert validation is not None
-        return validate(model, tokenizer, validation, ranks, device, micro_batch, recipe.data.workers)
+        network = model
+        if recipe.training.zero_stage == 3:  # ranks encode different numbers of batches, so each needs whole weights
+            network = AlignmentModel(recipe.model, tokenizer.vocabulary).to(device)
+            engine.copy_weights(network)
+        return validate(network, tokenizer, validation, ranks, device, micro_batch, recipe.data.workers)
 
-    def commit(step: int, best: float, improved: bool) -> bool:
+    def commit(step: int, best: float, improved: bool) -> Write | None:
         return save(run, recipe, task, engine, stream, sick, step, best, improved, ranks)
 
     def go_back(healthy: int) -> int:
@@ -195,32 +202,28 @@ def save(
     best: float,
     improved: bool,
     ranks: Ranks,
-) -> bool:
-    """Commit a checkpoint of everything. Gathering is a collective; the first rank writes. -> whether it stands."""
-    masters, moments = dict(engine.masters()), dict(engine.moments())
-    saved = True
-    if ranks.first:
-        tensors = {
-            "model": masters,
-            "optimizer": moments,
-            "teacher": task.teacher.averages,
-            "queue": task.queue.state_dict(),
-        }
-        state = {"step": step, "best_rsum": best, "stream": stream.state_dict(), "sick": sick.state_dict()}
+) -> Write | None:
+    """Copy everything to the first rank's memory, a collective. -> what writes it there into a checkpoint; None elsewhere."""
+    tensors = {
+        "model": host_copies(engine.masters(), ranks.first),
+        "optimizer": host_copies(engine.moments(), ranks.first),
+        "teacher": host_copies(task.teacher.averages.items(), ranks.first),
+        "queue": host_copies(task.queue.state_dict().items(), ranks.first),
+    }
+    if not ranks.first:
+        return None
+    state = {"step": step, "best_rsum": best, "stream": stream.state_dict(), "sick": sick.state_dict()}
+    about = describe_model(recipe.model, recipe.data.caption_tokens, "pretrained")
+    values = copy.deepcopy({"state": state, "model": about})
 
-        def write_more(folder: Path) -> None:
-            task.tokenizer.save(folder)
-            write_recipe(folder / "config.yaml", recipe)
+    def write_more(folder: Path) -> None:
+        task.tokenizer.save(folder)
+        write_recipe(folder / "config.yaml", recipe)
 
-        about = describe_model(recipe.model, recipe.data.caption_tokens, "pretrained")
-        saved = run.checkpoints.try_commit(
-            step,
-            improved,
-            lambda folder, staging: write_checkpoint(
-                folder, tensors, {"state": state, "model": about}, write_more, staging
-            ),
-        )
-    return not any_rank(not saved)
+    def write(folder: Path, staging: Path) -> None:
+        write_checkpoint(folder, tensors, values, write_more, staging)
+
+    return lambda: run.checkpoints.try_commit(step, improved, write)
 
 
 def find_resume(run: RunFolder, ranks: Ranks, until: int | None = None) -> Path | None:

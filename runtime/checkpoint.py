@@ -114,8 +114,9 @@ def _discard(path: Path, staging: Path) -> None:
 class CheckpointFolder:
     """`checkpoints/` of a run: `step-XXXXXXXX/` folders, `latest`, and the `best` by validation."""
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
-        self.folder, self.keep_last = Path(folder), keep_last
+    def __init__(self, folder: Path, keep_last: int, milestone_every: int | None = None) -> None:
+        """keep_last: newest ones to keep; milestone_every: those of its multiples are kept for good."""
+        self.folder, self.keep_last, self.milestone_every = Path(folder), keep_last, milestone_every
         self.lease: Lease | None = None
         """Held by a run that commits here: it stops a process that another one has succeeded."""
 
@@ -161,8 +162,9 @@ class CheckpointFolder:
                 write_text(self.folder / "best", path.name + "\n", staging)
             elif (self._named("best") or "") > path.name:
                 _discard(self.folder / "best", staging)
-            newest = [kept for kept in self.steps() if kept <= step][-self.keep_last :]
-            kept = {self.path_of(kept).name for kept in newest} | {self._named("best")}
+            past = [old for old in self.steps() if old <= step]
+            milestones = [old for old in past if self.milestone_every and old % self.milestone_every == 0]
+            kept = {self.path_of(old).name for old in [*past[-self.keep_last :], *milestones]} | {self._named("best")}
             for old in self.steps():
                 if self.path_of(old).name not in kept:
                     _discard(self.path_of(old), staging)

@@ -39,6 +39,10 @@ FREE_KEYS = (
     "training.zero_stage",
     "training.log_every",
     "training.keep_last",
+    "training.milestone_every",
+    "training.offload_optimizer",
+    "training.checkpoint_activations",
+    "training.compile",
     "training.rank_timeout",
 )
 
@@ -50,7 +54,9 @@ class RunFolder:
         self.path = Path(recipe.runs) / recipe.name
         self.config, self.quarantine = self.path / "config.yaml", self.path / "quarantine.jsonl"
         self.lease: Lease | None = None
-        self.checkpoints = CheckpointFolder(self.path / "checkpoints", recipe.training.keep_last)
+        self.checkpoints = CheckpointFolder(
+            self.path / "checkpoints", recipe.training.keep_last, recipe.training.milestone_every
+        )
 
     def changes(self, recipe: Any) -> list[str]:
         """`key: old -> new` where the folder's recipe and this one differ in what makes a run another run."""

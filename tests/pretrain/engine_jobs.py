@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import tiny
 import torch
+from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, distributed
 
+import pretrain.engine
 from pretrain.config import PretrainRecipe, divide_batch
 from pretrain.engine import Engine
 from pretrain.task import PretrainTask
+from runtime.checkpoint import read_tensors, verify_checkpoint, write_checkpoint
 from runtime.errors import CheckpointError
+from runtime.files import read_json
 from runtime.ranks import ranks_from_environment, sum_over_ranks
 
 Tensors = dict[str, Tensor]
@@ -40,12 +46,22 @@ class Told:
     loaded: State | None = None
     """Read back right after loading."""
     state: State | None = None
+    gradients: list[Tensors] = field(default_factory=list)
+    """Raw gradients of every step, averaged over ranks and micro-batches, before clipping and before Adam."""
     parameters: Tensors = field(default_factory=dict)
     teacher_compute: Tensors = field(default_factory=dict)
 
 
-def train(recipe_changes: dict[str, Any], steps: int, start: State | None = None, lr: float = 1e-3) -> Told:
-    """`steps` steps of a run; from `start`, if given, as a resumed run does it."""
+def train(
+    recipe_changes: dict[str, Any],
+    steps: int,
+    start: State | None = None,
+    lr: float = 1e-3,
+    raw_gradients: bool = False,
+    kept_whole: int = 0,
+) -> Told:
+    """`steps` steps of a run; from `start`, if given, as a resumed run does it. kept_whole: the engine's, for ZeRO 3."""
+    pretrain.engine.KEPT_WHOLE = kept_whole
     recipe: PretrainRecipe = tiny.recipe(**recipe_changes)
     ranks, device = ranks_from_environment(), torch.device("cpu")
     assert ranks.world == distributed.get_world_size()
@@ -53,6 +69,7 @@ def train(recipe_changes: dict[str, Any], steps: int, start: State | None = None
     local = micro_batch * accumulation
     task = tiny.task(recipe, ranks)
     engine = Engine(task.student, recipe.optimizer, recipe.training, micro_batch, accumulation, device)
+    task.gathered = engine.gathered
     told, first = Told(), 0
     if start is not None:
         engine.load(start.masters, start.moments, start.step)
@@ -66,19 +83,59 @@ def train(recipe_changes: dict[str, Any], steps: int, start: State | None = None
         engine.set_lr(lr)
         micro_batches, figures = task.prepare(batch, step / 2, micro_batch)
         losses = []
-        for inputs in micro_batches:
+        for number, inputs in enumerate(micro_batches):
+            torch.manual_seed(1000 * step + 10 * ranks.rank + number)  # of dropout
             loss, named = engine.module(inputs)
             engine.backward(loss)
             losses.append(named)
+            if raw_gradients and engine.module.is_gradient_accumulation_boundary():
+                told.gradients.append(gradients(engine))
             norm = engine.step()
         assert engine.module.was_step_applied()
         task.finish(engine.masters())
         told.losses.append(mean_of(figures, losses, ranks.world))
         told.norms.append(norm)
     told.state = read(first + steps, engine, task)
-    told.parameters = copied(dict(task.student.model.named_parameters()))
+    weights = tiny.model(recipe)
+    engine.copy_weights(weights)
+    told.parameters = copied(dict(weights.named_parameters()))
     told.teacher_compute = copied(dict(task.teacher.model.named_parameters()))
     return told
+
+
+def save(recipe_changes: dict[str, Any], steps: int, folder: Path) -> dict[str, str]:
+    """Train, and write a checkpoint as a run does. -> the digest of every tensor of it."""
+    state = train(recipe_changes, steps).state
+    assert state is not None
+    if ranks_from_environment().first:
+        tensors = {"masters": state.masters, "moments": state.moments, "teacher": state.teacher, "queue": state.queue}
+        write_checkpoint(folder, tensors, {"state": {"step": state.step}}, lambda inside: None)
+    distributed.barrier()
+    return digests(state)
+
+
+def resume(recipe_changes: dict[str, Any], folder: Path, steps: int) -> Told:
+    """Go on from such a checkpoint."""
+    verify_checkpoint(folder)
+    parts = {name: read_tensors(folder, name) for name in ("masters", "moments", "teacher", "queue")}
+    return train(recipe_changes, steps, State(read_json(folder / "state.json")["step"], **parts))
+
+
+def digests(state: State) -> dict[str, str]:
+    """sha256 of type, shape and bytes of every tensor."""
+    parts = {"masters": state.masters, "moments": state.moments, "teacher": state.teacher, "queue": state.queue}
+    return {
+        f"{part}.{name}": hashlib.sha256(
+            f"{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes()
+        ).hexdigest()
+        for part, tensors in parts.items()
+        for name, tensor in tensors.items()
+    }
+
+
+def gradients(engine: Engine) -> Tensors:
+    """What AdamW is about to get, whole, by DeepSpeed's own functions."""
+    return {name: safe_get_full_grad(parameter).float().clone() for name, parameter in engine.parameters.items()}
 
 
 def mean_of(figures: Tensors, losses: list[Tensors], world: int) -> dict[str, float]:

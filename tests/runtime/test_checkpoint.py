@@ -205,6 +205,15 @@ def test_the_newest_are_kept_and_the_best_beside_them(folder):
     assert folder.steps() == [2, 4, 5]
 
 
+def test_milestones_are_kept_for_good(tmp_path):
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep_last=1, milestone_every=4)
+    commit(folder, 2, 4, 6, 8, 10, best=6)
+    assert folder.steps() == [4, 6, 8, 10]
+    shutil.rmtree(folder.path_of(10))
+    commit(folder, 6)  # gone back: later ones are another future's, milestones too
+    assert folder.steps() == [4, 6]
+
+
 def test_a_better_one_lets_the_former_best_go(folder):
     commit(folder, 1, 2, 3, best=1)
     commit(folder, 4, 5, best=4)
