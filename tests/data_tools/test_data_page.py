@@ -1,0 +1,32 @@
+"""The commands of docs/data.md are commands that the program takes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from data_tools.writer import read_options
+
+PAGE = Path(__file__).parents[2] / "docs/data.md"
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.startswith("ligature shard ")
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[2])
+def test_the_commands_of_the_page_are_taken(command):
+    options = read_options(command[2:])
+    assert str(options.out).startswith("shards/") and str(options.annotation) == command[2]
+    assert len(options.exclude) == command.count("--exclude")
+
+
+def test_the_page_has_a_command_for_every_dataset():
+    text = " ".join(" ".join(command) for command in COMMANDS)
+    for name in ("coco", "flickr30k", "Flickr8k", "cc3m", "cc12m", "vg.json", "multi30k", "photos"):
+        assert name in text
