@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 # Ranks and loaders share the cores as processes: one thread each is fastest, and a run repeats to the bit.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test slurm controls lint clean
+.PHONY: help demo test slurm controls bench lint clean
 help:
 	@echo 'make demo      make .venv, install, and run the whole path on drawn shapes'
 	@echo 'make test      make .venv, install, and run the tests'
 	@echo 'make slurm     launching, on a cluster of real SLURM daemons that the tests start here (Debian: slurm-wlm, munge)'
 	@echo 'make controls  the demo, then what stands beside its claims: shuffled pairs, relations, the gate'
+	@echo 'make bench     every benchmark: ratios beside their aims, measured here'
 	@echo 'make lint      ruff (rules and format) and mypy'
 	@echo 'make clean     remove caches and build outputs; .venv and runs stay'
 
@@ -28,6 +29,10 @@ slurm: $(VENV)/.develop
 
 controls: demo $(VENV)/.develop
 	$(BIN)/python -m pytest -m controls $(ARGS)
+
+bench: $(VENV)/.develop
+	@failed=; for file in benchmarks/*.py; do $(BIN)/python $$file || failed="$$failed $$file"; done; \
+		[ -z "$$failed" ] || { echo "short of an aim:$$failed" >&2; exit 1; }
 
 lint: $(VENV)/.develop
 	$(BIN)/ruff check

@@ -59,6 +59,8 @@ def decode_pixels(data: bytes) -> np.ndarray:
     """
     import numpy as np
 
+    if (quick := _decode_plain_jpeg(data)) is not None:
+        return quick
     with _in_words():
         image = _read_header(data, SHARD_FORMATS)
         pixels = _decode_jpeg(data, image) if image.format == "JPEG" and image.mode in ("RGB", "L") else None
@@ -67,6 +69,21 @@ def decode_pixels(data: bytes) -> np.ndarray:
             return np.array(upright(image))
         turn = _turn(image)
         return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
+
+
+def _decode_plain_jpeg(data: bytes) -> np.ndarray | None:
+    """A JPEG in ordinary colours without EXIF or XMP, as sharding writes them: nothing of it needs Pillow's look."""
+    import simplejpeg
+
+    if len(data) > MAX_BYTES or not data.startswith(b"\xff\xd8\xff") or b"\xff\xe1" in data:
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours not in ("YCbCr", "Gray") or height * width > MAX_PIXELS:
+            return None
+        return simplejpeg.decode_jpeg(data)
+    except ValueError:
+        return None
 
 
 def _decode_jpeg(data: bytes, header: Image.Image) -> np.ndarray | None:
