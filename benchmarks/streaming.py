@@ -186,7 +186,7 @@ def agreement(images: list[bytes]) -> list[str]:
 
 def sharding(images: list[bytes], folder: Path) -> None:
     """MB/s of source read, by processes: bytes kept, and reduced to 288 px."""
-    count, items, at = 8 * len(images), [], 0
+    count, items, at = 4 * len(images), [], 0
     with open(folder / "source.bin", "wb") as file:
         for number in range(count):
             data = images[number % len(images)]
