@@ -67,7 +67,8 @@ def report(findings: list[tuple[str, Finding]], ranks: Ranks) -> None:
             where = f"{host}: " if len(hosts) > 1 or not ranks.first else ""
             print(f"{finding.level:5} {where}{finding.name:10} {finding.text}", flush=True)
     if failed:
-        told = f"{len(failed)} of {len(findings)} checks failed; mend what is marked FAIL" if ranks.first else ""
+        first = f"{failed[0].name}: {failed[0].text}"
+        told = f"{len(failed)} of {len(findings)} checks failed; the first, {first}" if ranks.first else ""
         raise LigatureError(told)
 
 

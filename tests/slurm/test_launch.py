@@ -69,6 +69,9 @@ def test_two_jobs_share_a_node_and_each_rank_has_its_cores(cluster, ligature, dr
         "doctor", "--array", "jobs.txt", "--tasks-per-node", "2", "--cpus-per-task", "2", "--sbatch", '["--nodelist=n1"]',
         "--max-crashes", "0",
     )  # fmt: skip
+    ligature.wait(
+        lambda: cluster.run("squeue", "--noheader", "--states=RUNNING", "--nodelist=n1").count("\n") == 2, "both"
+    )
     logs = [ligature.folder / f"runs/doctor-{number}/logs/{number}-n1.log" for number in range(2)]
     ligature.wait(lambda: all(log.exists() and "clocks" in log.read_text() for log in logs), "both doctors")
     told = [log.read_text() for log in logs]
@@ -77,10 +80,12 @@ def test_two_jobs_share_a_node_and_each_rank_has_its_cores(cluster, ligature, dr
         assert text.count("=== ") == 1
     assert "FAIL" not in told[0] and "no shard folder" in told[1]
     events = [ligature.folder / f"runs/doctor-{number}/launch/events.log" for number in range(2)]
-    ligature.wait(lambda: "finished" in events[0].read_text() and "held" in events[1].read_text(), "both ends")
+    ligature.wait(lambda: "finished" in events[0].read_text() and "held after" in events[1].read_text(), "both ends")
     ports = [text.read_text().split("ranks meet at ")[1].split()[0] for text in events]
     assert ports[0] != ports[1]
-    assert "no shard folder" in ligature("status", str(ligature.folder / "runs/doctor-1"))
+    assert "last error  ligature: 1 of 8 checks failed; the first, data: no shard folder" in ligature(
+        "status", str(ligature.folder / "runs/doctor-1")
+    )
     cluster.run("scancel", str(job))
 
 
