@@ -63,6 +63,8 @@ class SlurmConfig:
     container: ContainerConfig = field(default_factory=ContainerConfig)
     network_interface: str | None = None
     """What NCCL and gloo talk over (`ib0`); none: they choose."""
+    node_disk: str | None = None
+    """A folder on each node's own disk, variables allowed (`$TMPDIR`): shards are staged there as they are read, also from disks that are mounted."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables to export."""
     setup: list[str] = field(default_factory=list)

@@ -212,16 +212,18 @@ SUPERVISION = r"""
 # --- stop when asked, go on in the next start
 say() {{ echo "$(date +%FT%T) job $job start $start: $*" | tee -a "$events"; }}
 
-ours() {{ # whether SLURM still runs this start of the job: it was not cancelled, requeued, or started elsewhere meanwhile
+ours() {{ # whether this start of the job is SLURM's last word: it was not cancelled, requeued, or started elsewhere meanwhile
   local told=
   for _ in {{1..60}}; do
     told=" $(scontrol --oneliner show job "$job") " && break
     sleep 30 # the controller is away
   done
-  [[ $told == *" JobState=RUNNING "* && $told == *" Restarts=$start "* ]]
+  [[ $told =~ " JobState=RUNNING "|" Reason=TimeLimit " && $told == *" Restarts=$start "* ]]
 }}
 
+requeued=
 requeue() {{
+  requeued=yes
   say "$1; requeued, goes on from its last checkpoint"
   scontrol requeue "$job" || say "cannot be requeued here; launch it again"
 }}
@@ -233,7 +235,7 @@ near_the_limit() {{
   [ -z "$step" ] || kill -USR1 "$step" # srun hands it to the ranks
 }}
 ending() {{ # SLURM has sent the ranks SIGTERM as well, and SIGKILL follows: whoever has not saved by then goes on from further back
-  if ours; then requeue "SIGTERM before the ranks had stopped (time limit)"; else say "being ended by SLURM (cancelled, requeued or preempted)"; fi
+  if ours; then requeue "ended by the time limit before the ranks had stopped"; else say "being ended by SLURM (cancelled, requeued or preempted)"; fi
 }}
 trap near_the_limit USR1
 trap ending TERM
@@ -247,6 +249,9 @@ while true; do
   code=$?
   kill -0 "$step" 2> /dev/null || break # it has ended: `wait` was not merely interrupted by a signal
 done
+wait "$step" 2> /dev/null # where it ended while a signal interrupted `wait`, its own code is still to be had
+last=$?
+[ "$last" = 127 ] || code=$last
 first_exit=$(grep -m 1 -v '^0 ' "$exits" 2> /dev/null) # `137 rank 3 on n2`
 why=${{first_exit%% *}}
 why=${{why:-$code}}
@@ -260,7 +265,7 @@ if [ "$code" = 0 ] && [ "$(grep -c '^0 ' "$exits")" = "$world" ]; then # srun sa
   say "finished"
   exit 0
 fi
-if ! ours; then
+if [ -n "$requeued" ] || ! ours; then
   say "ended with code $why, after SLURM had taken the job away"
   exit "$code"
 fi

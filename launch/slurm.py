@@ -182,6 +182,14 @@ def plan_task(
     key = WORKERS.get(stage)
     if key and not explicit and options.gpus_per_node and options.cpus_per_task:
         arguments = [*arguments, f"--{key}", str(options.cpus_per_task - 1)]  # one core trains, the others load
+    if options.node_disk and stage in TRAINED:  # the variables are for the ranks to expand
+        arguments = [
+            *arguments,
+            "--data.cache.folder",
+            f"{options.node_disk}/ligature-shards",
+            "--data.cache.stage",
+            "true",
+        ]
     if stage == "doctor":
         return Task(shlex.join([stage, *arguments]), Path(f"runs/doctor{number}").absolute()), None, 0
     if stage == "shard":

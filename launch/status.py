@@ -94,7 +94,7 @@ def progress_lines(folder: Path) -> dict[str, str]:
     config = _config(folder)
     metrics = read_metrics(folder)
     step = int(max((line["step"] for line in metrics), default=0))
-    steps = total_steps(folder, config)
+    steps = total_steps(config["training"], metrics)
     lines = {"step": f"{step:,}" + (f" of {steps:,} ({100 * step / steps:.0f} %)" if steps else "")}
     if (folder / "finished.json").exists():
         lines["step"] += ", finished"
@@ -120,18 +120,17 @@ def _config(folder: Path) -> dict[str, Any]:
     return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
 
 
-def total_steps(folder: Path, config: dict[str, Any]) -> int | None:
-    """Of the whole run; None where that depends on data that cannot be read from here."""
-    from data_tools.manifest import read_manifest
+def total_steps(training: dict[str, Any], metrics: list[dict[str, float]]) -> int | None:
+    """Of the whole run: stated, or by the share of an epoch that the steps so far have taken; None before the first of them."""
     from pretrain.config import LoopConfig
 
-    training = config["training"]
     if training["steps"]:
         return training["steps"]
-    try:
-        samples = read_manifest(config["data"]["train"], check=False).samples
-    except LigatureError:
+    epochs = [(line["step"], line["train/epoch"]) for line in metrics if line.get("train/epoch")]
+    if not epochs:
         return None
+    step, epoch = epochs[-1]
+    samples = round(step * training["global_batch"] / epoch)
     return LoopConfig(epochs=training["epochs"], global_batch=training["global_batch"]).total_steps(samples)
 
 

@@ -89,6 +89,9 @@ def test_workers_follow_the_cores(capsys, monkeypatch):
     assert planned("--cpus-per-task", "12") == (12, 11, 1)
     assert planned("--data.workers", "5") == (6, 5, 1)
     assert planned("--cpus-per-task", "12", "--data.workers", "4") == (12, 4, 8)
+    slurm_disk = slurm.split_arguments(["--node-disk", "$TMPDIR", *base[2:]])
+    _, (staged,) = slurm.plan_job("pretrain", slurm_disk[1], slurm_disk[0])
+    assert staged.data.cache.stage and staged.data.cache.folder == "$TMPDIR/ligature-shards"
     assert planned("--cpus-per-task", "4", "--gpus-per-node", "0", "--data.workers", "1") == (4, 1, 3)
 
 
@@ -181,9 +184,11 @@ class FakeCluster:
             f"ligature={folder}/ligature" if "ligature=" in line[:9] else line for line in text.splitlines()
         )
 
-    def run(self, rank: str, start: int = 0, now: str = "JobState=RUNNING Restarts={start}") -> tuple[int, list[str]]:
+    def run(
+        self, rank: str, start: int = 0, now: str = "JobState=RUNNING Reason=None Restarts={start}"
+    ) -> tuple[int, list[str]]:
         """Run a start whose rank does `rank`. -> its exit code, and what SLURM was told."""
-        (self.folder / "job").write_text(f"JobId=7 {now.format(start=start)} Reason=None\n")
+        (self.folder / "job").write_text(f"JobId=7 {now.format(start=start)} Requeue=1\n")
         (self.folder / "told").unlink(missing_ok=True)
         environment = os.environ | {"PATH": f"{self.folder}:{os.environ['PATH']}", "FAKE": str(self.folder)}
         environment |= {"FAKE_RANK": rank, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"}
@@ -271,6 +276,14 @@ def test_the_signal_before_the_limit_reaches_the_rank_and_requeues(fake):
     code, said = fake.run(rank)
     assert code == 75 and said == ["requeue 7"]
     assert "the time limit is near" in (Path.cwd() / "runs/x/launch/events.log").read_text()
+
+
+def test_a_rank_too_slow_for_the_limit_is_requeued_all_the_same(fake):
+    # As seen in SLURM 22.05: at the limit the script gets SIGTERM, and the job no longer counts as running.
+    now = "JobState=COMPLETING Reason=TimeLimit Restarts={start}"
+    assert fake.run("kill -TERM $(ps -o ppid= -p $PPID); exit 9", now=now) == (9, ["requeue 7"])
+    cancelled = "JobState=COMPLETING Reason=None Restarts={start}"
+    assert fake.run("kill -TERM $(ps -o ppid= -p $PPID); exit 9", now=cancelled) == (9, [])
 
 
 def test_completion_knows_commands_and_keys(capsys, tmp_path):
