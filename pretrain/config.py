@@ -22,6 +22,8 @@ class ImageEncoderConfig:
     width: int | None = None
     depth: int | None = None
     heads: int | None = None
+    position_std: float = 0.02
+    """Deviation of fresh position embeddings. 1.0 lets a small model from random weights learn where things are (docs/decisions.md)."""
     drop_path: float = 0.0
     """Share of residual branches left out in training (stochastic depth)."""
     weights: str = "none"

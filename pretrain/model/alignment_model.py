@@ -44,7 +44,7 @@ class MaskedLanguageHead(nn.Module):
         self.dense = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
-        self.apply(start_weights)
+        self.apply(start_weights(width))
 
     def forward(self, states: Tensor, words: Tensor) -> Tensor:
         """states: (masked words, width); words: (vocabulary, width) -> logits (masked words, vocabulary)."""

@@ -17,7 +17,7 @@ class FusionEncoder(nn.Module):
             BertLayer(text.width, text.heads, text.feed_forward, text.dropout, image_width)
             for _ in range(config.layers)
         )
-        self.apply(start_weights)
+        self.apply(start_weights(text.width))
 
     def read_images(self, image_tokens: Tensor) -> list[KeysValues]:
         """Keys and values of each layer, made once per image: (images, tokens, image width) -> per layer (images, heads, tokens, …)."""

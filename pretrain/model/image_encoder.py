@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import ImageEncoderConfig
+from pretrain.model.bert_layers import deviation
 from runtime.errors import RecipeError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -49,6 +50,12 @@ class ImageEncoder(nn.Module):
                 f"model.image.architecture {config.architecture} has no class token; choose a timm ViT that has one"
             )
         self.width: int = self.vit.embed_dim
+        with torch.no_grad():
+            for module in self.vit.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.trunc_normal_(module.weight, std=deviation(self.width))
+            if self.vit.pos_embed is not None:  # some of timm's rotate instead
+                self.vit.pos_embed.normal_(std=config.position_std)
         self.tokens: int = self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
         # Not in the state: they are constants, and DeepSpeed does not carry buffers between ranks.
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1) * 255, persistent=False)

@@ -24,7 +24,7 @@ class TextEncoder(nn.Module):
         self.layers = nn.ModuleList(
             BertLayer(config.width, config.heads, config.feed_forward, config.dropout) for _ in range(config.layers)
         )
-        self.apply(start_weights)
+        self.apply(start_weights(config.width))
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids: (texts, words) int64; mask: (texts, words) bool, True where a word is -> (texts, words, width)."""
