@@ -61,7 +61,7 @@ def verify(folder: str | Path, full: bool = False, workers: int = 1) -> Manifest
     if full:
         tasks = [(manifest.folder, shard) for shard in manifest.shards]
         found: dict[str, list[str]] = {}
-        with progress("verifying", manifest.bytes >> 20, "MiB") as bar:
+        with progress("verifying", sum(shard.bytes >> 20 for shard in manifest.shards), "MiB") as bar:
             for (_, shard), wrong in run_parallel(_broken_inside, tasks, workers):
                 found[shard.name] = wrong
                 bar.advance(shard.bytes >> 20)

@@ -126,6 +126,23 @@ def test_reencoding_is_upright_and_of_one_format():
         ShardOptions(Path("a"), Path("b"), reencode="gif")
 
 
+# -- A folder of our own as a source
+
+
+def test_a_shard_folder_is_a_source_that_keeps_captions_and_image_ids(tmp_path):
+    from data_tools.manifest import read_index
+    from data_tools.writer import shard
+
+    first = write_shards(items_of([0, 1, 2, 3, 0]), tmp_path / "o", shard_samples=2, workers=1)
+    again = shard(ShardOptions(tmp_path / "o", tmp_path / "p", resize_shorter=16, workers=1))
+    assert (again.samples, again.captions) == (5, first.captions)
+    old = [read_index(tmp_path / "o" / each.index) for each in first.shards]
+    new = read_index(tmp_path / "p/shard-000000.parquet")
+    assert new.key == [key for index in old for key in index.key] and set(new.width) == {16}
+    assert new.image_id.tolist() == [number for index in old for number in index.image_id]
+    assert new.image_id[0] == new.image_id[4] and len(set(new.image_id)) == 4
+
+
 # -- Killed at every step
 
 KILLED = """
