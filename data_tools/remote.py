@@ -74,7 +74,10 @@ class ShardCache:
                     self._make_room(size or 0, address)
                     _retried(lambda: _download(address, partial, sha256), address)
                     os.replace(partial, self.folder / key)
-                    return self._open_present(key)
+                    descriptor = self._open_present(key)
+                    if size is None:
+                        self._make_room(0, address)
+                    return descriptor
         except FileNotFoundError:
             raise
         except OSError as error:

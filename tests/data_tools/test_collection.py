@@ -75,7 +75,7 @@ def test_an_image_that_cannot_be_read_stops_scoring_with_one_line(drawn, tmp_pat
     with pytest.raises(DataError) as error:
         list(Collection(tmp_path / "test").images(EvaluationTransform(16), range(24), 4, workers))
     message = str(error.value)
-    assert "\n" not in message and index.key[2] in message and "shard it again" in message
+    assert "\n" not in message and index.key[2] in message and "mend or fetch it" in message
 
 
 def test_a_missing_folder_is_one_line(tmp_path):

@@ -1,0 +1,78 @@
+"""What loader workers leave behind: no memory over epochs, and nothing in shared memory after kill -9."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from test_training_set import make
+
+from data_tools import ShardStream
+from data_tools.training_set import TrainingSet
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+fork = multiprocessing.get_context("fork")
+EPOCHS = 50
+
+
+def private_bytes(process: int | str) -> int:
+    """Memory that is this process's alone: what a leak would add to."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
+
+
+def pixels(image, seed: int) -> torch.Tensor:
+    return torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+
+
+def measure(folder: Path, workers: int, sent) -> None:
+    """-> private memory of this process and its workers, once an epoch. In a process of its own: the test's is full of other
+    things."""
+    data = TrainingSet(str(folder))
+    stream, sizes = ShardStream(data, 20, workers=workers, transform=pixels), []
+    for batch in stream:
+        if batch["positions"][-1] % 60 == 59:
+            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            sizes.append([private_bytes(process) for process in ("self", *children)])
+        if len(sizes) == EPOCHS:
+            break
+    sent.put(sizes)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_fifty_epochs_cost_no_memory(tmp_path, workers):
+    results = fork.SimpleQueue()
+    child = fork.Process(target=measure, args=(make(tmp_path / "shards", "m", 60, 20), workers, results))
+    child.start()
+    sizes = torch.tensor(results.get(), dtype=torch.float64)
+    child.join()
+    assert sizes.shape == (EPOCHS, 1 + workers)
+    # The first epochs fill caches. After them 60 samples an epoch, of 24 kB each, would show at once if they stayed.
+    growth = (sizes[-10:].median(0).values - sizes[5:15].median(0).values) / (EPOCHS - 15)
+    assert (growth < 20_000).all(), f"bytes an epoch: {growth.tolist()}"
+
+
+def read_for_ever(folder: Path, sent) -> None:
+    for number, _ in enumerate(ShardStream(str(folder), 20, workers=2, transform=pixels)):
+        if number == 5:
+            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            sent.put([int(process) for process in children])
+
+
+def test_nothing_is_left_in_shared_memory_after_kill_9(tmp_path):
+    folder, results = make(tmp_path / "shards", "m", 40, 20), fork.SimpleQueue()
+    victim = fork.Process(target=read_for_ever, args=(folder, results))
+    victim.start()
+    workers = results.get()
+    assert len(workers) == 2
+    for process in (*workers[:1], victim.pid):
+        os.kill(process, signal.SIGKILL)
+    victim.join()
+    names = [str(process) for process in (victim.pid, *workers)]
+    assert not [left for left in os.listdir("/dev/shm") if any(name in left for name in names)]
+    for process in workers[1:]:
+        os.kill(process, signal.SIGKILL)  # it would notice within seconds
