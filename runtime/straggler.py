@@ -68,7 +68,7 @@ class StragglerWatch:
 
     def _write(self, step: int, rows: list[tuple[float, float, float, str]], folder: Path) -> None:
         now = time.monotonic()
-        if now - self._written < WRITE_EVERY:
+        if now - self._written < WRITE_EVERY or not folder.is_dir():  # a mount that went is not to be written beneath
             return
         self._written = now
         names = ("data_wait_seconds", "own_work_seconds", "step_seconds", "host")

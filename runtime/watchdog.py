@@ -40,6 +40,10 @@ FAILURES = (
 )
 """What an error of torch.distributed says when another rank has gone."""
 
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+OURS = tuple(
+    os.path.join(_ROOT, floor) for floor in ("runtime", "data_tools", "pretrain", "finetune", "launch", "tests")
+)
 
 _watches = 0
 
@@ -257,14 +261,11 @@ def _spans(ranks: list[int]) -> str:
 
 def _innermost(thread: int | None) -> str:
     """`task.py:103 prepare`: where the main thread stands in our own code."""
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     frame = sys._current_frames().get(thread or 0)
     while frame is not None:
-        name = frame.f_code.co_filename
-        if name.startswith(here) and not any(
-            part in name for part in ("site-packages", "watchdog.py", f"{here}/tests")
-        ):
-            return f"{os.path.basename(name)}:{frame.f_lineno} {frame.f_code.co_name}"
+        folder, name = os.path.split(frame.f_code.co_filename)
+        if folder.startswith(OURS) and name != "watchdog.py":
+            return f"{name}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return "outside our code"
 

@@ -25,7 +25,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed", "timm", "deepspeed", "pretrain.task", "pretrain.engine"]
+PRELOAD = ["torch", "torch.distributed", "torch.utils.tensorboard", "timm", "deepspeed", "pretrain.engine", "pretrain.train"]
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "DEEPSPEED_LOG_LEVEL": "warning", "OMP_NUM_THREADS": "1"}
 GRACE = 3.0
 """Seconds that the other ranks have to end after one of them failed: they may wait for it in a collective for ever."""
@@ -69,9 +69,9 @@ class GlooPool:
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+    def start_server(self) -> None:
+        """The server that processes are forked from, if it does not run yet."""
+        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
         before = {name: os.environ.get(name) for name in ENVIRONMENT}
         os.environ.update(ENVIRONMENT)
         try:
@@ -82,6 +82,10 @@ class GlooPool:
                     del os.environ[name]
                 else:
                     os.environ[name] = value
+
+    def _start(self) -> None:
+        self.start_server()
+        context = multiprocessing.get_context("forkserver")
         self._folder = Path(tempfile.mkdtemp(prefix="gloo-pool-"))
         for rank in range(self.world):
             ours, theirs = context.Pipe()

@@ -1,0 +1,105 @@
+"""A rank that dies, hangs or errs: the others stop in time, with a line that names it and says what each was doing."""
+
+from __future__ import annotations
+
+import pytest
+import watchdog_jobs
+from rank_processes import start_ranks
+
+from runtime.ranks import Ranks
+from runtime.watchdog import Seen, judge
+
+LIMIT = 6.0
+FAULTS = [
+    ("killed", 1),
+    ("killed", 0),
+    ("hung", 1),
+    ("hung", 0),
+    ("stopped", 1),
+    ("error", 1),
+    ("error", 0),
+    ("bug", 1),
+]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """Every scenario at once, for they mostly wait: (fault, culprit) -> exit codes and logs."""
+    folder = tmp_path_factory.mktemp("watchdog")
+    started = {
+        (fault, culprit): start_ranks(
+            folder / f"{fault}-{culprit}", 2, watchdog_jobs.step_with_a_fault, fault, culprit, LIMIT
+        )
+        for fault, culprit in FAULTS
+    }
+    started["absent", 1] = start_ranks(folder / "absent", 2, watchdog_jobs.only_come, 2.0)
+    started["together", 0] = start_ranks(folder / "together", 2, watchdog_jobs.all_leave, LIMIT)
+    found = {}
+    for case, ranks in started.items():
+        if case[0] == "stopped":  # it can neither end nor be waited for
+            ranks.processes[0].join(60)
+            ranks.processes[1].kill()
+        found[case] = ranks.wait()
+    return found
+
+
+@pytest.mark.parametrize(("fault", "culprit"), [case for case in FAULTS if case[0] in ("killed", "stopped")])
+def test_a_dead_ranks_fellow_stops_with_its_name(ended, fault, culprit):
+    codes, logs = ended[fault, culprit]
+    assert codes[1 - culprit] == 76, logs
+    said = logs[1 - culprit]
+    assert f"rank {culprit}" in said and "computing with the others, step 3" in said, said
+    assert "died or lost its network" in said or "does not answer" in said, said
+    if culprit == 1:  # what it was last heard of doing: it may have died within its first beat
+        assert "; it was " in said and "step 3 (watchdog_jobs.py" in said, said
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_hung_rank_is_told_from_those_that_wait_for_it(ended, culprit):
+    codes, logs = ended["hung", culprit]
+    assert codes == [76, 76], logs
+    said = logs[0]
+    assert f"rank {culprit} (" in said and "hangs: no progress for" in said and "it was reading data, step 3" in said
+    assert "The others: computing with the others, step 3" in said
+
+
+@pytest.mark.parametrize(("fault", "culprit", "code"), [("error", 1, 1), ("error", 0, 1), ("bug", 1, 1)])
+def test_a_rank_that_errs_tells_its_own_line_and_the_others_stop(ended, fault, culprit, code):
+    codes, logs = ended[fault, culprit]
+    assert codes[culprit] == code and codes[1 - culprit] == 76, logs
+    assert ("shard-00007.tar is broken" if fault == "error" else "ZeroDivisionError") in logs[culprit]
+    if culprit == 1:
+        assert "rank 1 (" in logs[0] and (
+            "shard-00007" in logs[0] if fault == "error" else "division by zero" in logs[0]
+        )
+
+
+def test_a_rank_that_never_comes_is_named(ended):
+    codes, logs = ended["absent", 1]
+    assert codes == [76, 0] and "of 2 ranks 1 did not come" in logs[0], logs
+
+
+def test_ranks_that_stop_by_the_same_error_keep_its_code(ended):
+    codes, logs = ended["together", 0]
+    assert codes == [1, 1] and all("all is broken" in log for log in logs), logs
+
+
+def test_of_a_thousand_ranks_those_that_entered_the_fewest_phases_are_named():
+    seen = {rank: Seen(0.0) for rank in range(1000)}
+    for rank, one in seen.items():
+        late = rank in (17, 18, 700)
+        beat = {"beat": 1, "phases": 40 - late, "left": "", "host": "n", "pid": rank, "at": "x.py:1 f"}
+        one.look(beat | {"doing": "reading data, step 9" if late else "computing with the others, step 9"}, 0.0)
+        one.look(one.beat | {"beat": 2}, 99.0)
+    assert judge(seen, Ranks(0, 1000), 100.0, 30.0, 99.0) == ""
+    said = judge(seen, Ranks(0, 1000), 50.0, 30.0, 99.0)
+    assert said.startswith("ranks 17 (n, pid 17), 18 (n, pid 18), 700 (n, pid 700) hangs: no progress for 99 s")
+    assert "ranks" not in said.split("The others: ")[1] and "computing with the others, step 9 (x.py:1 f)" in said
+
+
+def test_where_all_stand_at_the_same_place_nobody_is_blamed():
+    seen = {rank: Seen(0.0) for rank in range(3)}
+    for one in seen.values():
+        one.look({"beat": 2, "phases": 4, "left": "", "doing": "computing with the others, step 9", "at": "a"}, 0.0)
+        one.beaten = 99.0
+    assert "a collective hangs" in judge(seen, Ranks(0, 3), 50.0, 30.0, 99.0)
