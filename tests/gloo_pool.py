@@ -25,7 +25,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed", "torch.utils.tensorboard", "timm", "deepspeed", "pretrain.engine", "pretrain.train"]
+PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "torch.utils.tensorboard",
+    "timm",
+    "deepspeed",
+    "pretrain.engine",
+    "pretrain.train",
+]
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "DEEPSPEED_LOG_LEVEL": "warning", "OMP_NUM_THREADS": "1"}
 GRACE = 3.0
 """Seconds that the other ranks have to end after one of them failed: they may wait for it in a collective for ever."""
