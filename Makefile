@@ -8,10 +8,11 @@ BIN := $(VENV)/bin
 # Ranks and loaders share the cores as processes: one thread each is fastest, and a run repeats to the bit.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test slurm controls bench lint clean
+.PHONY: help demo test faults slurm controls bench lint clean
 help:
 	@echo 'make demo      make .venv, install, and run the whole path on drawn shapes'
 	@echo 'make test      make .venv, install, and run the tests'
+	@echo 'make faults    the long form of the tests of faults; the tables of docs/reliability.md'
 	@echo 'make slurm     launching, on a cluster of real SLURM daemons that the tests start here (Debian: slurm-wlm, munge)'
 	@echo 'make controls  the demo, then what stands beside its claims: shuffled pairs, relations, the gate'
 	@echo 'make bench     every benchmark: ratios beside their aims, measured here'
@@ -23,6 +24,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.develop
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: $(VENV)/.develop
+	$(BIN)/python -m pytest -m faults -s $(ARGS)
 
 slurm: $(VENV)/.develop
 	$(BIN)/python -m pytest -m slurm $(ARGS)

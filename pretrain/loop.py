@@ -90,8 +90,8 @@ def run_loop(
             if sick.reason:
                 sick.note(step, float(figures["loss"]), batch["keys"], ranks, sick_log)
                 if sick.exhausted:
-                    healthy = sick.give_up_or_return(step, sick_log)
                     settled()
+                    healthy = sick.give_up_or_return(step, sick_log)
                     watchdog.doing("going back to a checkpoint", step)
                     step = stage.go_back(healthy)
                     bar.done = step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -178,3 +179,21 @@ def test_a_free_port_can_be_bound():
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", free_port()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's PR_SET_PDEATHSIG")
+def test_ranks_end_with_a_launcher_that_is_killed_at_once():
+    rank = "import os, signal; os.write(1, f'{os.getpid()}\\n'.encode()); signal.pause()"
+    launcher = f"from launch.local import run_ranks\nimport sys\nrun_ranks([sys.executable, '-c', {rank!r}], 2)"
+    process = subprocess.Popen([sys.executable, "-c", launcher], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    pids = [int(process.stdout.readline()) for _ in range(2)]
+    ends = [os.pidfd_open(pid) for pid in pids]
+    try:
+        process.kill()
+        for end in ends:
+            assert select.select([end], [], [], 60)[0], "a rank runs on without its launcher"
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
