@@ -20,8 +20,8 @@ from data_tools.images import decode_image
 from data_tools.manifest import Manifest, image_number, read_manifest
 from data_tools.reader import RawSample, ShardReader
 from data_tools.sources import Choice, clean_caption, collect, detect_kind, safe_key
-from data_tools.sources.collect import entries_of
 from data_tools.sources.items import Dropped
+from data_tools.sources.samples import entries_of
 from data_tools.stream import begin_worker, raised
 from runtime.errors import DataError, RecipeError
 
