@@ -119,6 +119,13 @@ LIGHT = [
     "launch",
     "launch.cli",
     "launch.local",
+    "launch.completion",
+    "launch.config",
+    "launch.doctor",
+    "launch.hosts",
+    "launch.script",
+    "launch.slurm",
+    "launch.status",
     "launch.plan",
     "pretrain",
     "pretrain.config",
@@ -161,7 +168,14 @@ def test_what_describes_a_run_imports_no_torch():
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["pretrain", "--help"], ["finetune", "--help"], ["evaluate", "--help"], ["shard", "--help"]],
+    [
+        ["--help"],
+        ["pretrain", "--help"],
+        ["finetune", "--help"],
+        ["evaluate", "--help"],
+        ["shard", "--help"],
+        ["launch", "slurm", "--help"],
+    ],
     ids=" ".join,
 )
 def test_help_is_answered_without_torch(arguments):

@@ -89,6 +89,23 @@ def test_two_jobs_share_a_node_and_each_rank_has_its_cores(cluster, ligature, dr
     cluster.run("scancel", str(job))
 
 
+def test_slices_of_a_source_become_one_shard_folder(cluster, ligature, drawn):
+    """As an array; launched again on the finished folder it changes nothing."""
+    source = ("shard", str(drawn / "source/captions_train.json"), "--images", str(drawn / "source/images"))
+    shards = ("--out", "shards", "--shard_samples", "16", "--array", "3", "--cpus-per-task", "1")
+    manifest, events = ligature.folder / "shards/manifest.json", ligature.folder / "shards.launch/launch/events.log"
+    for times in (1, 2):
+        ligature.submit(*source, *shards)
+        ligature.wait(lambda: events.exists() and events.read_text().count("finished") == 3 * times, "three slices")  # noqa: B023
+        if times == 1:
+            whole = manifest.read_bytes()
+    assert manifest.read_bytes() == whole
+    assert sorted(path.name for path in manifest.parent.glob("*.tar")) == [
+        f"shard-{number:06}.tar" for number in range(4)
+    ]
+    assert "crashed" not in events.read_text()
+
+
 def test_torchrun_passes_the_signal_on(cluster, ligature):
     job = ligature.submit(
         "pretrain", "--config", "tiny.yaml", "--name", "elastic", "--nodes", "2", "--launcher", "torchrun",
