@@ -200,7 +200,8 @@ def _ranks(job: Job) -> str:
             torchrun[0] = job.ligature.split(" -m ")[0]
         text += NODE.format(" ".join(torchrun))
         what = '"$node"'
-    return text + f"\nranks=({shlex.join([*srun, *inside, 'bash', '-c'])} {what})\n"
+    lines = "\n".join(f"  {word}" for word in map(shlex.quote, [*srun, *inside]))
+    return text + f"\nranks=(\n{lines}\n  bash -c {what}\n)\n"
 
 
 def _cores_of_a_task(config: SlurmConfig) -> int:

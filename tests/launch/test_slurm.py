@@ -43,7 +43,7 @@ def test_the_script_asks_for_what_was_asked(capsys):
     assert options["open-mode"] == "append" and "requeue" in options
     assert options["output"] == f"{Path.cwd()}/runs/big/logs/job-%j.log"
     # Since 22.05 srun does not take it over from sbatch: without it all workers of a rank share one core.
-    assert "srun --export=ALL --kill-on-bad-exit=1 --cpus-per-task=12 " in text
+    assert "ranks=(\n  srun\n  --export=ALL\n  --kill-on-bad-exit=1\n  --cpus-per-task=12\n" in text
     assert f"command='pretrain --config {Path.cwd()}/runs/big/config.yaml'" in text
     assert "--gpus-per-task" not in text  # it hides the other GPUs of a node, and every rank would see device 0
 
