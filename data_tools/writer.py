@@ -102,7 +102,7 @@ def read_options(arguments: list[str]) -> ShardOptions:
 
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--annotation", *arguments]
-    arguments = ["--exclude+" if argument == "--exclude" else argument for argument in arguments]  # each adds one
+    arguments = [re.sub(r"^--exclude(?==|$)", "--exclude+", argument) for argument in arguments]  # each adds one
     return read_recipe(ShardOptions, arguments, "ligature shard")
 
 

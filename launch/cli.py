@@ -202,7 +202,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "demo": (demo, "the whole path on drawn shapes, on a CPU, in minutes; prints the table"),
     "shapes": (shapes, "OUT: draw captioned scenes of coloured shapes to try things on"),
     "shard": (shard, "SOURCE --out DIR: make WebDataset shards from captioned images"),
-    "inspect": (inspect, "DIR: verify and describe a shard folder"),
+    "inspect": (inspect, "DIR: verify and describe a shard folder, or index tars made elsewhere"),
     "pretrain": (pretrain, "--config RECIPE: pretrain, or go on where it stopped"),
     "finetune": (finetune, "--config RECIPE: fine-tune a checkpoint for retrieval"),
     "evaluate": (evaluate, "--config RECIPE: score a checkpoint, with a table and a JSON record"),

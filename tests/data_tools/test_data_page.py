@@ -30,3 +30,8 @@ def test_the_page_has_a_command_for_every_dataset():
     text = " ".join(" ".join(command) for command in COMMANDS)
     for name in ("coco", "flickr30k", "Flickr8k", "cc3m", "cc12m", "vg.json", "multi30k", "photos"):
         assert name in text
+
+
+def test_exclude_may_be_given_in_either_spelling():
+    options = read_options(["a.json", "--out", "o", "--exclude", "one", "--exclude=two"])
+    assert options.exclude == [Path("one"), Path("two")]
