@@ -231,9 +231,8 @@ if __name__ == "__main__":
     cluster = Cluster(Path(sys.argv[1]), nodes=int(sys.argv[2]) if len(sys.argv) > 2 else 2)
     cluster.start()
     print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}", flush=True)
-    try:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    with suppress(KeyboardInterrupt):
         signal.pause()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        cluster.stop()
+    cluster.stop()
