@@ -147,6 +147,22 @@ def export(arguments: list[str]) -> None:
     print(run(options.checkpoint, options.out))
 
 
+def heatmap(arguments: list[str]) -> None:
+    from runtime.recipe import OptionParser
+
+    parser = OptionParser(
+        "ligature heatmap", description="Where in an image the words of a caption look, by a HAT checkpoint."
+    )
+    parser.add_argument("checkpoint", help="a HAT run's folder or a checkpoint's")
+    parser.add_argument("image", type=Path)
+    parser.add_argument("caption")
+    parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
+    options = parser.parse_args(arguments)
+    from finetune.heat_maps import draw_heat_maps
+
+    draw_heat_maps(options.checkpoint, options.image, options.caption, options.out)
+
+
 def plot(arguments: list[str]) -> None:
     from runtime.recipe import OptionParser
 
@@ -209,6 +225,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "compare": (compare, "A B: two score records held against each other, a paired test"),
     "import": (import_weights, "albef FILE OUT: a published checkpoint as one of ours"),
     "export": (export, "CHECKPOINT OUT: the model alone, as a plain safetensors folder"),
+    "heatmap": (heatmap, "CHECKPOINT IMAGE CAPTION --out FILE: where HAT's words look"),
     "plot": (plot, "RUN… --out FILE: the curves of a run as a picture"),
     "launch": (
         launch,
