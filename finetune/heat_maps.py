@@ -38,7 +38,7 @@ def attention_maps(hat: LoadedHat, image: Image.Image, caption: str) -> tuple[li
         side = math.isqrt(found.shape[1])
         assert side * side == found.shape[1], "the encoders take square images"
         maps.append(found[1:-1].reshape(-1, side, side).numpy())
-    names = [hat.tokenizer.pipeline.id_to_token(number) for number in ids[0, 1:-1].tolist()]
+    names = [hat.tokenizer.pipeline.id_to_token(number) or "?" for number in ids[0, 1:-1].tolist()]
     return names, maps
 
 
