@@ -175,6 +175,22 @@ def plot(arguments: list[str]) -> None:
     plot_curves(options.runs, options.out)
 
 
+def report(arguments: list[str]) -> None:
+    from runtime.recipe import OptionParser
+
+    parser = OptionParser("ligature report", description="One HTML page of a run: curves, codebook, word maps.")
+    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("--out", type=Path, help="HTML file to write (default RUN/report.html)")
+    parser.add_argument("--data", help="shard folder for codewords and word maps (default: the run's validation data)")
+    parser.add_argument("--limit", type=int, default=1000, help="images of it to look at (default 1000)")
+    options = parser.parse_args(arguments)
+    if options.limit < 1:
+        raise RecipeError(f"--limit is {options.limit}; it must be 1 or more")
+    from finetune.run_page import report as run
+
+    print(run(options.run, options.out, options.data, options.limit))
+
+
 def launch(arguments: list[str]) -> None:
     if arguments[:1] == ["slurm"]:
         from launch.slurm import launch_slurm
@@ -226,6 +242,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "import": (import_weights, "albef FILE OUT: a published checkpoint as one of ours"),
     "export": (export, "CHECKPOINT OUT: the model alone, as a plain safetensors folder"),
     "heatmap": (heatmap, "CHECKPOINT IMAGE CAPTION --out FILE: where HAT's words look"),
+    "report": (report, "RUN: one HTML page of a run: curves, codebook, word maps"),
     "plot": (plot, "RUN… --out FILE: the curves of a run as a picture"),
     "launch": (
         launch,

@@ -53,7 +53,8 @@ class Student(nn.Module):
         """-> the weighted sum of the losses, and every named loss and figure, detached."""
         tokens, states, levels = self.model.encode(batch.images, batch.text.ids, batch.text.mask)
         state = StudentState(self.model, batch, tokens, states, levels)
-        total, figures = torch.zeros((), device=tokens.device, dtype=state.image.dtype), dict[str, Tensor]()
+        precise = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+        total, figures = torch.zeros((), device=tokens.device, dtype=precise), dict[str, Tensor]()
         for name, objective in self.objectives.items():
             losses = objective(state)
             total = total + self.weights[name] * losses[name]
@@ -122,8 +123,8 @@ class PretrainTask:
         rows = torch.arange(size, device=self.device) + self.ranks.rank * size
         level_keys = []
         for level in range(len(model.config.levels) if self.student.weights["levels"] else 0):
-            ours = (torch.cat([levels[level][side] for _, _, levels in encoded]) for side in (0, 1))
-            level_keys.append(Keys(*(gather_rows(features) for features in ours), arrived[2]))
+            images, texts = (torch.cat([levels[level][side] for _, _, levels in encoded]) for side in (0, 1))
+            level_keys.append(Keys(gather_rows(images), gather_rows(texts), arrived[2]))
         everyone = None
         if self.student.weights["matching"] and self.recipe.objectives.matching.negatives == "all_ranks":
             everyone = Everyone(gather_rows(views[0].contiguous()), self._gather_text(text))
