@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ CURVES = {
     "Samples a second": ["samples_per_second"],
 }
 """Title -> figures of metrics.jsonl (`train/` left out). A panel whose figures were not logged is left out."""
+WORD = re.compile(r"\w+")
 LOGARITHMIC = ("Transport: errors", "Gradient norm")
 CODEWORDS, NEAREST, MAPPED = 12, 6, 6
 """Codewords shown, images of each, and captions whose words are mapped."""
@@ -193,20 +195,22 @@ def most_used(of_image: Tensor, of_text: Tensor, captions: list[str]) -> list[Co
     """of_image, of_text: similarities (images or captions, codewords)."""
     image_code, text_code = of_image.argmax(-1), of_text.argmax(-1)
     counts = torch.bincount(torch.cat([image_code, text_code]), minlength=of_image.shape[1])
-    everywhere = Counter(word for caption in captions for word in set(caption.lower().split()))
+    everywhere = Counter(word for caption in captions for word in set(WORD.findall(caption.lower())))
     found = []
     for number in counts.argsort(descending=True)[:CODEWORDS].tolist():
         if not counts[number]:
             break
         own = [captions[row] for row in (text_code == number).nonzero().flatten().tolist()]
-        said = Counter(word for caption in own for word in set(caption.lower().split()))
+        said = Counter(word for caption in own for word in set(WORD.findall(caption.lower())))
         # How much more often than everywhere; one caption more everywhere keeps rare words from winning by chance.
         lift = {
             word: (count / len(own)) / ((everywhere[word] + 1) / len(captions))
             for word, count in said.items()
             if count > 1
         }
-        words = sorted(lift, key=lambda word: -lift[word] * said[word] ** 0.5)[:8]
+        words = sorted((word for word in lift if lift[word] > 1.2), key=lambda word: -lift[word] * said[word] ** 0.5)[
+            :8
+        ]
         nearest = of_image[:, number].argsort(descending=True)[:NEAREST].tolist()
         found.append(Codeword(number, nearest, words, float(counts[number]) / len(torch.cat([image_code, text_code]))))
     return found
