@@ -240,7 +240,7 @@ def maps(model: ImageTextModel, collection: Collection, shown: Tensor) -> list[s
         ]
         for token, one_map in zip(tokens[1:-1], heat[1:-1], strict=True):  # without [CLS] and [SEP]
             cells.append(
-                f"<figure><img class=map src='{picture(overlay(shown[number], one_map))}' alt=''><figcaption>{html.escape(token)}</figcaption></figure>"
+                f"<figure><img class=map src='{picture(overlay(shown[number], one_map))}' alt=''><figcaption>{html.escape(token or '')}</figcaption></figure>"
             )
         parts.append(f"<p>{html.escape(caption)}</p><div class=maps>{''.join(cells)}</div>")
     parts.append(
