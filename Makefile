@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Ranks and loaders share the cores as processes: one thread each is fastest, and a run repeats to the bit.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test faults slurm controls bench lint clean
+.PHONY: help demo test faults slurm controls bench coco-protocols lint clean
 help:
 	@echo 'make demo      make .venv, install, and run the whole path on drawn shapes'
 	@echo 'make test      make .venv, install, and run the tests'
@@ -16,6 +16,7 @@ help:
 	@echo 'make slurm     launching, on a cluster of real SLURM daemons that the tests start here (Debian: slurm-wlm, munge)'
 	@echo 'make controls  the demo, then what stands beside its claims: shuffled pairs, relations, the gate'
 	@echo 'make bench     every benchmark: ratios beside their aims, measured here'
+	@echo 'make coco-protocols  5K and 1K x 5 over 5,000 generated images under COCO names, HAT within 16 GB (ARGS="--captions FILE")'
 	@echo 'make lint      ruff (rules and format) and mypy'
 	@echo 'make clean     remove caches and build outputs; .venv and runs stay'
 
@@ -37,6 +38,9 @@ controls: demo $(VENV)/.develop
 bench: $(VENV)/.develop
 	@failed=; for file in benchmarks/*.py; do $(BIN)/python $$file || failed="$$failed $$file"; done; \
 		[ -z "$$failed" ] || { echo "short of an aim:$$failed" >&2; exit 1; }
+
+coco-protocols: $(VENV)/.develop
+	$(BIN)/python benchmarks/campaigns/coco_protocols.py $(ARGS)
 
 lint: $(VENV)/.develop
 	$(BIN)/ruff check

@@ -147,6 +147,22 @@ def export(arguments: list[str]) -> None:
     print(run(options.checkpoint, options.out))
 
 
+def heatmap(arguments: list[str]) -> None:
+    from runtime.recipe import OptionParser
+
+    parser = OptionParser(
+        "ligature heatmap", description="Where in an image the words of a caption look, by a HAT checkpoint."
+    )
+    parser.add_argument("checkpoint", help="a HAT run's folder or a checkpoint's")
+    parser.add_argument("image", type=Path)
+    parser.add_argument("caption")
+    parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
+    options = parser.parse_args(arguments)
+    from finetune.heat_maps import draw_heat_maps
+
+    draw_heat_maps(options.checkpoint, options.image, options.caption, options.out)
+
+
 def plot(arguments: list[str]) -> None:
     from runtime.recipe import OptionParser
 
@@ -157,6 +173,22 @@ def plot(arguments: list[str]) -> None:
     from finetune.report import plot_curves
 
     plot_curves(options.runs, options.out)
+
+
+def report(arguments: list[str]) -> None:
+    from runtime.recipe import OptionParser
+
+    parser = OptionParser("ligature report", description="One HTML page of a run: curves, codebook, word maps.")
+    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("--out", type=Path, help="HTML file to write (default RUN/report.html)")
+    parser.add_argument("--data", help="shard folder for codewords and word maps (default: the run's validation data)")
+    parser.add_argument("--limit", type=int, default=1000, help="images of it to look at (default 1000)")
+    options = parser.parse_args(arguments)
+    if options.limit < 1:
+        raise RecipeError(f"--limit is {options.limit}; it must be 1 or more")
+    from finetune.run_page import report as run
+
+    print(run(options.run, options.out, options.data, options.limit))
 
 
 def launch(arguments: list[str]) -> None:
@@ -209,6 +241,8 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "compare": (compare, "A B: two score records held against each other, a paired test"),
     "import": (import_weights, "albef FILE OUT: a published checkpoint as one of ours"),
     "export": (export, "CHECKPOINT OUT: the model alone, as a plain safetensors folder"),
+    "heatmap": (heatmap, "CHECKPOINT IMAGE CAPTION --out FILE: where HAT's words look"),
+    "report": (report, "RUN: one HTML page of a run: curves, codebook, word maps"),
     "plot": (plot, "RUN… --out FILE: the curves of a run as a picture"),
     "launch": (
         launch,

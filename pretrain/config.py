@@ -68,6 +68,15 @@ class ModelConfig:
     """Rows of the codebook; 0 for a model without one."""
     temperature: float = 0.07
     """Starting temperature of the contrastive losses; learned, within [0.001, 0.5]."""
+    levels: list[list[int]] = field(default_factory=list)
+    """Pairs of [image layer, text layer], counted from 1, that `objectives.levels` aligns besides the last ones."""
+
+    def __post_init__(self) -> None:
+        for pair in self.levels:
+            if len(pair) != 2 or min(pair) < 1 or pair[1] > self.text.layers:
+                raise RecipeError(
+                    f"model.levels holds {pair}; a level is a pair [image layer, text layer], counted from 1, of layers that there are"
+                )
 
 
 @dataclass
@@ -84,6 +93,11 @@ class MatchingConfig:
     """Image-text matching with hard negatives (ALBEF Eq. 4)."""
 
     weight: float = 1.0
+    negatives: Literal["nearby", "all_ranks"] = "nearby"
+    """`nearby`: drawn among the micro-batch (or its `pool`), as in ALBEF; `all_ranks`: among the whole global batch, whose chosen
+    images and texts this rank encodes once more. That costs a second forward, and does not depend on the world."""
+    same_codeword: bool = False
+    """Negatives share the codeword of the right image or text, where there are such (the slides' future work)."""
     pool: int | None = None
     """Negatives are drawn among this many neighbours in the global batch's order (a divisor of the micro-batch), so that
     losses do not depend on how the batch is split. None: among the micro-batch."""
@@ -96,6 +110,15 @@ class MaskedLanguageConfig:
     weight: float = 1.0
     share: float = 0.15
     """Share of the words to predict; of them 80 % are masked, 10 % replaced, 10 % kept."""
+    separators: bool = False
+    """[SEP] may be chosen too, as in ALBEF's code; it is predicted without reading anything."""
+
+
+@dataclass
+class LevelsConfig:
+    """Contrast at inner layers, `model.levels` (the slides' future work)."""
+
+    weight: float = 0.0
 
 
 @dataclass
@@ -118,6 +141,7 @@ class ObjectivesConfig:
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     masked_language: MaskedLanguageConfig = field(default_factory=MaskedLanguageConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    levels: LevelsConfig = field(default_factory=LevelsConfig)
 
 
 @dataclass
@@ -152,27 +176,44 @@ class TeacherConfig:
     queue_from_epoch: float = 0.0
     """The queue's keys join from this epoch on. A model from random weights needs a while without them: as long as the features
     of a batch lie closer together than the teacher moves between batches, telling old keys from new is all the queue teaches."""
+    keys: Literal["global", "local"] = "global"
+    """Keys beside the queue: the teacher's features of the whole global batch, or of a sample's own micro-batch alone (ALBEF)."""
     second_view: bool = True
     """The teacher sees another augmentation of the image than the student (CODIS); off: the same one (ALBEF)."""
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW, linear warm-up, then a cosine; both by step."""
+    """AdamW, linear warm-up, then a cosine."""
 
     lr: float = 1e-4
     min_lr: float = 1e-5
+    schedule: Literal["step", "epoch"] = "step"
+    """`step`: the rate changes with every step. `epoch`: ALBEF's, whose warm-up climbs in 20 stairs within the first epoch, and
+    whose cosine changes from one epoch to the next."""
+    warmup_lr: float = 0.0
+    """Where the warm-up begins."""
     warmup_steps: int = 2000
     weight_decay: float = 0.02
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     clip_norm: float = 0.0
     """Gradients are scaled down to this norm; 0 leaves them."""
 
-    def lr_at(self, step: int, steps: int) -> float:
-        """Linear warm-up from 0, then half a cosine down to `min_lr` at the last of `steps`."""
+    def lr_at(self, step: int, steps: int, epoch: float = 0.0, epochs: float = 1.0) -> float:
+        """The rate of a step of a run of `steps`; `schedule: epoch` goes by the epochs consumed, of all `epochs`.
+
+        Warm-up begins at `warmup_lr` (by step: one step above it), and half a cosine ends at `min_lr`.
+        """
+        if self.schedule == "epoch":
+            if epoch >= 1:
+                return self._cosine(min(1.0, int(epoch) / epochs))
+            stair = min(20, step * 20 // max(1, self.warmup_steps))
+            return self.warmup_lr + (self.lr - self.warmup_lr) * stair / 20
         if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        share = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
+            return self.warmup_lr + (self.lr - self.warmup_lr) * (step + 1) / self.warmup_steps
+        return self._cosine((step - self.warmup_steps) / max(1, steps - self.warmup_steps))
+
+    def _cosine(self, share: float) -> float:
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
 
 
@@ -298,6 +339,18 @@ class PretrainRecipe:
             raise RecipeError(
                 "objectives.codebook.weight is set but model.codewords is 0; set the weight to 0 or give the model codewords"
             )
+        if self.teacher.keys == "local" and (
+            self.objectives.levels.weight or self.objectives.matching.negatives == "all_ranks"
+        ):
+            raise RecipeError(
+                "teacher.keys is local, but objectives.levels and negatives from all ranks need the global batch's keys; set it to global"
+            )
+        if self.objectives.levels.weight and not self.model.levels:
+            raise RecipeError(
+                "objectives.levels.weight is set but model.levels is empty; name the pairs of layers to align"
+            )
+        if self.objectives.matching.same_codeword and not self.model.codewords:
+            raise RecipeError("objectives.matching.same_codeword needs codewords, and model.codewords is 0")
         if not self.model.fusion.layers and (self.objectives.matching.weight or self.objectives.masked_language.weight):
             raise RecipeError(
                 "model.fusion.layers is 0, but matching and masked_language need the fusion encoder; set their weights to 0"

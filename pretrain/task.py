@@ -21,9 +21,10 @@ from pretrain.feature_queue import FeatureQueue
 from pretrain.model.alignment_model import AlignmentModel, TextBatch
 from pretrain.objectives.codebook import Codebook, solve_plans
 from pretrain.objectives.contrastive import Contrastive
+from pretrain.objectives.levels import Levels
 from pretrain.objectives.masked_language import MaskedLanguage, mask_words, word_logits
 from pretrain.objectives.matching import Matching
-from pretrain.objectives.state import Keys, Masked, MicroBatch, Plans, StudentState
+from pretrain.objectives.state import Everyone, Keys, Masked, MicroBatch, Plans, StudentState
 from pretrain.teacher import Teacher
 from runtime.ranks import Ranks, gather_rows, sum_over_ranks
 
@@ -43,15 +44,17 @@ class Student(nn.Module):
             "matching": lambda: Matching(settings.matching),
             "masked_language": MaskedLanguage,
             "codebook": lambda: Codebook(settings.codebook),
+            "levels": Levels,
         }
         self.weights = {name: getattr(settings, name).weight for name in makers}
         self.objectives = {name: make() for name, make in makers.items() if self.weights[name]}
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """-> the weighted sum of the losses, and every named loss and figure, detached."""
-        tokens = self.model.image_encoder(batch.images)
-        state = StudentState(self.model, batch, tokens, self.model.text_encoder(batch.text.ids, batch.text.mask))
-        total, figures = torch.zeros((), device=tokens.device), dict[str, Tensor]()
+        tokens, states, levels = self.model.encode(batch.images, batch.text.ids, batch.text.mask)
+        state = StudentState(self.model, batch, tokens, states, levels)
+        precise = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+        total, figures = torch.zeros((), device=tokens.device, dtype=precise), dict[str, Tensor]()
         for name, objective in self.objectives.items():
             losses = objective(state)
             total = total + self.weights[name] * losses[name]
@@ -82,6 +85,7 @@ class PretrainTask:
             self.teacher.model.compile_layers()
         self.queue = FeatureQueue(recipe.teacher.queue, recipe.model.feature_dim, device)
         self._arrived: tuple[Tensor, Tensor, Tensor] | None = None
+        self._codewords: Tensor | None = None
         self.before_meeting: Callable[[], None] = lambda: None
         """Called in each step before this rank waits for the others, its own part (the teacher's forward) done."""
         self.gathered: Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]] = lambda parameters: (
@@ -107,17 +111,23 @@ class PretrainTask:
         distill_weight = self.recipe.teacher.distill_weight * min(1.0, epoch)
 
         model = self.teacher.model
-        tokens = [model.image_encoder(views[-1, part]) for part in parts]
-        image = torch.cat([model.image_features(part) for part in tokens])
-        text_feature = torch.cat(
-            [model.text_features(model.text_encoder(text.ids[part], text.mask[part])) for part in parts]
-        )
+        encoded = [model.encode(views[-1, part], text.ids[part], text.mask[part]) for part in parts]
+        tokens = [image_tokens for image_tokens, _, _ in encoded]
+        image = torch.cat([model.image_features(image_tokens) for image_tokens in tokens])
+        text_feature = torch.cat([model.text_features(states) for _, states, _ in encoded])
         self.before_meeting()
         arrived = gather_rows(image), gather_rows(text_feature), gather_rows(ids)
         self._arrived = arrived
         past = self.queue.keys() if epoch >= self.recipe.teacher.queue_from_epoch else ()
         keys = Keys(*(torch.cat(parts) for parts in zip(arrived, past, strict=True))) if past else Keys(*arrived)
         rows = torch.arange(size, device=self.device) + self.ranks.rank * size
+        level_keys = []
+        for level in range(len(model.config.levels) if self.student.weights["levels"] else 0):
+            images, texts = (torch.cat([levels[level][side] for _, _, levels in encoded]) for side in (0, 1))
+            level_keys.append(Keys(gather_rows(images), gather_rows(texts), arrived[2]))
+        everyone = None
+        if self.student.weights["matching"] and self.recipe.objectives.matching.negatives == "all_ranks":
+            everyone = Everyone(gather_rows(views[0].contiguous()), self._gather_text(text))
 
         seed = self.recipe.training.seed
         draws = torch.from_numpy(uniforms(derived_seed(seed, NEGATIVES), batch["positions"].numpy(), 2)).to(self.device)
@@ -134,10 +144,26 @@ class PretrainTask:
                 distill_weight=distill_weight,
                 masked=masked[number],
                 plans=Plans(plans.image[rows[part]], plans.text[rows[part]]) if plans else None,
+                level_keys=level_keys,
+                everyone=everyone,
             )
             for number, part in enumerate(parts)
         ]
+        if self.recipe.teacher.keys == "local":
+            for inputs in micro_batches:
+                own = keys.image[inputs.rows], keys.text[inputs.rows], inputs.image_ids
+                inputs.keys = Keys(*(torch.cat(pair) for pair in zip(own, past, strict=True))) if past else Keys(*own)
+                inputs.rows = torch.arange(len(inputs.rows), device=self.device)
         return micro_batches, figures | {"distill_weight": torch.tensor(distill_weight)}
+
+    def _gather_text(self, text: TextBatch) -> TextBatch:
+        """The captions of all ranks, padded to the longest of them."""
+        longest = torch.tensor(text.ids.shape[1], device=self.device)
+        if self.ranks.world > 1:
+            torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX)
+        room = (0, int(longest) - text.ids.shape[1])
+        ids, mask = nn.functional.pad(text.ids, room), nn.functional.pad(text.mask, room)
+        return TextBatch(gather_rows(ids), gather_rows(mask.to(torch.uint8)).bool())
 
     def finish(self, masters: Iterable[tuple[str, Tensor]]) -> None:
         """After an optimizer step: the teacher moves, the batch joins the queue. Not called for a skipped step."""
@@ -153,7 +179,12 @@ class PretrainTask:
             return [None] * len(parts)
         share = self.recipe.objectives.masked_language.share
         altered, chosen = mask_words(
-            text, positions, self.tokenizer, share, derived_seed(self.recipe.training.seed, MASKS)
+            text,
+            positions,
+            self.tokenizer,
+            share,
+            derived_seed(self.recipe.training.seed, MASKS),
+            self.recipe.objectives.masked_language.separators,
         )
         normaliser = float(sum_over_ranks(chosen.sum())) / (self.ranks.world * len(parts)) or 1.0
         masked: list[Masked | None] = []
@@ -191,4 +222,12 @@ class PretrainTask:
         assert model.codebook is not None, "a recipe whose codebook has a weight has codewords"
         with self.gathered([model.codebook]):
             codewords = model.codewords()
-        return solve_plans(image_rows, text_rows, codewords, samples, self.recipe.transport)
+        plans, figures = solve_plans(image_rows, text_rows, codewords, samples, self.recipe.transport)
+        if self._codewords is not None:  # the same features, named by the codewords of now and of the step before
+            both = torch.stack([image_rows, text_rows])
+            changed = (both @ codewords.T).argmax(-1) != (both @ self._codewords.T).argmax(-1)
+            figures["codebook/churn"] = changed.float().mean()
+        else:
+            figures["codebook/churn"] = torch.zeros((), device=self.device)
+        self._codewords = codewords
+        return plans, figures

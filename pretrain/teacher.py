@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.model.alignment_model import AlignmentModel
 
@@ -37,6 +37,15 @@ class Teacher:
         assert len(pairs) == len(self.averages), "every weight of the teacher has a master"
         torch._foreach_lerp_([average for average, _ in pairs], [master for _, master in pairs], 1 - self.momentum)
         self._cast()
+
+    @torch.no_grad()
+    def distance(self, masters: Iterable[tuple[str, Tensor]]) -> Tensor:
+        """How far the student is from its teacher: |masters - averages| / |masters|, over all weights that have a teacher."""
+        pairs = [
+            (self.averages[name], master.to(self.averages[name])) for name, master in masters if name in self.averages
+        ]
+        apart = nn.utils.get_total_norm(torch._foreach_sub([m for _, m in pairs], [average for average, _ in pairs]))
+        return apart / nn.utils.get_total_norm([master for _, master in pairs])
 
     def load(self, averages: dict[str, Tensor]) -> None:
         """Restore the float32 weights by name."""

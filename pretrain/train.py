@@ -100,7 +100,9 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
             print(f"going on from {resumed} at step {step}", flush=True)
 
     def take_step(batch: dict[str, Any], epoch: float, step: int) -> dict[str, Tensor]:
-        engine.set_lr(lr := recipe.optimizer.lr_at(step, steps))
+        engine.set_lr(
+            lr := recipe.optimizer.lr_at(step, steps, epoch, steps * recipe.training.global_batch / len(data))
+        )
         micro_batches, figures = task.prepare(batch, epoch, micro_batch)
         parts: list[dict[str, Tensor]] = []
 
@@ -117,6 +119,8 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
             norm = engine.step(admits)
         if engine.applied:
             task.finish(engine.masters())
+        if (step + 1) % recipe.training.log_every == 0:
+            figures |= {"teacher_distance": task.teacher.distance(engine.masters())}
         figures |= {"lr": torch.tensor(lr), "gradient_norm": torch.tensor(norm)}
         return figures | mean_figures(parts)
 

@@ -23,8 +23,8 @@ from runtime.ranks import Ranks
 
 CAPTIONS = 32
 """Captions scored at once. They come sorted by length, so that hardly any of a block is padding."""
-ELEMENTS = 1 << 19
-"""Similarities of a block: its temporaries, 2 MB each, should stay in the cache."""
+ELEMENTS = 1 << 20
+"""Similarities of a block: its temporaries, 4 MB each, should stay in the cache."""
 GRAM_ELEMENTS = 1 << 25
 """Of the Gram matrices that are kept at a time."""
 

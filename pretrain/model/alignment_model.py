@@ -33,7 +33,7 @@ class Temperature(nn.Module):
 
     def forward(self) -> Tensor:
         """The temperature, shape (1,), float32."""
-        return self.low * (self.high / self.low) ** torch.sigmoid(self.logit.float())
+        return self.low * (self.high / self.low) ** torch.sigmoid(_full(self.logit))
 
 
 class MaskedLanguageHead(nn.Module):
@@ -72,6 +72,16 @@ class AlignmentModel(nn.Module):
         self.image_projection = nn.Linear(self.image_encoder.width, config.feature_dim)
         self.text_projection = nn.Linear(width, config.feature_dim)
         self.masked_language_head = MaskedLanguageHead(width, vocabulary)
+        self.level_projections = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "image_norm": nn.LayerNorm(self.image_encoder.width),  # a ViT's inner layers are not normalised
+                    "image": nn.Linear(self.image_encoder.width, config.feature_dim),
+                    "text": nn.Linear(width, config.feature_dim),
+                }
+            )
+            for _ in config.levels
+        )
         self.matching_head = nn.Linear(width, 2)
         self.temperature = Temperature(config.temperature)
         self.codebook = (
@@ -97,23 +107,46 @@ class AlignmentModel(nn.Module):
         for layer in self.layers():
             layer.compile()
 
+    def encode(self, images: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """-> image tokens, text states, and the unit-norm image and text features of each level."""
+        if not self.config.levels:
+            return self.image_encoder(images), self.text_encoder(ids, mask), []
+        tokens, tops = self.image_encoder.with_levels(images, [image for image, _ in self.config.levels])
+        states = self.text_encoder.layer_states(ids, mask)
+        levels = []
+        for projections, top, (_, layer) in zip(self.level_projections, tops, self.config.levels, strict=True):
+            assert isinstance(projections, nn.ModuleDict)
+            image = projections["image"](projections["image_norm"](top))
+            text = projections["text"](states[layer][:, 0])
+            levels.append((_unit(image), _unit(text)))
+        return tokens, states[-1], levels
+
     def image_features(self, image_tokens: Tensor) -> Tensor:
         """(images, tokens, width) -> unit-norm features (images, feature_dim), float32, from the class token."""
-        return functional.normalize(self.image_projection(image_tokens[:, 0]).float(), dim=-1)
+        return _unit(self.image_projection(image_tokens[:, 0]))
 
     def text_features(self, text_states: Tensor) -> Tensor:
         """(texts, words, width) -> unit-norm features (texts, feature_dim), float32, from [CLS]."""
-        return functional.normalize(self.text_projection(text_states[:, 0]).float(), dim=-1)
+        return _unit(self.text_projection(text_states[:, 0]))
 
     def matching_logits(self, fused_states: Tensor) -> Tensor:
         """(pairs, words, width) -> (pairs, 2): no match, match."""
-        return self.matching_head(fused_states[:, 0]).float()
+        return _full(self.matching_head(fused_states[:, 0]))
 
     def masked_language_logits(self, states: Tensor) -> Tensor:
         """States of masked words alone (masked words, width) -> (masked words, vocabulary)."""
-        return self.masked_language_head(states, self.text_encoder.words.weight).float()
+        return _full(self.masked_language_head(states, self.text_encoder.words.weight))
 
     def codewords(self) -> Tensor:
         """The codebook with unit-norm rows (codewords, feature_dim), float32: normalised here, never in place."""
         assert self.codebook is not None, "this model was made without a codebook"
-        return functional.normalize(self.codebook.float(), dim=-1)
+        return _unit(self.codebook)
+
+
+def _full(values: Tensor) -> Tensor:
+    """float32, or float64 where the model is (tests compare gradients in it)."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _unit(values: Tensor) -> Tensor:
+    return functional.normalize(_full(values), dim=-1)

@@ -65,6 +65,13 @@ class ImageEncoder(nn.Module):
         """images: (batch, 3, size, size) uint8 -> (batch, 1 + patches, width)."""
         return self.vit(self._pixels(images))
 
+    def with_levels(self, images: Tensor, layers: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """`forward`, and the class token after each of some layers (from 1): (batch, width) each, not yet normalised."""
+        tokens, found = self.vit.forward_intermediates(
+            self._pixels(images), [layer - 1 for layer in layers], return_prefix_tokens=True, output_fmt="NLC"
+        )
+        return tokens, [prefix[:, 0] for _, prefix in found]
+
     def layer_tokens(self, images: Tensor, layers: list[int]) -> list[Tensor]:
         """Patch tokens after some layers (from 1), not yet normalised: (batch, patches, width) each, the class token left out."""
         found = self.vit.forward_intermediates(

@@ -49,12 +49,14 @@ def solve_plans(
     plan, row_error, column_error = _solve(cost, config)
     targets = plan[:, :samples] / plan[:, :samples].sum(-1, keepdim=True)
     entropy = -torch.special.xlogy(targets, targets).sum(-1)
-    nearest = torch.bincount(cost.argmin(-1).flatten(), minlength=len(codewords))
+    chosen = cost.argmin(-1)
+    nearest = torch.bincount(chosen.flatten(), minlength=len(codewords))
     share = nearest / nearest.sum()
     figures = {
         "codebook/effective_codes": entropy.exp().mean(),
         "codebook/perplexity": (-torch.special.xlogy(share, share).sum()).exp(),
         "codebook/dead": (nearest == 0).float().mean(),
+        "codebook/largest_share": share.max(),
         "codebook/row_error": row_error.mean(),
         "codebook/column_error": column_error.mean(),
     }

@@ -14,17 +14,24 @@ from pretrain.objectives.state import Masked, StudentState
 
 
 def mask_words(
-    text: TextBatch, positions: Tensor, tokenizer: CaptionTokenizer, share: float, seed: int
+    text: TextBatch,
+    positions: Tensor,
+    tokenizer: CaptionTokenizer,
+    share: float,
+    seed: int,
+    separators: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Choose `share` of the words; of them 80 % become [MASK], 10 % any other token, 10 % stay (BERT's rule).
 
-    Special tokens are never chosen. text: (batch, words); positions: (batch,) the samples' places in the endless order: the
+    Special tokens are never chosen, but for [SEP] where `separators` says so. text: (batch, words); positions: (batch,) the samples' places in the endless order: the
     choice is a function of (seed, position, word). -> altered ids (batch, words), and chosen (batch, words) bool.
     """
     ids = text.ids
     numbers = uniforms(seed, positions.cpu().numpy(), 3 * ids.shape[1]).reshape(len(positions), ids.shape[1], 3)
     draws = torch.from_numpy(np.ascontiguousarray(numbers)).to(ids.device)
-    special = (ids == tokenizer.cls) | (ids == tokenizer.sep) | (ids == tokenizer.pad) | ~text.mask
+    special = (ids == tokenizer.cls) | (ids == tokenizer.pad) | ~text.mask
+    if not separators:
+        special |= ids == tokenizer.sep
     chosen = (draws[..., 0] < share) & ~special
     altered = torch.where(draws[..., 1] < 0.8, tokenizer.mask, ids)
     other = (draws[..., 2] * tokenizer.vocabulary).long()

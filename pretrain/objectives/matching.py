@@ -33,21 +33,45 @@ class Matching:
     """One positive and two negatives a sample: its text with a wrong image, its image with a wrong text."""
 
     def __init__(self, config: MatchingConfig) -> None:
-        self.pool = config.pool
+        self.pool, self.all_ranks, self.same_codeword = (
+            config.pool,
+            config.negatives == "all_ranks",
+            config.same_codeword,
+        )
 
     def __call__(self, state: StudentState) -> dict[str, Tensor]:
         """-> `matching` (cross-entropy over the pairs) and `matching_accuracy`."""
         batch, model, size = state.batch, state.model, len(state.batch.image_ids)
-        # As in ALBEF: the similarities of the contrastive loss, which are to the teacher's features.
-        wrong_image, has_image = self.draw(state, state.text, batch.keys.image[batch.rows], batch.draws[:, 0])
-        wrong_text, has_text = self.draw(state, state.image, batch.keys.text[batch.rows], batch.draws[:, 1])
         own = torch.arange(size, device=batch.rows.device)
-        states = torch.cat([state.text_states, state.text_states, state.text_states[wrong_text]])
-        mask = torch.cat([batch.text.mask, batch.text.mask, batch.text.mask[wrong_text]])
-        fused = model.fusion_encoder(states, mask, state.images_read, torch.cat([own, wrong_image, own]))
+        if self.all_ranks:
+            wrong_image, has_image = self.draw_from_all(state, state.text, batch.keys.image, batch.draws[:, 0])
+            wrong_text, has_text = self.draw_from_all(state, state.image, batch.keys.text, batch.draws[:, 1])
+            assert batch.everyone is not None
+            others = model.fusion_encoder.read_images(model.image_encoder(batch.everyone.images[wrong_image]))
+            images = [
+                (torch.cat([key, other_key]), torch.cat([value, other_value]))
+                for (key, value), (other_key, other_value) in zip(state.images_read, others, strict=True)
+            ]
+            wrong_image = own + size
+            # The global batch's captions may be padded further than this micro-batch's.
+            ids, mask = batch.everyone.text.ids[wrong_text], batch.everyone.text.mask[wrong_text]
+            longest = max(ids.shape[1], batch.text.ids.shape[1])
+            wrong_states = functional.pad(model.text_encoder(ids, mask), (0, 0, 0, longest - ids.shape[1]))
+            wrong_mask = functional.pad(mask, (0, longest - ids.shape[1]))
+            own_states = functional.pad(state.text_states, (0, 0, 0, longest - batch.text.ids.shape[1]))
+            own_mask = functional.pad(batch.text.mask, (0, longest - batch.text.ids.shape[1]))
+        else:
+            # As in ALBEF: the similarities of the contrastive loss, which are to the teacher's features.
+            wrong_image, has_image = self.draw(state, state.text, batch.keys.image[batch.rows], batch.draws[:, 0])
+            wrong_text, has_text = self.draw(state, state.image, batch.keys.text[batch.rows], batch.draws[:, 1])
+            images, own_states, own_mask = state.images_read, state.text_states, batch.text.mask
+            wrong_states, wrong_mask = own_states[wrong_text], own_mask[wrong_text]
+        states = torch.cat([own_states, own_states, wrong_states])
+        mask = torch.cat([own_mask, own_mask, wrong_mask])
+        fused = model.fusion_encoder(states, mask, images, torch.cat([own, wrong_image, own]))
         logits = model.matching_logits(fused)
         labels = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
-        exists = torch.cat([torch.ones_like(has_image), has_image, has_text]).float()
+        exists = torch.cat([torch.ones_like(has_image), has_image, has_text]).to(logits.dtype)
         loss = (functional.cross_entropy(logits, labels, reduction="none") * exists).sum() / exists.sum()
         right = ((logits.detach().argmax(-1) == labels) * exists).sum() / exists.sum()
         return {"matching": loss, "matching_accuracy": right}
@@ -60,8 +84,42 @@ class Matching:
             raise RecipeError(f"objectives.matching.pool {pool} does not divide the micro-batch {len(ids)}")
         pools = len(ids) // pool
         with torch.no_grad():
-            similarity = queries.view(pools, pool, -1) @ candidates.view(pools, pool, -1).mT / state.model.temperature()
+            grouped = candidates.view(pools, pool, -1)
+            similarity = queries.view(pools, pool, -1) @ grouped.mT.to(queries.dtype) / state.model.temperature()
             same = ids.view(pools, pool, 1) == ids.view(pools, 1, pool)
+            if self.same_codeword:
+                codes = nearest_codeword(grouped, state)
+                same = narrow(same, codes[..., :, None] == codes[..., None, :])
             column, exists = draw_negatives(similarity, same, draws.view(pools, pool))
             first = torch.arange(0, len(ids), pool, device=ids.device)[:, None]
         return (first + column).flatten(), exists.flatten()
+
+    @torch.no_grad()
+    def draw_from_all(self, state: StudentState, queries: Tensor, keys: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """The same among the global batch: rows of it (batch,)."""
+        if state.batch.everyone is None:
+            raise RecipeError(
+                "matching.negatives all_ranks is for pretraining, whose task gathers all inputs; use nearby"
+            )
+        samples = len(state.batch.everyone.images)
+        candidates = keys[:samples]
+        similarity = queries @ candidates.T.to(queries.dtype) / state.model.temperature()
+        same = state.batch.image_ids[:, None] == state.batch.keys.image_ids[None, :samples]
+        if self.same_codeword:
+            codes = nearest_codeword(candidates, state)
+            same = narrow(same, codes[state.batch.rows][:, None] == codes[None])
+        return draw_negatives(similarity, same, draws)
+
+
+def nearest_codeword(features: Tensor, state: StudentState) -> Tensor:
+    """(…, samples, feature_dim) -> (…, samples)."""
+    if state.model.codebook is None:
+        raise RecipeError("matching.same_codeword needs a model with a codebook, which fine-tuning leaves behind")
+    codewords = state.model.codewords()
+    return (features.to(codewords.dtype) @ codewords.T).argmax(-1)
+
+
+def narrow(same: Tensor, wanted: Tensor) -> Tensor:
+    """Rule out what is not wanted as well, in rows that have something wanted left. Both (…, rows, columns) bool."""
+    narrowed = same | ~wanted
+    return torch.where(narrowed.all(-1, keepdim=True), same, narrowed)

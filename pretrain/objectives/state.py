@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
@@ -41,6 +41,15 @@ class Keys:
 
 
 @dataclass
+class Everyone:
+    """Inputs of the global batch, in global sample order: negatives are chosen among them, and encoded again."""
+
+    images: Tensor
+    """(samples, 3, size, size) uint8, the student's view"""
+    text: TextBatch
+
+
+@dataclass
 class Plans:
     """Transport plans of this micro-batch's samples; rows sum to 1."""
 
@@ -67,6 +76,10 @@ class MicroBatch:
     distill_weight: float
     masked: Masked | None = None
     plans: Plans | None = None
+    level_keys: list[Keys] = field(default_factory=list)
+    """The teacher's features of the global batch at each level."""
+    everyone: Everyone | None = None
+    """Where negatives come from all ranks."""
 
 
 @dataclass
@@ -79,6 +92,8 @@ class StudentState:
     """(batch, 1 + patches, image width)"""
     text_states: Tensor
     """(batch, words, text width)"""
+    levels: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Unit-norm image and text features (batch, feature_dim) of each level."""
 
     @cached_property
     def image(self) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,6 +138,24 @@ def test_scores_that_are_no_numbers_and_embeddings_without_length_are_refused(dr
     (tmp_path / "broken.npz").write_bytes(b"PK nonsense")
     assert own(tmp_path / "broken.npz", tmp_path / "s.json") == 1
     assert "broken.npz cannot be read" in one_line(capfd)
+
+
+def test_cocos_own_names_and_captions_in_the_small(shared_data, tmp_path):
+    """The campaign of benchmarks/campaigns/coco_protocols.py, cut down: generated images under the real names, a HAT of random weights."""
+    path = Path(__file__).parents[2] / "benchmarks" / "campaigns" / "coco_protocols.py"
+    spec = importlib.util.spec_from_file_location("coco_protocols", path)
+    campaign = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(campaign)
+    captions = shared_data / "data" / "annotations" / "coco" / "coco_test.json.gz"
+    cut, tokenizer = campaign.prepare(captions, tmp_path, 15)
+    folder = campaign.save_random(tmp_path, tokenizer, ["all"])["all"]
+    about = ["--data", str(cut), "--images", str(tmp_path / "images"), "--dataset", "COCO", "--split", "test"]
+    command = ["evaluate", "--checkpoint", str(folder), *about, "--workers", "0", "--device", "cpu"]
+    assert main([*command, "--out", str(tmp_path / "s.json"), "--captions_per_image", "5"]) == 0
+    record = read_record(tmp_path / "s.json")
+    assert (record["images"], record["captions"], record["training"]) == (15, 75, "untrained")
+    keys = np.load(tmp_path / "s.ranks.npz")["keys"]
+    assert keys[0] == "COCO_val2014_000000391895"
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

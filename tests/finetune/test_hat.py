@@ -21,6 +21,7 @@ from finetune.config import FinetuneRecipe, HatConfig, ImageBackboneConfig
 from finetune.heads.hat import LoadedHat, triplet_loss
 from finetune.heads.hat_scoring import hat_scores
 from finetune.heads.levels import BackboneEncoders
+from finetune.heat_maps import attention_maps
 from launch.cli import main
 from pretrain.config import TextEncoderConfig
 from pretrain.load import load_model
@@ -268,3 +269,29 @@ def test_a_hat_checkpoint_is_no_alignment_model_and_the_other_way(pretrained, dr
         LoadedHat(pretrained)
     assert main(small.evaluate(pretrained, drawn, tmp_path / "x.json", "--heads", "[hat]")) == 2
     assert "its heads are dual and fusion" in capfd.readouterr().err
+
+
+def test_heat_maps_are_the_attention_of_the_score(drawn, runs, tmp_path, capfd):
+    hat = LoadedHat(runs / "finetune")
+    image = open_collection(drawn / "test", None)[0]
+    names, maps = attention_maps(hat, image, "a red circle")
+    assert names == hat.tokenizer.pipeline.encode("a red circle").tokens[1:-1] and names[:2] == ["a", "red"]
+    assert [level.shape for level in maps] == [(len(names), 4, 4)] * 2
+    # Regions give to words (i-t): the written-out softmax over all words, [CLS] and [SEP] among them.
+    ids, mask = hat.tokenizer(["a red circle"])
+    with torch.no_grad():
+        regions = hat.model.image_levels(EvaluationTransform(32)(image)[None])[1][0]
+        words = hat.model.text_levels(ids, mask)[1][0]
+        similarity = torch.nn.functional.leaky_relu(regions @ words.T, 0.1)
+        wanted = torch.softmax(9 * similarity / similarity.norm(dim=0, keepdim=True), 1).T[1:-1]
+    np.testing.assert_allclose(maps[1].reshape(-1, 16), wanted.numpy(), atol=1e-5)
+    picture = next((drawn / "source" / "images").glob("test_*.png"))
+    assert (
+        main(["heatmap", str(runs / "finetune"), str(picture), "a red circle", "--out", str(tmp_path / "map.png")]) == 0
+    )
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "no.png").write_text("no image")
+    assert (
+        main(["heatmap", str(runs / "finetune"), str(tmp_path / "no.png"), "a", "--out", str(tmp_path / "x.png")]) == 1
+    )
+    assert "no.png cannot be read" in capfd.readouterr().err and not (tmp_path / "x.png").exists()

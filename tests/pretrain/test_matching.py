@@ -90,9 +90,10 @@ def test_draws_are_a_function_of_their_numbers():
     assert torch.equal(first, again)
 
 
-def prepared(size: int, pool: int | None = None, image_ids=None):
+def prepared(size: int, pool: int | None = None, image_ids=None, **more):
     """A task's student state for a batch of this size."""
-    task: PretrainTask = tiny.task(tiny.recipe(objectives__matching__pool=pool, training__global_batch=size))
+    changes = {"objectives__matching__pool": pool, "training__global_batch": size} | more
+    task: PretrainTask = tiny.task(tiny.recipe(**changes))
     batch = tiny.batch(size)
     if image_ids is not None:
         batch["image_ids"] = torch.tensor(image_ids)
@@ -152,3 +153,49 @@ def test_a_pool_that_does_not_divide_the_micro_batch_is_refused():
     state = prepared(6)
     with pytest.raises(RecipeError, match="pool 4 does not divide the micro-batch 6"):
         Matching(MatchingConfig(pool=4))(state)
+
+
+def test_negatives_from_all_ranks_are_the_nearby_ones_where_the_micro_batch_is_the_global_batch():
+    nearby = Matching(MatchingConfig())(prepared(8))
+    everywhere = MatchingConfig(negatives="all_ranks")
+    from_all = Matching(everywhere)(prepared(8, objectives__matching={"negatives": "all_ranks"}))
+    torch.testing.assert_close(from_all["matching"], nearby["matching"])
+
+
+def test_negatives_from_all_ranks_reach_beyond_the_micro_batch_and_never_the_same_image():
+    changes = {"objectives__matching": {"negatives": "all_ranks"}, "training__global_batch": 16}
+    task: PretrainTask = tiny.task(tiny.recipe(**changes))
+    batch = tiny.batch(16)
+    inputs, _ = task.prepare(batch, 1.0, 4)
+    chosen = []
+    for part in inputs:
+        state, objective = tiny.state(task.student.model, part), Matching(MatchingConfig(negatives="all_ranks"))
+        rows, exists = objective.draw_from_all(state, state.text, part.keys.image, part.draws[:, 0])
+        assert exists.all() and (batch["image_ids"][rows] != part.image_ids).all()
+        chosen.append(bool((rows // 4 != part.rows // 4).any()))
+    assert any(chosen)
+
+
+@pytest.mark.parametrize("negatives", ["nearby", "all_ranks"])
+def test_negatives_share_a_codeword_where_there_are_such(negatives):
+    """Four images at codeword 0, three at 1, one alone at 2, which takes its negative from anywhere."""
+    state = prepared(8, image_ids=list(range(8)), objectives__matching={"negatives": negatives})
+    codes = torch.tensor([0, 0, 1, 0, 1, 0, 1, 2])
+    features = torch.nn.functional.normalize(state.model.codewords().detach()[codes] + 0.01 * tiny.unit(8, 16), dim=-1)
+    objective = Matching(MatchingConfig(negatives=negatives, same_codeword=True))
+    draw = objective.draw if negatives == "nearby" else objective.draw_from_all
+    drawn_rows = set()
+    for seed in range(20):
+        wrong, exists = draw(state, state.text * 0.1, features, uniform(8, seed=seed))
+        assert exists.all() and (codes[wrong][:7] == codes[:7]).all() and (wrong != torch.arange(8)).all()
+        drawn_rows |= set(wrong[:1].tolist())
+    assert drawn_rows == {1, 3, 5}, "all of those that share it"
+
+
+def test_options_that_fine_tuning_cannot_serve_are_refused():
+    state = prepared(4)
+    with pytest.raises(RecipeError, match="all_ranks is for pretraining"):
+        Matching(MatchingConfig(negatives="all_ranks"))(state)
+    state.model.codebook = None
+    with pytest.raises(RecipeError, match="same_codeword needs a model with a codebook"):
+        Matching(MatchingConfig(same_codeword=True))(state)

@@ -74,7 +74,7 @@ def test_an_objective_with_weight_0_is_not_computed():
     task = only("contrastive")
     (inputs,), figures = task.prepare(tiny.batch(8), 1.0, 8)
     assert inputs.masked is None and inputs.plans is None
-    assert set(task.student(inputs)[1]) == {"loss", "contrastive"} and set(figures) == {"distill_weight"}
+    assert set(task.student(inputs)[1]) == {"loss", "contrastive", "temperature"} and set(figures) == {"distill_weight"}
 
 
 def test_a_model_without_codebook_or_fusion_encoder_trains_what_it_has():

@@ -1,0 +1,37 @@
+"""Grad-CAM: the layer taken apart is the layer, and a map is attention times gradient."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from pretrain.word_maps import with_attention, word_maps
+
+
+def test_the_layer_taken_apart_is_the_layer():
+    model = tiny.model().eval()
+    batch = tiny.batch(3)
+    read = model.fusion_encoder.read_images(model.image_encoder(batch["images"][0]))
+    states = model.text_encoder(batch["ids"], batch["mask"])
+    layer = model.fusion_encoder.layers[0]
+    found, weights = with_attention(layer, states, batch["mask"], read[0])
+    torch.testing.assert_close(found, layer(states, batch["mask"], read[0]))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, batch["ids"].shape[1]))
+
+
+@pytest.mark.parametrize("layer", [None, 0, 1])
+def test_a_map_is_attention_times_the_matching_logits_gradient(layer):
+    settings = tiny.recipe(model__fusion={"layers": 2})
+    model, batch = tiny.model(settings).eval(), tiny.batch(2)
+    maps = word_maps(model, batch["images"][0], batch["ids"], batch["mask"], layer)
+    assert maps.shape == (2, tiny.CAPTION_WORDS, 2, 2) and (maps >= 0).all() and maps.any()
+    alone = word_maps(model, batch["images"][0][:1], batch["ids"][:1], batch["mask"][:1], layer)
+    torch.testing.assert_close(alone, maps[:1], atol=1e-7, rtol=1e-3)
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_layer_that_is_not_there_is_refused():
+    batch = tiny.batch(1)
+    with pytest.raises(ValueError, match="fusion layer 1 of 1"):
+        word_maps(tiny.model(), batch["images"][0], batch["ids"], batch["mask"], 1)
