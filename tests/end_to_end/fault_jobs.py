@@ -70,7 +70,7 @@ def full_disk(changes: dict[str, Any], folder: str, full: int, free: int) -> Non
 
 
 def mounted(changes: dict[str, Any], lose: list[str], lost_at: int, restore: list[str], back_at: int) -> None:
-    """A mount goes in one step and comes back in another."""
+    """A mount goes at one forward pass and comes back at another; a lone rank makes two passes a step."""
     run(changes, at={lost_at: lambda: mount(*lose), back_at: lambda: mount(*restore)})
 
 
