@@ -189,9 +189,13 @@ class CheckpointFolder:
             raise
         except (LigatureError, OSError) as error:
             older = self._newest_name()
+            none = (
+                "there is no older checkpoint" if self.folder.is_dir() else "older checkpoints are out of reach with it"
+            )
+            told = f"a restart would go on from {older}" if older else none
             print(
                 f"ligature: WARNING: the checkpoint of step {step} is NOT saved: {error}. The run goes on and tries again at its "
-                f"next interval; {f'a restart would go on from {older}' if older else 'there is no older checkpoint'}",
+                f"next interval; {told}",
                 file=sys.stderr,
                 flush=True,
             )
