@@ -36,12 +36,27 @@ def shapes(arguments: list[str]) -> None:
         parser.add_argument(f"--{split}", type=int, default=count, help=f"images of the split (default {count})")
     parser.add_argument("--size", type=int, default=64, help="pixels a side (default 64)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--wrong",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="PERCENT",
+        help="also captions_train_wrong<PERCENT>.json, in which so many images have another one's captions",
+    )
     options = parser.parse_args(arguments)
     counts = {split: getattr(options, split) for split in SPLITS}
     for name, value, least in (*((split, count, 1) for split, count in counts.items()), ("size", options.size, 16)):
         if value < least:
             raise RecipeError(f"--{name} is {value}; it must be {least} or more")
+    if bad := [percent for percent in options.wrong if not 0 < percent <= 100]:
+        raise RecipeError(f"--wrong is {bad[0]}; it is a percentage above 0, 100 at most")
     write_source(options.out, counts, options.size, options.seed)
+    for percent in options.wrong:
+        from data_tools.wrong_captions import spoil
+
+        out = options.out / f"captions_train_wrong{percent}.json"
+        spoil(options.out / "captions_train.json", out, percent / 100, options.seed)
     print(f"{options.out}: {', '.join(f'{count:,} {split}' for split, count in counts.items())}; captions_<split>.json")
 
 
@@ -191,6 +206,13 @@ def report(arguments: list[str]) -> None:
     print(run(options.run, options.out, options.data, options.limit))
 
 
+def ablate(arguments: list[str]) -> None:
+    recipe = read_stage("ablate", arguments)
+    from launch.ablate import ablate as run
+
+    print(run(recipe))
+
+
 def launch(arguments: list[str]) -> None:
     if arguments[:1] == ["slurm"]:
         from launch.slurm import launch_slurm
@@ -243,6 +265,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "export": (export, "CHECKPOINT OUT: the model alone, as a plain safetensors folder"),
     "heatmap": (heatmap, "CHECKPOINT IMAGE CAPTION --out FILE: where HAT's words look"),
     "report": (report, "RUN: one HTML page of a run: curves, codebook, word maps"),
+    "ablate": (ablate, "--config RECIPE: arms with the same seeds, compared in pairs"),
     "plot": (plot, "RUN… --out FILE: the curves of a run as a picture"),
     "launch": (
         launch,
@@ -258,6 +281,7 @@ RECIPES = {
     "pretrain": ("pretrain.config", "PretrainRecipe"),
     "finetune": ("finetune.config", "FinetuneRecipe"),
     "evaluate": ("finetune.config", "EvaluateRecipe"),
+    "ablate": ("launch.ablation_config", "AblateRecipe"),
 }
 
 

@@ -1,0 +1,150 @@
+"""`ligature ablate`: arms that differ in a few keys, run with the same seeds, compared in pairs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launch.ablation_config import AblateRecipe
+from launch.demo import heading, run
+from runtime.errors import DataError
+from runtime.files import read_json, write_json, write_text
+from runtime.recipe import write_recipe
+
+MEASURES = {"MRR": "mean reciprocal rank, mean of both ways", "MI": "mutual information of codewords and scenes, bits"}
+Found = dict[str, dict[str, dict[int, dict[str, float]]]]
+"""condition -> arm -> seed -> measure -> value"""
+
+
+def ablate(recipe: AblateRecipe, start: Callable[..., None] = run) -> str:
+    """Run what has not been run yet, arm by arm within a seed, and write `results.json` and `table.md`. -> the table.
+
+    A run that was interrupted goes on; the same command again does only what is missing.
+    """
+    from launch.cli import read_stage
+
+    folder = Path(recipe.runs) / recipe.name
+    for shared in recipe.conditions.values():  # a mistake in any arm is answered before the first one runs
+        for changes in recipe.arms.values():
+            read_stage("pretrain", ["--config", recipe.base, *options(shared | changes)])
+    write_recipe(folder / "config.yaml", recipe)  # with its predictions, before anything runs
+    found: Found = {condition: {arm: {} for arm in recipe.arms} for condition in recipe.conditions}
+    for seed in recipe.seeds:
+        for condition, shared in recipe.conditions.items():
+            for arm, changes in recipe.arms.items():
+                name = "-".join(part for part in (condition, arm, f"seed{seed}") if part)
+                record = folder / f"{name}.json"
+                if not record.is_file():
+                    launcher = ("launch", "local", "--nproc", str(recipe.processes)) if recipe.processes > 1 else ()
+                    keys = {"name": name, "runs": str(folder), "training.seed": seed} | shared | changes
+                    start(*launcher, "pretrain", "--config", recipe.base, *options(keys))
+                    scored = {"checkpoint": _last_checkpoint(folder / name), "data": recipe.data, "device": "auto"}
+                    start("evaluate", *options(scored | {"dataset": recipe.name, "split": "test", "out": record}))
+                measured = measures(record, folder / name, recipe)
+                found[condition][arm][seed] = measured
+                write_json(folder / "results.json", found)
+    text = table(found, recipe)
+    write_text(folder / "table.md", text + "\n")
+    heading("the table")
+    return text
+
+
+def options(keys: dict[str, Any]) -> list[str]:
+    """Keys and values as a command line's options."""
+    return [
+        part for key, value in keys.items() for part in (f"--{key}", value if isinstance(value, str) else _spell(value))
+    ]
+
+
+def _spell(value: Any) -> str:
+    return str(value) if isinstance(value, Path) else json.dumps(value)
+
+
+def _last_checkpoint(run_folder: Path) -> Path:
+    """Not the best, which validation chooses, and which differs in age between arms."""
+    checkpoints = run_folder / "checkpoints"
+    pointer = checkpoints / "latest"
+    return checkpoints / pointer.read_text().strip() if pointer.is_file() else checkpoints
+
+
+def measures(record: Path, run_folder: Path, recipe: AblateRecipe) -> dict[str, float]:
+    scores = read_json(record)
+    ways = ("image_to_text", "text_to_image")
+    found = {"MRR": sum(scores[way]["mean_reciprocal_rank"] for way in ways) / 2}
+    if recipe.scenes:
+        stored = record.with_suffix(".information.json")
+        if not stored.is_file():
+            from launch.codeword_information import information_of_run
+
+            write_json(stored, information_of_run(_last_checkpoint(run_folder), recipe.data, recipe.scenes))
+        bits = read_json(stored)
+        if bits:
+            found["MI"] = sum(bits.values())
+            found |= {f"MI {name}": value for name, value in bits.items()}
+    return found
+
+
+def paired(differences: list[float]) -> tuple[float, float, float]:
+    """Mean of paired differences and its 95 % interval by Student's t."""
+    count = len(differences)
+    mean = math.fsum(differences) / count
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in differences) / (count - 1) / count)
+    reach = t_quantile(count - 1) * spread
+    return mean, mean - reach, mean + reach
+
+
+def t_quantile(freedom: int, probability: float = 0.975) -> float:
+    """Student's t quantile above 0.5, by bisection of the integrated density (scipy is not needed to run)."""
+    scale = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2)
+
+    def below(value: float, pieces: int = 2000) -> float:
+        width = value / pieces
+        heights = [(1 + (number * width) ** 2 / freedom) ** (-(freedom + 1) / 2) for number in range(pieces + 1)]
+        return 0.5 + scale * width / 3 * (heights[0] + heights[-1] + 4 * sum(heights[1::2]) + 2 * sum(heights[2:-1:2]))
+
+    low, high = 0.0, 20.0
+    while high - low > 1e-7:
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) < probability else (low, middle)
+    return (low + high) / 2
+
+
+def verdict(low: float, high: float) -> str:
+    return "unresolved" if low <= 0 <= high else "resolved"
+
+
+def table(found: Found, recipe: AblateRecipe) -> str:
+    """One table a condition and measure: each arm's mean, its paired difference from the baseline, and whether that is resolved."""
+    lines = []
+    for condition, arms in found.items():
+        for measure, about in MEASURES.items():
+            rows = {arm: [one.get(measure) for one in seeds.values()] for arm, seeds in arms.items()}
+            if any(value is None for value in rows[recipe.baseline]):
+                continue
+            lines += [f"### {condition or recipe.name}: {about}", ""]
+            lines += [
+                f"| arm | {measure} | minus `{recipe.baseline}` | 95 % interval | | predicted |",
+                "|---|---:|---:|---|---|---|",
+            ]
+            base = rows[recipe.baseline]
+            for arm, values in rows.items():
+                if any(value is None for value in values):
+                    continue
+                mean, predicted = sum(values) / len(values), recipe.predictions.get(arm, "")  # type: ignore[arg-type]
+                if arm == recipe.baseline:
+                    lines.append(f"| `{arm}` | {mean:.4f} | | | | {predicted} |")
+                    continue
+                pairs = [value - other for value, other in zip(values, base, strict=True)]  # type: ignore[operator]
+                difference, low, high = paired(pairs)
+                interval = f"{low:+.4f} to {high:+.4f}"
+                lines.append(
+                    f"| `{arm}` | {mean:.4f} | {difference:+.4f} | {interval} | {verdict(low, high)} | {predicted} |"
+                )
+            lines.append("")
+    count = len(next(iter(next(iter(found.values())).values())))
+    if not lines:
+        raise DataError("nothing was measured; there is no table")
+    return "\n".join([*lines, f"Seeds: {count}. Arms of a seed share starting weights, data order and draws."])

@@ -1,0 +1,48 @@
+"""The recipe of a comparison of arms: a base recipe, what each arm changes, seeds. `configs/ablate/` holds recipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from runtime.errors import RecipeError
+
+
+@dataclass
+class AblateRecipe:
+    """Pretrain every arm with the same seeds (so the same starting weights, data order and draws), score it, and compare in pairs."""
+
+    name: str = "ablation"
+    """Names the folder of runs, records and table."""
+    runs: str = "runs"
+    base: str = ""
+    """Pretraining recipe that all arms share."""
+    data: str = ""
+    """Shard folder to score on."""
+    scenes: str = ""
+    """`scenes.jsonl` of drawn shapes, for the mutual information of codewords with what is drawn; none: left out."""
+    baseline: str = "a"
+    """Arm that the others are compared with."""
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name of an arm -> dotted keys of the base recipe and their values."""
+    conditions: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
+    """Name of a condition -> dotted keys that hold for every arm in it (the data, for one); arms are compared within a condition."""
+    predictions: dict[str, str] = field(default_factory=dict)
+    """Arm -> what is expected of it; written before anything runs, and shown beside what was found."""
+    seeds: list[int] = field(default_factory=lambda: list(range(8)))
+    processes: int = 1
+    """Ranks of each run, on this machine."""
+
+    def __post_init__(self) -> None:
+        for key in ("base", "data", "arms"):
+            if not getattr(self, key):
+                raise RecipeError(f"{key} is not set; an ablation needs it")
+        if self.baseline not in self.arms:
+            raise RecipeError(f"baseline {self.baseline!r} is none of the arms: {', '.join(self.arms)}")
+        if len(self.seeds) < 2 or len(set(self.seeds)) != len(self.seeds):
+            raise RecipeError(f"seeds is {self.seeds}; paired differences need two or more, each once")
+        if unknown := sorted(set(self.predictions) - set(self.arms)):
+            raise RecipeError(f"predictions names {unknown[0]!r}, which is none of the arms: {', '.join(self.arms)}")
+        for name in [*self.arms, *self.conditions]:
+            if "/" in name or name.startswith("."):
+                raise RecipeError(f"{name!r} becomes part of a folder's name, so it has no slash and no leading dot")

@@ -1,0 +1,125 @@
+"""Ablations: what is run, what is compared, and when a difference counts as resolved."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from launch.ablate import ablate, options, paired, t_quantile, verdict
+from launch.ablation_config import AblateRecipe
+from launch.cli import main, read_stage
+from launch.codeword_information import corrected, information
+from runtime.errors import RecipeError
+from runtime.files import write_json
+
+ARMS = {"a": {}, "b": {"objectives.contrastive.intra_modal": True}}
+
+
+def recipe(folder, **more) -> AblateRecipe:
+    return AblateRecipe(
+        name="try", runs=str(folder), base="pretrain/demo.yaml", data="shards", arms=ARMS, seeds=[0, 1, 2], **more
+    )
+
+
+def fake(commands: list[list[str]], worth):
+    """Stands in for the commands: notes them, and leaves a record with the arm's worth."""
+
+    def start(*command: str) -> None:
+        commands.append(list(command))
+        if command[0] == "evaluate":
+            out = command[command.index("--out") + 1]
+            name = out.rsplit("/", 1)[1].removesuffix(".json")
+            way = {"mean_reciprocal_rank": worth(name)}
+            write_json(out, {"image_to_text": way, "text_to_image": way})
+
+    return start
+
+
+def test_arms_share_seeds_and_differ_in_their_keys_alone(tmp_path, capsys):
+    commands: list[list[str]] = []
+    ablate(recipe(tmp_path), fake(commands, lambda name: 0.5))
+    runs = [command for command in commands if command[0] == "pretrain"]
+    assert len(runs) == 6 and len(commands) == 12
+    for first, second in zip(runs[::2], runs[1::2], strict=True):
+        assert first[first.index("--training.seed") + 1] == second[second.index("--training.seed") + 1]
+        assert [part for part in second if part not in first][-2:] == ["--objectives.contrastive.intra_modal", "true"]
+    commands.clear()
+    ablate(recipe(tmp_path), fake(commands, lambda name: 0.5))
+    assert not commands, "what stands is not done again"
+
+
+def test_a_difference_in_every_seed_is_resolved_and_one_within_the_noise_is_not(tmp_path):
+    noise = {"seed0": 0.0, "seed1": 0.1, "seed2": -0.1}
+
+    def worth(gain):
+        return lambda name: 0.5 + noise[name.split("-")[-1]] + gain(name)
+
+    sure = ablate(
+        recipe(tmp_path / "1", predictions={"b": "better"}),
+        fake([], worth(lambda name: 0.02 + 0.001 * ("seed1" in name) if "b-" in name else 0)),
+    )
+    assert "| +0.0203 |" in sure and "| resolved | better |" in sure
+    unsure = ablate(recipe(tmp_path / "2"), fake([], worth(lambda name: noise[name[-5:]] if "b-" in name else 0)))
+    assert "| unresolved |" in unsure and (tmp_path / "2" / "try" / "table.md").read_text().startswith("### try")
+
+
+def test_conditions_are_compared_within_themselves(tmp_path):
+    text = ablate(
+        recipe(tmp_path, conditions={"clean": {"data.train": "x"}, "wrong": {"data.train": "y"}}),
+        fake([], lambda name: 0.9 if name.startswith("clean") else 0.4),
+    )
+    assert "### clean" in text and "### wrong" in text and text.count("+0.0000") >= 2
+
+
+@pytest.mark.parametrize("count", [2, 5, 8, 30])
+def test_the_interval_is_students(count):
+    assert t_quantile(count - 1) == pytest.approx(stats.t.ppf(0.975, count - 1), abs=1e-5)
+    values = [math.sin(7 * number) for number in range(count)]
+    mean, low, high = paired(values)
+    wanted = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (low, high) == pytest.approx((wanted.low, wanted.high), rel=1e-5) and mean == pytest.approx(
+        sum(values) / count
+    )
+    assert verdict(-1, 1) == "unresolved" and verdict(0.1, 1) == verdict(-1, -0.1) == "resolved"
+
+
+def test_information_is_counted_right_and_is_nothing_between_strangers():
+    generator = torch.Generator().manual_seed(0)
+    code = torch.randint(4, (4000,), generator=generator)
+    assert information(code, code) == pytest.approx(2.0, abs=0.01)
+    assert information(code, code // 2) == pytest.approx(1.0, abs=0.01)
+    found = []
+    for _ in range(20):
+        few = torch.randint(64, (300,), generator=generator)
+        stranger = torch.randint(3, (300,), generator=generator)
+        assert information(few, stranger) > 0.15, "few samples look like information"
+        found.append(corrected(few, stranger))
+    assert abs(sum(found)) / len(found) < 0.03
+
+
+def test_recipes_that_cannot_be_compared_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match="baseline 'c' is none of the arms"):
+        recipe(tmp_path, baseline="c")
+    with pytest.raises(RecipeError, match="paired differences need two"):
+        AblateRecipe(base="b", data="d", arms=ARMS, seeds=[1])
+
+
+@pytest.mark.parametrize("name", ["objectives", "codebook", "transport"])
+def test_shipped_ablations_are_recipes_whose_arms_are_recipes(name):
+    shipped = read_stage("ablate", ["--config", f"ablate/{name}.yaml"])
+    assert set(shipped.predictions) >= set(shipped.arms) - {shipped.baseline}, "a prediction is written for every arm"
+    *_, shared = shipped.conditions.values()
+    for changes in shipped.arms.values():
+        read_stage("pretrain", ["--config", shipped.base, *options(shared | changes)])
+
+
+def test_an_arm_with_an_unknown_key_stops_before_anything_runs(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text(
+        json.dumps({"base": "pretrain/demo.yaml", "data": "x", "arms": {"a": {"objectives.nothing": 1}}})
+    )
+    assert main(["ablate", "--config", str(tmp_path / "bad.yaml"), "--runs", str(tmp_path / "runs")]) == 2
+    assert "objectives.nothing" in capsys.readouterr().err and not (tmp_path / "runs").exists()
