@@ -77,6 +77,11 @@ def score_dual(recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, dev
     model = load_model(recipe.checkpoint, device)
     if "fusion" in heads and not model.network.config.fusion.layers:
         raise RecipeError(f"heads asks for fusion, but {recipe.checkpoint} has no fusion encoder; use --heads '[dual]'")
+    featureless = not model.network.config.text.layers
+    if featureless and heads != ["fusion"]:
+        raise RecipeError(
+            f"{recipe.checkpoint} has no text layers, so no dual head; use --heads '[fusion]', on all pairs"
+        )
     cut = _truncated(model.tokenizer, collection, ranks)
     encodings = encode_collection(
         model.network,
@@ -97,9 +102,10 @@ def score_dual(recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, dev
             yield Scored(head, head, similarity, similarity.T, model.hash, model.training, cut)
             continue
         folds = folds_of(recipe.protocol, len(collection))
-        lists = make_shortlists(similarity, recipe.shortlist, folds, collection.caption_image)
+        size = len(collection.captions) if featureless else recipe.shortlist  # no features, no shortlist
+        lists = make_shortlists(similarity, size, folds, collection.caption_image)
         ways = lists.rerank(similarity, fusion_scores(model.network, encodings, lists, device))
-        about = f"fusion of the best {recipe.shortlist}"
+        about = "fusion of all pairs" if featureless else f"fusion of the best {recipe.shortlist}"
         ceiling = {"shortlist": lists.ceiling(collection.caption_image)}
         yield Scored(head, about, ways[0], ways[1], model.hash, model.training, cut | ceiling)
 

@@ -72,8 +72,7 @@ class Budget:
 
     def __init__(self, recipe: PretrainRecipe, micro_batch: int | None = None) -> None:
         self.recipe, self.model = recipe, recipe.model
-        if self.model.fusion.kind != "cross_attention":
-            raise RecipeError(f"model.fusion.kind {self.model.fusion.kind} cannot be planned yet; cross_attention can")
+        self.single_stream = self.model.fusion.kind == "single_stream"
         self.micro_batch = micro_batch or recipe.training.micro_batch
         self.image, self.text = ImageSizes.of(recipe.model.image), recipe.model.text
         self.words = recipe.data.caption_tokens
@@ -101,7 +100,9 @@ class Budget:
         return {
             "image encoder": self.image.parameters,
             "text encoder": (self.vocabulary + self.text.positions + 2 + 2) * w + self.text.layers * layer,
-            "fusion encoder": self.model.fusion.layers * (layer + cross),
+            "fusion encoder": (image + 1 + 2 + 2) * w + self.model.fusion.layers * layer
+            if self.single_stream
+            else self.model.fusion.layers * (layer + cross),
             "projections": (image + 1) * d + (w + 1) * d,
             "language head": w * w + w + 2 * w + self.vocabulary,
             "matching head and temperature": 2 * w + 2 + 1,
@@ -125,13 +126,17 @@ class Budget:
 
     @property
     def _read_flops(self) -> int:
-        """Keys and values of an image's tokens, for every fusion layer."""
+        """Keys and values of an image's tokens, for every fusion layer; their entry into a single stream."""
+        if self.single_stream:
+            return 2 * self.image.tokens * self.image.width * self.text.width
         return self.model.fusion.layers * 4 * self.image.tokens * self.image.width * self.text.width
 
     @property
     def _pair_flops(self) -> int:
         """One caption fused with one image."""
         w, f, n, t = self.text.width, self.text.feed_forward, self.words, self.image.tokens
+        if self.single_stream:
+            return self.model.fusion.layers * (2 * (n + t) * (4 * w * w + 2 * w * f) + 4 * (n + t) ** 2 * w)
         return self.model.fusion.layers * (2 * n * (6 * w * w + 2 * w * f) + 4 * n * n * w + 4 * n * t * w)
 
     @property
@@ -191,18 +196,21 @@ class Budget:
         mask = bool(self.text.dropout)  # a byte for each of the two dropouts of a layer
         image = 3 * self.image.image_size**2 + 16 * self.image.depth * t * self.image.width + 2 * t * self.image.width
         layer = (8 * w + 2 * f) * n
-        cross = layer + 4 * n * w
         layers, fusion = self.text.layers, self.model.fusion.layers
+        # Of a pair in a fusion layer: what is kept, the dropouts' masks, and the copy of its image's keys and values; of an image.
+        cross, dropouts, copied, read = layer + 4 * n * w, 3 * n * w, 2 * t * w, 2 * t * w
+        if self.single_stream:
+            cross, dropouts, copied, read = (8 * w + 2 * f) * (n + t), 2 * (n + t) * w, 0, 0
         elements: float = image + n * w * 2 + layers * layer
         masks = layers * 2 * n * w + n * w
-        if self.matching:  # three pairs, each with a copy of its image's keys and values
-            elements += 3 * fusion * (cross + 2 * t * w) + 3 * n * w
-            masks += 3 * fusion * 3 * n * w
+        if self.matching:  # three pairs
+            elements += 3 * fusion * (cross + copied) + 3 * n * w
+            masks += 3 * fusion * dropouts
         if self.language:
             elements += n * w * 2 + layers * layer + fusion * cross + n * w
-            masks += layers * 2 * n * w + n * w + fusion * 3 * n * w
+            masks += layers * 2 * n * w + n * w + fusion * dropouts
         if self.matching or self.language:
-            elements += fusion * 2 * t * w
+            elements += fusion * read + 3 * t * w * self.single_stream
         # Logits are float32: the similarity, its log-softmax and the target of each.
         logits: float = self.terms * 12 * self.keys + 2 * 16 * self.model.codewords * self.codebook
         logits += 12 * self.masked_words * self.vocabulary * self.language

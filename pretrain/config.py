@@ -51,9 +51,11 @@ class TextEncoderConfig:
 
 @dataclass
 class FusionEncoderConfig:
-    """BERT layers in which words attend to image tokens; width, heads and dropout are the text encoder's."""
+    """BERT layers that join words and image tokens; width, heads and dropout are the text encoder's."""
 
-    kind: Literal["cross_attention"] = "cross_attention"
+    kind: Literal["cross_attention", "single_stream"] = "cross_attention"
+    """`cross_attention`: words attend to image tokens (CODIS, ALBEF); `single_stream`: one self-attention stack over both (ViLT,
+    VinVL), which VLDeformer takes apart."""
     layers: int = 6
 
 
@@ -355,6 +357,8 @@ class PretrainRecipe:
             raise RecipeError(
                 "model.fusion.layers is 0, but matching and masked_language need the fusion encoder; set their weights to 0"
             )
+        if not self.model.text.layers:
+            self._check_wordless()
         if self.data.caption_tokens > self.model.text.positions:
             raise RecipeError(
                 f"data.caption_tokens {self.data.caption_tokens} is more than model.text.positions {self.model.text.positions}"
@@ -362,6 +366,23 @@ class PretrainRecipe:
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise RecipeError(
                 f"name is {self.name!r}; it becomes a folder's name, so it has no slash and does not begin with a dot"
+            )
+
+    def _check_wordless(self) -> None:
+        """Without text layers (ViLT, VinVL) a caption has no feature of its own: what compares features is impossible."""
+        if self.model.fusion.kind != "single_stream":
+            raise RecipeError(
+                "model.text.layers is 0, which goes with model.fusion.kind single_stream alone; set one of them"
+            )
+        for name in ("contrastive", "codebook", "levels"):
+            if getattr(self.objectives, name).weight:
+                raise RecipeError(
+                    f"model.text.layers is 0, so captions have no feature that objectives.{name} could compare; set its weight to 0"
+                )
+        if self.data.validation:
+            raise RecipeError(
+                "model.text.layers is 0, so there is no feature to validate by; leave data.validation empty and score "
+                "checkpoints with `ligature evaluate --heads '[fusion]'`"
             )
 
 

@@ -48,6 +48,10 @@ class ImageTextModel:
 
     def encode_text(self, texts: Texts) -> Tensor:
         """texts: strings -> unit-norm features (batch, feature_dim)."""
+        if not self.network.config.text.layers:
+            raise CheckpointError(
+                f"{self.folder} has no text layers, so captions have no feature of their own; use match, or a VLDeformer of it"
+            )
         ids, mask = self.tokenizer(list(texts))
         return self.network.text_features(self.network.text_encoder(ids.to(self.device), mask.to(self.device)))
 

@@ -18,6 +18,7 @@ from pretrain.model.alignment_model import AlignmentModel
 from pretrain.objectives.contrastive import soft_cross_entropy
 from pretrain.objectives.matching import Matching
 from pretrain.objectives.state import Keys, MicroBatch, StudentState
+from runtime.errors import CheckpointError
 from runtime.ranks import Ranks, gather_rows, sum_over_ranks
 
 
@@ -60,6 +61,10 @@ class DualTask(RetrievalTask):
     def __init__(self, recipe: FinetuneRecipe) -> None:
         super().__init__()
         start = load_model(recipe.checkpoint)
+        if not start.network.config.text.layers:
+            raise CheckpointError(
+                f"{start.folder} has no text layers, so no features for a dual head; fine-tune it with --head vldeformer"
+            )
         if recipe.image_size:
             start = at_resolution(start, recipe.image_size)
         self.contrastive_weight, self.matching_weight = recipe.contrastive_weight, recipe.matching_weight

@@ -15,6 +15,7 @@ from pretrain.config import ModelConfig
 from pretrain.model.bert_layers import start_weights
 from pretrain.model.fusion_encoder import FusionEncoder
 from pretrain.model.image_encoder import ImageEncoder
+from pretrain.model.single_stream import SingleStreamEncoder
 from pretrain.model.text_encoder import TextEncoder
 
 
@@ -68,7 +69,10 @@ class AlignmentModel(nn.Module):
         self.config = config
         self.image_encoder = ImageEncoder(config.image)
         self.text_encoder = TextEncoder(config.text, vocabulary)
-        self.fusion_encoder = FusionEncoder(config.fusion, config.text, self.image_encoder.width)
+        fusion = SingleStreamEncoder if config.fusion.kind == "single_stream" else FusionEncoder
+        self.fusion_encoder: FusionEncoder | SingleStreamEncoder = fusion(
+            config.fusion, config.text, self.image_encoder.width
+        )
         self.image_projection = nn.Linear(self.image_encoder.width, config.feature_dim)
         self.text_projection = nn.Linear(width, config.feature_dim)
         self.masked_language_head = MaskedLanguageHead(width, vocabulary)

@@ -7,13 +7,15 @@ names stay ours when `transformers` changes its internals.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of image tokens for one layer: (images, heads, tokens, width / heads) each."""
+ReadImages = Sequence[tuple[Tensor, ...]]
+"""What a fusion encoder made of images, to be fused with any number of texts: tensors whose rows are the images."""
 
 
 class SelfAttention(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor
 from data_tools.order import uniforms
 from data_tools.tokenizer import CaptionTokenizer
 from pretrain.model.alignment_model import AlignmentModel, TextBatch
-from pretrain.model.bert_layers import KeysValues
+from pretrain.model.bert_layers import ReadImages
 from pretrain.objectives.state import Masked, StudentState
 
 
@@ -39,7 +39,7 @@ def mask_words(
     return torch.where(chosen, altered, ids), chosen
 
 
-def word_logits(model: AlignmentModel, text: TextBatch, chosen: Tensor, images_read: list[KeysValues]) -> Tensor:
+def word_logits(model: AlignmentModel, text: TextBatch, chosen: Tensor, images_read: ReadImages) -> Tensor:
     """Predictions for the chosen words alone (masked words, vocabulary): the full batch x length x vocabulary never exists."""
     states = model.text_encoder(text.ids, text.mask)
     fused = model.fusion_encoder(states, text.mask, images_read)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pretrain.config import MatchingConfig
+from pretrain.model.bert_layers import ReadImages
 from pretrain.objectives.state import StudentState
 from runtime.errors import RecipeError
 
@@ -48,9 +49,9 @@ class Matching:
             wrong_text, has_text = self.draw_from_all(state, state.image, batch.keys.text, batch.draws[:, 1])
             assert batch.everyone is not None
             others = model.fusion_encoder.read_images(model.image_encoder(batch.everyone.images[wrong_image]))
-            images = [
-                (torch.cat([key, other_key]), torch.cat([value, other_value]))
-                for (key, value), (other_key, other_value) in zip(state.images_read, others, strict=True)
+            images: ReadImages = [
+                tuple(torch.cat(parts) for parts in zip(own_part, other_part, strict=True))
+                for own_part, other_part in zip(state.images_read, others, strict=True)
             ]
             wrong_image = own + size
             # The global batch's captions may be padded further than this micro-batch's.
@@ -85,7 +86,7 @@ class Matching:
         pools = len(ids) // pool
         with torch.no_grad():
             grouped = candidates.view(pools, pool, -1)
-            similarity = queries.view(pools, pool, -1) @ grouped.mT.to(queries.dtype) / state.model.temperature()
+            similarity = similarities(state, queries.view(pools, pool, -1), grouped)
             same = ids.view(pools, pool, 1) == ids.view(pools, 1, pool)
             if self.same_codeword:
                 codes = nearest_codeword(grouped, state)
@@ -103,12 +104,18 @@ class Matching:
             )
         samples = len(state.batch.everyone.images)
         candidates = keys[:samples]
-        similarity = queries @ candidates.T.to(queries.dtype) / state.model.temperature()
+        similarity = similarities(state, queries, candidates)
         same = state.batch.image_ids[:, None] == state.batch.keys.image_ids[None, :samples]
         if self.same_codeword:
             codes = nearest_codeword(candidates, state)
             same = narrow(same, codes[state.batch.rows][:, None] == codes[None])
         return draw_negatives(similarity, same, draws)
+
+
+def similarities(state: StudentState, queries: Tensor, candidates: Tensor) -> Tensor:
+    """Logits (…, queries, candidates) to draw by: all alike where captions have no feature of their own (no text layers)."""
+    found = queries @ candidates.mT.to(queries.dtype) / state.model.temperature()
+    return found if state.model.config.text.layers else torch.zeros_like(found)
 
 
 def nearest_codeword(features: Tensor, state: StudentState) -> Tensor:

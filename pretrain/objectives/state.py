@@ -8,7 +8,7 @@ from functools import cached_property
 from torch import Tensor
 
 from pretrain.model.alignment_model import AlignmentModel, TextBatch
-from pretrain.model.bert_layers import KeysValues
+from pretrain.model.bert_layers import ReadImages
 
 
 @dataclass
@@ -106,6 +106,6 @@ class StudentState:
         return self.model.text_features(self.text_states)
 
     @cached_property
-    def images_read(self) -> list[KeysValues]:
-        """The fusion encoder's keys and values of the images: made once for matched pairs, negatives and masked captions."""
+    def images_read(self) -> ReadImages:
+        """What the fusion encoder reads of the images: made once for matched pairs, negatives and masked captions."""
         return self.model.fusion_encoder.read_images(self.image_tokens)

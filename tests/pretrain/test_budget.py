@@ -14,6 +14,7 @@ SHAPES = [
     {"objectives__codebook__weight": 0.0, "model__codewords": 0, "objectives__contrastive__intra_modal": False},
     {"objectives__masked_language__weight": 0.0, "transport__samples": "batch+queue", "model__text__layers": 3},
     {"teacher__distill_weight": 0.0, "model__fusion__layers": 3, "model__image__depth": 3, "model__image__width": 48},
+    {"model__fusion": {"kind": "single_stream", "layers": 2}, "model__image__width": 48},
 ]
 
 

@@ -1,0 +1,71 @@
+"""The single-stream fusion encoder: words and image tokens in one self-attention stack, as in ViLT, Oscar and VinVL.
+
+VLDeformer's starting point: its layers have nothing that needs both modalities, so they run on either alone (`finetune/heads/
+vldeformer.py`). Nothing of an image can be shared among the texts it is fused with beyond its entry: every pair goes through
+every layer whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pretrain.config import FusionEncoderConfig, TextEncoderConfig
+from pretrain.model.bert_layers import BertLayer, ReadImages, start_weights
+
+TEXT, IMAGE = 0, 1
+"""Rows of the segment embedding, the paper's [T] and [V]."""
+
+
+class SingleStreamEncoder(nn.Module):
+    """Text states and image tokens -> fused text states; the same calls as `FusionEncoder`.
+
+    Each side keeps the positions that its own encoder gave it: words from 0, patches by their place in the image.
+    """
+
+    def __init__(self, config: FusionEncoderConfig, text: TextEncoderConfig, image_width: int) -> None:
+        super().__init__()
+        self.dropout = text.dropout
+        self.entry = nn.Linear(image_width, text.width)
+        self.segments = nn.Embedding(2, text.width)
+        self.norm = nn.LayerNorm(text.width, eps=1e-12)
+        self.layers = nn.ModuleList(
+            BertLayer(text.width, text.heads, text.feed_forward, text.dropout) for _ in range(config.layers)
+        )
+        self.apply(start_weights(text.width))
+
+    def enter_text(self, states: Tensor) -> Tensor:
+        """(texts, words, width) -> the same, marked [T]."""
+        return self._enter(states, TEXT)
+
+    def read_images(self, image_tokens: Tensor) -> ReadImages:
+        """(images, tokens, image width) -> one tensor (images, tokens, width) marked [V], in the form `forward` takes."""
+        return [(self._enter(self.entry(image_tokens), IMAGE),)]
+
+    def alone(self, states: Tensor, mask: Tensor) -> Tensor:
+        """The layers on one modality that has entered, or on both joined. states: (batch, tokens, width); mask: (batch, tokens)."""
+        for layer in self.layers:
+            states = layer(states, mask)
+        return states
+
+    def join(
+        self, states: Tensor, mask: Tensor, images: ReadImages, image_of_text: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the layers read: words, then image tokens, (texts, words + tokens, width), and its mask. Arguments as `forward`'s."""
+        ((tokens,),) = images
+        if image_of_text is not None:
+            tokens = tokens[image_of_text]
+        joined = torch.cat([self.enter_text(states), tokens], 1)
+        return joined, functional.pad(mask, (0, tokens.shape[1]), value=True)
+
+    def forward(self, states: Tensor, mask: Tensor, images: ReadImages, image_of_text: Tensor | None = None) -> Tensor:
+        """Fuse each text with one image.
+
+        states: (texts, words, width), mask: (texts, words) bool; images: `read_images` of all the images there are;
+        image_of_text: (texts,) the row of each text's image, or None where text i has image i. -> (texts, words, width)
+        """
+        return self.alone(*self.join(states, mask, images, image_of_text))[:, : states.shape[1]]
+
+    def _enter(self, states: Tensor, segment: int) -> Tensor:
+        return functional.dropout(self.norm(states + self.segments.weight[segment]), self.dropout, self.training)
