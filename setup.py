@@ -35,8 +35,12 @@ REMOTE = [
 EXTENDED = [
     "eccv-caption>=0.1",  # COCO's extended positives (CxC, ECCV Caption) and their measures
 ]
+SEARCH = [
+    "faiss-cpu>=1.9",  # inverted lists, for indexes too large to compare every row
+]
 DEVELOP = [
     *EXTENDED,
+    *SEARCH,
     "pytest>=8",
     "hypothesis>=6",  # properties of cursors, metrics, transport
     "scipy>=1.11",  # what metrics are checked against
@@ -72,6 +76,6 @@ setup(
     ],
     package_data={"configs": ["**/*.yaml"]},
     install_requires=REQUIRED,
-    extras_require={"develop": DEVELOP, "remote": REMOTE, "extended": EXTENDED},
+    extras_require={"develop": DEVELOP, "remote": REMOTE, "extended": EXTENDED, "search": SEARCH},
     entry_points={"console_scripts": ["ligature = launch.cli:entry"]},
 )

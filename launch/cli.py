@@ -206,6 +206,40 @@ def report(arguments: list[str]) -> None:
     print(run(options.run, options.out, options.data, options.limit))
 
 
+def index(arguments: list[str]) -> None:
+    recipe = read_stage("index", arguments)
+    from finetune.embed import index as run
+
+    run(recipe)
+
+
+def search(arguments: list[str]) -> None:
+    from runtime.recipe import OptionParser
+
+    parser = OptionParser(
+        "ligature search", description="Ask an index for the images most like some words or an image."
+    )
+    parser.add_argument("query", nargs="*", help='words in quotes ("a dog on a beach"), or an image file')
+    parser.add_argument(
+        "--index", type=Path, default=Path("index"), help="folder made by `ligature index` (default index)"
+    )
+    parser.add_argument("--queries", type=Path, metavar="FILE", help="further queries, one a line; - is standard input")
+    parser.add_argument("--top", type=int, default=10, help="images a query (default 10)")
+    parser.add_argument("--html", type=Path, metavar="PAGE", help="also write a page with the pictures")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON a query instead of a table")
+    parser.add_argument(
+        "--approximate", action="store_true", help="by the index's inverted lists instead of all its rows"
+    )
+    parser.add_argument("--checkpoint", help="where the index's checkpoint lies now (default: where it lay then)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="cpu", help="for the query (default cpu)")
+    options = parser.parse_args(arguments)
+    if options.top < 1:
+        raise RecipeError(f"--top is {options.top}; it must be 1 or more")
+    from finetune.search import command
+
+    command(options)
+
+
 def ablate(arguments: list[str]) -> None:
     recipe = read_stage("ablate", arguments)
     from launch.ablate import ablate as run
@@ -262,6 +296,8 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "evaluate": (evaluate, "--config RECIPE: score a checkpoint, with a table and a JSON record"),
     "compare": (compare, "A B: two score records held against each other, a paired test"),
     "import": (import_weights, "albef FILE OUT: a published checkpoint as one of ours"),
+    "index": (index, "--checkpoint RUN --data IMAGES: embed shards or a folder of images, to be searched"),
+    "search": (search, '"WORDS" or an image file: the images of an index most like it, as a table or a page'),
     "export": (export, "CHECKPOINT OUT: the model alone, as a plain safetensors folder"),
     "heatmap": (heatmap, "CHECKPOINT IMAGE CAPTION --out FILE: where HAT's words look"),
     "report": (report, "RUN: one HTML page of a run: curves, codebook, word maps"),
@@ -281,6 +317,7 @@ RECIPES = {
     "pretrain": ("pretrain.config", "PretrainRecipe"),
     "finetune": ("finetune.config", "FinetuneRecipe"),
     "evaluate": ("finetune.config", "EvaluateRecipe"),
+    "index": ("finetune.search_config", "IndexRecipe"),
     "ablate": ("launch.ablation_config", "AblateRecipe"),
 }
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from runtime.errors import LigatureError, RecipeError
 from runtime.recipe import OptionParser
 
-STAGES = ("pretrain", "finetune", "evaluate")
+STAGES = ("pretrain", "finetune", "evaluate", "index")
 PR_SET_PDEATHSIG = 1
 GRACE = 30.0
 """Seconds the other ranks have to stop after one has failed."""

@@ -16,6 +16,8 @@ _HOME = {
     "read_record": "records",
     "table": "records",
     "compare": "compare",
+    "Index": "index",
+    "nearest": "index",
 }
 __all__ = list(_HOME)
 
