@@ -86,15 +86,67 @@ class HatConfig:
 
 
 @dataclass
+class HardNegativesConfig:
+    """Altered captions and images that join the denominators of VLDeformer's loss (the paper's section 3.4)."""
+
+    text: bool = True
+    """Captions with words exchanged."""
+    image: bool = True
+    """Images with patches exchanged. Costs two more image encodings a step, one of them without gradient."""
+    text_ratio: float = 0.5
+    """Probability for each noun (-> an object word), verb, adjective and adverb (-> its antonym)."""
+    lexicon: str = "auto"
+    """Which words are what, and their antonyms: a WordNet `dict` folder; `built-in`, a few hundred words; or `auto`, WordNet
+    where Debian's wordnet-base put it, else `built-in`. The run's first line says which."""
+    objects: list[str] = field(default_factory=list)
+    """Words that nouns give way to; none: COCO's 80 objects."""
+    attended: float = 0.25
+    """Share of the patches, those that the caption's nouns attend to most in the model as it started, that give way to
+    another image's."""
+    rest: float = 0.5
+    """Share of the other patches that do."""
+
+    def __post_init__(self) -> None:
+        for name in ("text_ratio", "attended", "rest"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise RecipeError(f"vldeformer.negatives.{name} is {value}; it is a share, from 0 to 1")
+        if self.image and not self.attended and not self.rest:
+            raise RecipeError(
+                "vldeformer.negatives.attended and rest are both 0, so no patch is exchanged; set image to false"
+            )
+
+
+@dataclass
+class VLDeformerConfig:
+    """VLDeformer: a fusion model's joint layers run on each modality alone, and tuned by contrast to give embeddings."""
+
+    pooling: Literal["mean", "cls"] = "mean"
+    """What of the last layer's tokens represents a caption or an image: their mean, or [CLS] and the image's class token."""
+    loss: Literal["contrastive", "cosine"] = "contrastive"
+    """`contrastive` is the paper's; `cosine` (its ablation) draws each pair's cosine to 1 and every other pair's down to 0."""
+    temperature: float = 0.005
+    """Fixed."""
+    start: Literal["checkpoint", "unpretrained"] = "checkpoint"
+    """`unpretrained` (an ablation) takes the checkpoint's sizes and tokenizer alone, and the weights that its pretraining began
+    from: timm's and BERT's where its recipe names them, else random ones."""
+    negatives: HardNegativesConfig = field(default_factory=HardNegativesConfig)
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise RecipeError(f"vldeformer.temperature is {self.temperature}; it is above 0")
+
+
+@dataclass
 class FinetuneRecipe:
-    """Fine-tune for retrieval: dual head by contrast within the batch, fusion head by matching; or HAT by triplets."""
+    """Fine-tune for retrieval: dual head by contrast within the batch, fusion head by matching; HAT by triplets; VLDeformer."""
 
     name: str = "finetune"
     """Names the run folder: the same name is the same run, and goes on where it stopped."""
     runs: str = "runs"
     """Folder of run folders."""
-    head: Literal["dual", "hat"] = "dual"
-    """`dual` trains the pretraining's projections and, with `matching_weight`, the fusion encoder; `hat` is HAT."""
+    head: Literal["dual", "hat", "vldeformer"] = "dual"
+    """`dual` trains the pretraining's projections and, with `matching_weight`, the fusion encoder; `hat` is HAT; `vldeformer`
+    takes the fusion encoder apart."""
     checkpoint: str = ""
     """What to start from: a run's folder (its best checkpoint, else its latest) or a checkpoint's."""
     dataset: str = ""
@@ -107,6 +159,8 @@ class FinetuneRecipe:
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     hat: HatConfig = field(default_factory=HatConfig)
     """Read where `head` is `hat`."""
+    vldeformer: VLDeformerConfig = field(default_factory=VLDeformerConfig)
+    """Read where `head` is `vldeformer`."""
     data: ReadConfig = field(default_factory=ReadConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, min_lr=1e-6, warmup_steps=0))
     training: LoopConfig = field(default_factory=lambda: LoopConfig(global_batch=256, epochs=10))
@@ -153,9 +207,11 @@ class EvaluateRecipe:
     captions_per_image: int | None = None
     """Take the first so many captions of each image; none: all. The record says which (COCO's test file holds 25,010
     captions of 5,000 images; papers score the first five of each)."""
-    heads: list[Literal["dual", "fusion", "hat"]] | None = None
+    heads: list[Literal["dual", "fusion", "hat", "vldeformer"]] | None = None
     """`dual` scores by the features' cosine; `fusion` re-ranks the dual head's shortlist by matching; `hat` is a HAT
-    checkpoint's only head, on all pairs or, with `shortlist_from`, as a re-ranker. None: the checkpoint's first."""
+    checkpoint's only head, on all pairs or, with `shortlist_from`, as a re-ranker. `vldeformer` is a VLDeformer checkpoint's
+    only head; of an alignment model it scores by the fusion encoder taken apart and not tuned (the paper's "w/o decompose").
+    None: the checkpoint's first."""
     shortlist: int = 128
     """Candidates that a re-ranker is given, per query (ALBEF: 256 on COCO, 128 on Flickr30K)."""
     shortlist_from: str = ""

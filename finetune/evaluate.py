@@ -13,6 +13,7 @@ import torch
 
 from data_tools.collection import Collection, open_collection
 from finetune.config import EvaluateRecipe
+from finetune.heads.decomposed import LoadedVLDeformer, encode_decomposed
 from finetune.heads.dual import dual_scores
 from finetune.heads.fusion import fusion_scores
 from finetune.heads.hat import LoadedHat
@@ -70,10 +71,15 @@ def evaluate(recipe: EvaluateRecipe) -> list[dict[str, Any]]:
 
 
 def score_dual(recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, device: torch.device) -> Iterator[Scored]:
-    """The dual head of an alignment model, and its fusion head on the dual head's shortlists."""
+    """The dual head of an alignment model, its fusion head on the dual head's shortlists, and that taken apart but not tuned."""
     heads = recipe.heads or ["dual"]
     if "hat" in heads or recipe.ensemble or recipe.shortlist_from:
         raise RecipeError(f"{recipe.checkpoint} is no HAT checkpoint; its heads are dual and fusion")
+    if "vldeformer" in heads:
+        yield from score_vldeformer(recipe, collection, ranks, device)
+        heads = [head for head in heads if head != "vldeformer"]
+        if not heads:
+            return
     model = load_model(recipe.checkpoint, device)
     if "fusion" in heads and not model.network.config.fusion.layers:
         raise RecipeError(f"heads asks for fusion, but {recipe.checkpoint} has no fusion encoder; use --heads '[dual]'")
@@ -150,8 +156,27 @@ def score_hat(recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, devi
     yield Scored("hat", name, ways[0], ways[1], hashes, models[0].training, cut)
 
 
+def score_vldeformer(
+    recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, device: torch.device
+) -> Iterator[Scored]:
+    """A VLDeformer's embeddings, or those of an alignment model taken apart and not tuned, compared by cosine."""
+    if recipe.ensemble or recipe.shortlist_from:
+        raise RecipeError(f"{recipe.checkpoint} is no HAT checkpoint; ensemble and shortlist_from are HAT's")
+    loaded = LoadedVLDeformer(recipe.checkpoint, device)
+    if loaded.tuned and recipe.heads not in (None, ["vldeformer"]):
+        raise RecipeError(
+            f"{recipe.checkpoint} is a VLDeformer checkpoint; use --heads '[vldeformer]', or leave heads out"
+        )
+    cut = _truncated(loaded.tokenizer, collection, ranks)
+    image, text = encode_decomposed(
+        loaded.model, loaded.tokenizer, collection, ranks, device, recipe.batch_size, recipe.workers, silent=False
+    )
+    similarity = (image @ text.T).numpy()
+    yield Scored("vldeformer", loaded.name, similarity, similarity.T, loaded.hash, loaded.training, cut)
+
+
 # By the kind of head that a checkpoint's model.json names.
-SCORERS = {"dual": score_dual, "hat": score_hat}
+SCORERS = {"dual": score_dual, "hat": score_hat, "vldeformer": score_vldeformer}
 
 
 def _truncated(tokenizer: Any, collection: Collection, ranks: Ranks) -> dict[str, Any]:

@@ -62,6 +62,10 @@ def make_task(recipe: FinetuneRecipe) -> RetrievalTask:
         from finetune.heads.hat import HatTask
 
         return HatTask(recipe)
+    if recipe.head == "vldeformer":
+        from finetune.heads.vldeformer import VLDeformerTask
+
+        return VLDeformerTask(recipe)
     from finetune.heads.dual import DualTask
 
     return DualTask(recipe)

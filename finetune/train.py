@@ -151,6 +151,7 @@ def retrieval_batch(batch: dict[str, Any], seed: int, device: torch.device) -> M
         draws=draws,
         keys=Keys(nothing, nothing, nothing),
         distill_weight=0.0,
+        positions=batch["positions"],
     )
 
 

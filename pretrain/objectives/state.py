@@ -80,6 +80,8 @@ class MicroBatch:
     """The teacher's features of the global batch at each level."""
     everyone: Everyone | None = None
     """Where negatives come from all ranks."""
+    positions: Tensor | None = None
+    """(batch,) the samples' places in the endless order, on the CPU, for heads that draw more numbers of their own."""
 
 
 @dataclass

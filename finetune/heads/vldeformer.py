@@ -1,0 +1,190 @@
+"""VLDeformer (Zhang et al. 2021): contrast, with hard negatives, teaches a fusion encoder taken apart to give embeddings."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from data_tools.collection import Collection
+from data_tools.order import derived_seed, uniforms
+from finetune.config import FinetuneRecipe
+from finetune.hard_negatives import AlteredCaptions, choose_patches, exchange_patches
+from finetune.heads.decomposed import Decomposed, encode_decomposed, need_fusion
+from finetune.heads.dual import GatherRows, at_resolution
+from finetune.task import RetrievalTask
+from finetune.wordnet import open_lexicon
+from pretrain.load import load_model
+from pretrain.model.alignment_model import AlignmentModel
+from pretrain.objectives.matching import draw_negatives
+from pretrain.objectives.state import MicroBatch
+from pretrain.starting_weights import load_starting_weights
+from pretrain.word_maps import attention_maps
+from runtime.ranks import Ranks, gather_rows, sum_over_ranks
+
+# What the draws of one sample are for; pretraining's purposes are 1 and 2.
+WORDS, PATCHES = 3, 4
+
+
+def contrastive_loss(
+    image: Tensor,
+    text: Tensor,
+    image_ids: Tensor,
+    temperature: float,
+    altered_image: Tensor | None = None,
+    altered_text: Tensor | None = None,
+    usable_image: Tensor | None = None,
+    usable_text: Tensor | None = None,
+) -> Tensor:
+    """Eq. 1-3: both directions summed; every altered sample of the global batch joins the other side's denominators.
+
+    image, text and their altered forms: unit-norm (batch, width) of this rank; image_ids: (batch,); usable: (batch,) bool, which
+    altered forms differ from their originals. Other captions of an anchor's image are left out of its denominator. Candidates are
+    gathered with their gradient, so the mean over ranks is the loss of the global batch.
+    """
+    own = torch.arange(len(image), device=image.device) + len(image) * _rank()
+    same = image_ids[:, None] == gather_rows(image_ids)[None]
+    same = same & (own[:, None] != torch.arange(same.shape[1], device=same.device))
+    total = torch.zeros((), dtype=image.dtype, device=image.device)
+    for anchor, matched, altered, usable in (
+        (text, image, altered_image, usable_image),
+        (image, text, altered_text, usable_text),
+    ):
+        logits = (anchor @ GatherRows.apply(matched).T / temperature).masked_fill(same, -torch.inf)
+        if altered is not None and usable is not None:
+            harder = anchor @ GatherRows.apply(altered).T / temperature
+            out = ~gather_rows(usable.to(torch.uint8)).bool()
+            logits = torch.cat([logits, harder.masked_fill(out[None], -torch.inf)], 1)
+        total = total + functional.cross_entropy(logits, own)
+    return total
+
+
+def cosine_loss(image: Tensor, text: Tensor, image_ids: Tensor) -> Tensor:
+    """The ablation "w/o contrastive", pairwise cosine: 1 - cosine of each pair, plus the mean positive cosine of all other pairs.
+
+    The paper says no more than "pairwise cosine similarity"; pairs alone would make all embeddings one. Arguments as above.
+    """
+    cosine = text @ GatherRows.apply(image).T
+    own = torch.arange(len(image), device=image.device) + len(image) * _rank()
+    others = image_ids[:, None] != gather_rows(image_ids)[None]
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    apart = (cosine.clamp(min=0) * others).sum() / (sum_over_ranks(others.sum()) / world).clamp(min=1)
+    return (1 - cosine.gather(1, own[:, None])).mean() + apart
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+class VLDeformerTask(RetrievalTask):
+    """Decomposing: the whole model learns, by contrast alone."""
+
+    def __init__(self, recipe: FinetuneRecipe) -> None:
+        super().__init__()
+        start = load_model(recipe.checkpoint)
+        need_fusion(start.network.config, start.folder)
+        if recipe.image_size:
+            start = at_resolution(start, recipe.image_size)
+        self.recipe, config = recipe, recipe.vldeformer
+        self.tokenizer, self.image_size = start.tokenizer, start.network.config.image.image_size
+        network = start.network.requires_grad_(True)
+        torch.manual_seed(recipe.training.seed)  # what is new starts the same on every rank
+        if config.start == "unpretrained":
+            network = AlignmentModel(network.config, self.tokenizer.vocabulary)
+            load_starting_weights(network)
+        self.source = dataclasses.replace(network.config, codewords=0, levels=[])
+        self.captions: AlteredCaptions | None = None
+        self.guide: AlignmentModel | None = None
+        negatives, lexicon = config.negatives, ""
+        if config.loss == "contrastive" and (negatives.text or negatives.image):
+            opened = open_lexicon(negatives.lexicon)
+            self.captions = AlteredCaptions(negatives, opened, self.tokenizer)
+            lexicon = f", words of {opened.name}"
+            if negatives.image and negatives.attended:  # the model as it started knows where nouns are in a picture
+                self.guide = AlignmentModel(network.config, self.tokenizer.vocabulary)
+                self.guide.load_state_dict(network.state_dict())
+                self.guide.requires_grad_(False)
+        torch.manual_seed(recipe.training.seed)  # whatever the guide drew
+        self.model = Decomposed(network, config.pooling)
+        before = start.training if config.start == "checkpoint" else "its sizes alone, not its weights"
+        self.about = f"{self.model.name} of {start.folder} ({before}){lexicon}"
+
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        config, mask = self.recipe.vldeformer, batch.text.mask
+        image, text = self.model.encode_image(batch.images), self.model.encode_text(batch.text.ids, mask)
+        figures: dict[str, Tensor] = {}
+        if config.loss == "cosine":
+            with torch.autocast(image.device.type, enabled=False):
+                loss = cosine_loss(image, text, batch.image_ids)
+        else:
+            altered: dict[str, Tensor] = {}
+            if self.captions and config.negatives.text:
+                ids, new_mask, usable = self.captions(
+                    batch.text.ids, mask, self._numbers(batch, WORDS, self.captions.numbers_per_caption)
+                )
+                altered |= {"altered_text": self.model.encode_text(ids, new_mask), "usable_text": usable}
+                figures["unaltered_captions"] = (~usable).float().mean()
+            if self.captions and config.negatives.image:
+                pixels, usable = self._altered_images(batch)
+                altered |= {"altered_image": self.model.encode_image(pixels), "usable_image": usable}
+            with torch.autocast(image.device.type, enabled=False):  # bf16 cannot hold a cosine divided by 0.005
+                loss = contrastive_loss(image, text, batch.image_ids, config.temperature, **altered)
+            figures |= margins(image.detach(), text.detach(), altered)
+        return loss, {"loss": loss.detach(), config.loss: loss.detach(), **figures}
+
+    @torch.no_grad()
+    def _altered_images(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Images with patches of others of the micro-batch, and (batch,) bool: where there is another image to take from."""
+        negatives = self.recipe.vldeformer.negatives
+        side = self.image_size // self.model.image_encoder.vit.patch_embed.patch_size[0]
+        numbers = torch.from_numpy(self._numbers(batch, PATCHES, 1 + side * side)).to(batch.images.device)
+        attention = None
+        if self.guide is not None:
+            assert self.captions is not None
+            self.guide.eval()
+            tokens = self.guide.image_encoder(batch.images)
+            maps = attention_maps(self.guide, tokens, batch.text.ids, batch.text.mask).flatten(2)
+            nouns = self.captions.nouns(batch.text.ids, batch.text.mask)
+            attention = (maps * nouns[..., None]).sum(1)
+        chosen = choose_patches(attention, numbers[:, 1:], negatives.attended, negatives.rest)
+        same = batch.image_ids[:, None] == batch.image_ids[None]
+        donors, exists = draw_negatives(torch.zeros_like(same, dtype=torch.float64), same, numbers[:, 0])
+        return exchange_patches(batch.images, chosen.unflatten(1, (side, side)), donors), exists
+
+    def _numbers(self, batch: MicroBatch, purpose: int, count: int) -> np.ndarray:
+        """(batch, count) uniform numbers that belong to the samples."""
+        assert batch.positions is not None
+        return uniforms(derived_seed(self.recipe.training.seed, purpose), batch.positions.cpu().numpy(), count)
+
+    def stored(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+    def describe(self, training: str) -> dict[str, Any]:
+        return {
+            "head": "vldeformer",
+            "vldeformer": dataclasses.asdict(self.recipe.vldeformer),
+            "model": dataclasses.asdict(self.source),
+            "caption_tokens": self.tokenizer.caption_tokens,
+            "training": training,
+        }
+
+    def similarity(
+        self, collection: Collection, ranks: Ranks, device: torch.device, batch_size: int, workers: int
+    ) -> np.ndarray:
+        image, text = encode_decomposed(self.model, self.tokenizer, collection, ranks, device, batch_size, workers)
+        return (image @ text.T).numpy()
+
+
+def margins(image: Tensor, text: Tensor, altered: dict[str, Tensor]) -> dict[str, Tensor]:
+    """How hard the altered samples are: the share of anchors that are nearer to their own altered partner than to the true one."""
+    matched, figures = (image * text).sum(-1), {}
+    for name, anchor in (("text", image), ("image", text)):
+        if f"altered_{name}" in altered:
+            nearer = (anchor * altered[f"altered_{name}"].detach()).sum(-1) >= matched
+            usable = altered[f"usable_{name}"]
+            figures[f"fooled_by_altered_{name}"] = (nearer & usable).sum() / usable.sum().clamp(min=1)
+    return figures
