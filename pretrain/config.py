@@ -335,8 +335,12 @@ class PretrainRecipe:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    profile: int = 0
+    """Steps, after the first ones, of which the first rank prints where their time went, part by part."""
 
     def __post_init__(self) -> None:
+        if self.profile < 0:
+            raise RecipeError(f"profile is {self.profile}; it is a number of steps, or 0 for none")
         if self.objectives.codebook.weight and not self.model.codewords:
             raise RecipeError(
                 "objectives.codebook.weight is set but model.codewords is 0; set the weight to 0 or give the model codewords"

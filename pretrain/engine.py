@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import OptimizerConfig, TrainingConfig
+from pretrain.step_profile import part
 from pretrain.task import Student
 from runtime.errors import CheckpointError
 from runtime.ranks import ranks_from_environment
@@ -143,7 +144,8 @@ class Engine:
             return verdicts[0]
 
         self.adamw.allowed = allowed
-        self.module.step()
+        with part("optimizer"):
+            self.module.step()
         # Where a gradient is not finite DeepSpeed skips the step by itself and never asks.
         self.applied = verdicts[0] if verdicts else admits(norm()) and self.module.was_step_applied()
         return norm()

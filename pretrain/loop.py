@@ -13,6 +13,7 @@ from torch import Tensor
 from data_tools.stream import ShardStream
 from pretrain.config import LoopConfig
 from pretrain.sick_steps import SickSteps
+from pretrain.step_profile import part
 from runtime.checkpoint_writer import CheckpointWriter, Write
 from runtime.errors import Interrupted, LigatureError
 from runtime.interrupts import watch_interrupts
@@ -79,7 +80,8 @@ def run_loop(
             began = time.monotonic()
             epoch = stream.epoch
             watchdog.doing("reading data", step + 1)
-            batch = next(batches)
+            with part("data wait"):
+                batch = next(batches)
             waited = time.monotonic() - began
             watchdog.doing("its own part of the step", step + 1)
             figures = stage.take_step(batch, epoch, step)

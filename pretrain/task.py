@@ -25,6 +25,7 @@ from pretrain.objectives.levels import Levels
 from pretrain.objectives.masked_language import MaskedLanguage, mask_words, word_logits
 from pretrain.objectives.matching import Matching
 from pretrain.objectives.state import Everyone, Keys, Masked, MicroBatch, Plans, StudentState
+from pretrain.step_profile import part as profiled
 from pretrain.teacher import Teacher
 from runtime.ranks import Ranks, gather_rows, sum_over_ranks
 
@@ -51,12 +52,14 @@ class Student(nn.Module):
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """-> the weighted sum of the losses, and every named loss and figure, detached."""
-        tokens, states, levels = self.model.encode(batch.images, batch.text.ids, batch.text.mask)
+        with profiled("student"):
+            tokens, states, levels = self.model.encode(batch.images, batch.text.ids, batch.text.mask)
         state = StudentState(self.model, batch, tokens, states, levels)
         precise = torch.float64 if tokens.dtype == torch.float64 else torch.float32
         total, figures = torch.zeros((), device=tokens.device, dtype=precise), dict[str, Tensor]()
         for name, objective in self.objectives.items():
-            losses = objective(state)
+            with profiled(name):
+                losses = objective(state)
             total = total + self.weights[name] * losses[name]
             figures |= {key: value.detach() for key, value in losses.items()}
         figures["temperature"] = self.model.temperature().detach()
@@ -105,21 +108,24 @@ class PretrainTask:
         text = TextBatch(
             batch["ids"].to(self.device, non_blocking=True), batch["mask"].to(self.device, non_blocking=True)
         )
-        ids, positions = batch["image_ids"].to(self.device), batch["positions"].to(self.device)
+        ids = batch["image_ids"].to(self.device)
         size = len(ids)
         parts = [slice(start, start + micro_batch) for start in range(0, size, micro_batch)]
         distill_weight = self.recipe.teacher.distill_weight * min(1.0, epoch)
 
         model = self.teacher.model
-        encoded = [model.encode(views[-1, part], text.ids[part], text.mask[part]) for part in parts]
-        tokens = [image_tokens for image_tokens, _, _ in encoded]
-        image = torch.cat([model.image_features(image_tokens) for image_tokens in tokens])
-        text_feature = torch.cat([model.text_features(states) for _, states, _ in encoded])
+        with profiled("teacher"):
+            encoded = [model.encode(views[-1, part], text.ids[part], text.mask[part]) for part in parts]
+            tokens = [image_tokens for image_tokens, _, _ in encoded]
+            image = torch.cat([model.image_features(image_tokens) for image_tokens in tokens])
+            text_feature = torch.cat([model.text_features(states) for _, states, _ in encoded])
         self.before_meeting()
-        arrived = gather_rows(image), gather_rows(text_feature), gather_rows(ids)
+        with profiled("communication"):
+            arrived = gather_rows(image), gather_rows(text_feature), gather_rows(ids)
         self._arrived = arrived
         past = self.queue.keys() if epoch >= self.recipe.teacher.queue_from_epoch else ()
-        keys = Keys(*(torch.cat(parts) for parts in zip(arrived, past, strict=True))) if past else Keys(*arrived)
+        with profiled("queue"):
+            keys = Keys(*(torch.cat(parts) for parts in zip(arrived, past, strict=True))) if past else Keys(*arrived)
         rows = torch.arange(size, device=self.device) + self.ranks.rank * size
         level_keys = []
         for level in range(len(model.config.levels) if self.student.weights["levels"] else 0):
@@ -131,8 +137,12 @@ class PretrainTask:
 
         seed = self.recipe.training.seed
         draws = torch.from_numpy(uniforms(derived_seed(seed, NEGATIVES), batch["positions"].numpy(), 2)).to(self.device)
-        masked = self._mask(text, positions, tokens, parts, distill_weight)
-        plans, figures = self._plan(views[0], text, parts, keys, len(arrived[2]))
+        # On the host, where the words still are: which of them are masked is known without asking the device.
+        words = TextBatch(batch["ids"], batch["mask"])
+        with profiled("teacher"):
+            masked = self._mask(words, text.mask, batch["positions"], tokens, parts, distill_weight)
+        with profiled("transport"):
+            plans, figures = self._plan(views[0], text, parts, keys, len(arrived[2]))
         micro_batches = [
             MicroBatch(
                 images=views[0, part],
@@ -168,33 +178,45 @@ class PretrainTask:
     def finish(self, masters: Iterable[tuple[str, Tensor]]) -> None:
         """After an optimizer step: the teacher moves, the batch joins the queue. Not called for a skipped step."""
         assert self._arrived is not None, "prepare comes before finish"
-        self.teacher.update(masters)
-        self.queue.enqueue(*self._arrived)
+        with profiled("EMA"):
+            self.teacher.update(masters)
+        with profiled("queue"):
+            self.queue.enqueue(*self._arrived)
         self._arrived = None
 
     def _mask(
-        self, text: TextBatch, positions: Tensor, tokens: list[Tensor], parts: list[slice], distill_weight: float
+        self,
+        words: TextBatch,
+        mask: Tensor,
+        positions: Tensor,
+        tokens: list[Tensor],
+        parts: list[slice],
+        distill_weight: float,
     ) -> list[Masked | None]:
+        """words and positions: on the host; mask: the words' again, on the device."""
         if not self.student.weights["masked_language"]:
             return [None] * len(parts)
         share = self.recipe.objectives.masked_language.share
         altered, chosen = mask_words(
-            text,
+            words,
             positions,
             self.tokenizer,
             share,
             derived_seed(self.recipe.training.seed, MASKS),
             self.recipe.objectives.masked_language.separators,
         )
-        normaliser = float(sum_over_ranks(chosen.sum())) / (self.ranks.world * len(parts)) or 1.0
+        count = sum_over_ranks(chosen.sum().to(self.device, torch.float32)).clamp(min=1.0)
         masked: list[Masked | None] = []
         for part, image_tokens in zip(parts, tokens, strict=True):
-            altered_text = TextBatch(altered[part], text.mask[part])
-            logits = None
+            altered_text = TextBatch(altered[part].to(self.device, non_blocking=True), mask[part])
+            places = chosen[part].flatten().nonzero()[:, 0]
+            labels = words.ids[part].flatten()[places].to(self.device, non_blocking=True)
+            places, logits = places.to(self.device, non_blocking=True), None
             if distill_weight:
                 model = self.teacher.model
-                logits = word_logits(model, altered_text, chosen[part], model.fusion_encoder.read_images(image_tokens))
-            masked.append(Masked(altered_text, chosen[part], text.ids[part][chosen[part]], normaliser, logits))
+                logits = word_logits(model, altered_text, places, model.fusion_encoder.read_images(image_tokens))
+            normaliser = count / (self.ranks.world * len(parts))
+            masked.append(Masked(altered_text, places, labels, normaliser, logits))
         return masked
 
     def _plan(

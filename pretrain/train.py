@@ -23,6 +23,7 @@ from pretrain.loop import Stage, mean_figures, run_loop
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.sick_steps import SickSteps
 from pretrain.starting_weights import load_starting_weights
+from pretrain.step_profile import StepProfile
 from pretrain.task import PretrainTask
 from retrieval.protocols import recalls
 from runtime.checkpoint import read_tensors, verify_checkpoint, write_checkpoint
@@ -92,6 +93,7 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
         recipe.data.shuffle.window,
     )
     sick = SickSteps(recipe.training.sick_steps)
+    profile = StepProfile(recipe.profile if ranks.first else 0, task.student.model, task.teacher.model)
     step, best = 0, -1.0
     if resumed is not None:
         step, best = resume(resumed, task, engine, sick)
@@ -122,6 +124,7 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
         if (step + 1) % recipe.training.log_every == 0:
             figures |= {"teacher_distance": task.teacher.distance(engine.masters())}
         figures |= {"lr": torch.tensor(lr), "gradient_norm": torch.tensor(norm)}
+        profile.after_step()
         return figures | mean_figures(parts)
 
     def measure() -> dict[str, float]:

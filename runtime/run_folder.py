@@ -30,6 +30,7 @@ PACKAGES = (
 # Where a run may differ from the first time it was started and still be the same run.
 FREE_KEYS = (
     "runs",
+    "profile",
     "data.workers",
     "data.cache.folder",
     "data.cache.gigabytes",

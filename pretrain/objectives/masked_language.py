@@ -39,11 +39,11 @@ def mask_words(
     return torch.where(chosen, altered, ids), chosen
 
 
-def word_logits(model: AlignmentModel, text: TextBatch, chosen: Tensor, images_read: ReadImages) -> Tensor:
-    """Predictions for the chosen words alone (masked words, vocabulary): the full batch x length x vocabulary never exists."""
+def word_logits(model: AlignmentModel, text: TextBatch, places: Tensor, images_read: ReadImages) -> Tensor:
+    """Predictions for the words at `places` alone (masked words, vocabulary): the full batch x length x vocabulary never exists."""
     states = model.text_encoder(text.ids, text.mask)
     fused = model.fusion_encoder(states, text.mask, images_read)
-    return model.masked_language_logits(fused[chosen])
+    return model.masked_language_logits(fused.flatten(0, 1)[places])
 
 
 class MaskedLanguage:
@@ -53,7 +53,7 @@ class MaskedLanguage:
         """-> `masked_language`, normalised by the count of masked words in the global batch."""
         masked = state.batch.masked
         assert masked is not None, "the task masks words where this objective is on"
-        logits = word_logits(state.model, masked.text, masked.chosen, state.images_read)
+        logits = word_logits(state.model, masked.text, masked.places, state.images_read)
         return {"masked_language": masked_language_loss(logits, masked, state.batch.distill_weight)}
 
 

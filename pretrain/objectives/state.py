@@ -17,11 +17,12 @@ class Masked:
 
     text: TextBatch
     """The altered captions (batch, words)."""
-    chosen: Tensor
-    """(batch, words) bool: words to predict."""
+    places: Tensor
+    """(masked words,) int64: where the words to predict are, in rows of words laid end to end. Places and no mask: how many
+    there are is the shape, and no device need be asked."""
     labels: Tensor
     """(masked words,) their true ids, in row order."""
-    normaliser: float
+    normaliser: Tensor | float
     """Masked words of the global batch divided by the number of micro-batches in it (ranks x accumulation steps): the mean
     over micro-batches of `sum / normaliser` is the sum over the global batch divided by its count of masked words."""
     teacher_logits: Tensor | None = None

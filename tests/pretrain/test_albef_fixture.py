@@ -157,11 +157,11 @@ def losses(albef: Albef) -> dict[str, Tensor]:
     matching = functional.cross_entropy(model.matching_logits(fused), labels)
 
     chosen = albef.inputs["mlm_labels"] != -100
-    altered = TextBatch(albef.inputs["masked_input_ids"], albef.text.mask)
+    altered, places = TextBatch(albef.inputs["masked_input_ids"], albef.text.mask), chosen.flatten().nonzero()[:, 0]
     with torch.no_grad():
-        opinion = word_logits(teacher.model, altered, chosen, teacher.model.fusion_encoder.read_images(teacher_tokens))
-    masked = Masked(altered, chosen, albef.inputs["mlm_labels"][chosen], float(chosen.sum()), opinion)
-    words = word_logits(model, altered, chosen, state.images_read)
+        opinion = word_logits(teacher.model, altered, places, teacher.model.fusion_encoder.read_images(teacher_tokens))
+    masked = Masked(altered, places, albef.inputs["mlm_labels"][chosen], float(chosen.sum()), opinion)
+    words = word_logits(model, altered, places, state.images_read)
     return {
         "itc": contrastive,
         "itm": matching,

@@ -1,0 +1,72 @@
+"""What the benchmarks share: ratios told beside their aims, the rate of a plain matrix product, and a clock that leaves out others."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+class Ratios:
+    """The figures of one benchmark. `tell` prints one; `close` hands them to `python -m benchmarks` and gives the exit code."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+        self.short: list[str] = []
+
+    def tell(
+        self, name: str, value: float, at_least: float | None = None, at_most: float | None = None, unit: str = ""
+    ) -> None:
+        """name: the same words at every run, without figures; aims are of the full form on a quiet machine."""
+        aims = [f"{word} {aim:g}" for word, aim in (("at least", at_least), ("at most", at_most)) if aim is not None]
+        missed = (at_least is not None and value < at_least) or (at_most is not None and value > at_most)
+        told = f"{name}: {value:.3g}{' ' * bool(unit)}{unit}"
+        print(told + f" (aim: {' and '.join(aims)}{', short of it' if missed else ''})" * bool(aims), flush=True)
+        self.values[name] = value
+        self.short += [name] * missed
+
+    def close(self) -> int:
+        """-> 1 where a figure falls short of its aim. `LIGATURE_RATIOS` names the file that `python -m benchmarks` reads."""
+        if place := os.environ.get("LIGATURE_RATIOS"):
+            Path(place).write_text(json.dumps(self.values))
+        return int(bool(self.short))
+
+
+def clock() -> float:
+    """Seconds of this process's own time where it has one thread, so that other work on the machine does not count; else of the wall."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def seconds(work: Callable[[], object], device: torch.device | None = None) -> float:
+    """How long `work` takes, once; on a GPU until it is done there."""
+    on_gpu = device is not None and device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        work()
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+    began = clock()
+    work()
+    return clock() - began
+
+
+class MatrixProduct:
+    """The rate of a large matrix product in one precision: what the hardware can do, in this process, at this moment."""
+
+    def __init__(self, precision: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
+        self.size = 8192 if self.device.type == "cuda" else 2560
+        self.a, self.b, self.out = (
+            torch.randn(self.size, self.size, device=self.device).to(precision) for _ in range(3)
+        )
+        self.rate()
+
+    def rate(self, repeats: int = 3) -> float:
+        """FLOP/s, the best of `repeats`."""
+        times = [seconds(lambda: torch.mm(self.a, self.b, out=self.out), self.device) for _ in range(repeats)]
+        return 2 * self.size**3 / min(times)
