@@ -18,7 +18,6 @@ import os
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -95,7 +94,9 @@ class Step:
 
 def made_up_tokenizer(vocabulary: int, caption_tokens: int) -> CaptionTokenizer:
     """So many words that mean nothing: what they are makes no difference to the time."""
-    words = {token: number for number, token in enumerate([*SPECIAL, *(f"w{n}" for n in range(vocabulary - len(SPECIAL)))])}
+    words = {
+        token: number for number, token in enumerate([*SPECIAL, *(f"w{n}" for n in range(vocabulary - len(SPECIAL)))])
+    }
     return CaptionTokenizer(Tokenizer(models.WordPiece(vocab=words, unk_token="[UNK]")), caption_tokens)
 
 
