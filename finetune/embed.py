@@ -89,6 +89,7 @@ def _finished(out: Path, hash: str) -> bool:
 
 def _make(recipe: IndexRecipe, out: Path, ranks: Ranks, device: torch.device) -> None:
     encoder = load_encoder(recipe.checkpoint, device)
+    width = encode(encoder.encode_text, [""]).shape[1]  # before anything is written: a model may give texts no vector
 
     def begin() -> list[int]:
         gallery = open_gallery(recipe.data, _listed(out))
@@ -100,7 +101,6 @@ def _make(recipe: IndexRecipe, out: Path, ranks: Ranks, device: torch.device) ->
     gallery = open_gallery(recipe.data, _listed(out))  # on every rank the list that the first one wrote down
     parts = -(-len(gallery) // recipe.part_images)
     done = len(gallery) - sum(len(_numbers(part, recipe, gallery)) for part in missing)
-    width = encode(encoder.encode_text, [""]).shape[1]
     broken = 0
     with progress("indexing", len(gallery), "images", done=done, silent=not ranks.first) as bar:
         for part in missing[ranks.rank :: ranks.world]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -18,6 +19,8 @@ from PIL import Image
 import runtime.files
 from data_tools.images import upright
 from finetune import embed
+from finetune.config import VLDeformerConfig
+from finetune.heads.decomposed import LoadedVLDeformer
 from launch.cli import main
 from pretrain.load import describe_model, load_model
 from retrieval.index import Index
@@ -205,7 +208,23 @@ def test_a_head_without_vectors_is_refused_with_its_reason(answer, photos, pretr
     about = json.loads((tmp_path / "hat" / "model.json").read_text())
     (tmp_path / "hat" / "model.json").write_text(json.dumps(about | {"head": "hat"}))
     code, line = answer("index", *options(settings(tmp_path / "hat", photos, tmp_path / "index")))
-    assert code == 1 and "holds a hat head" in line and "no vector of its own" in line
+    assert code == 1 and "holds a hat head" in line and "an image has no vector of its own" in line
+
+
+def test_a_vldeformer_is_indexed_by_its_own_embeddings(pretrained, photos, tmp_path, capsys):
+    start = LoadedVLDeformer(pretrained)
+    config = load_model(pretrained).network.config
+    about = describe_model(config, start.tokenizer.caption_tokens, "fine-tuned-on shapes")
+    about |= {"head": "vldeformer", "vldeformer": dataclasses.asdict(VLDeformerConfig())}
+    save = start.tokenizer.save
+    write_checkpoint(tmp_path / "tuned", {"model": start.model.state_dict()}, {"model": about}, save)
+    assert main(["index", *options(settings(tmp_path / "tuned", photos, tmp_path / "index"))]) == 0
+    tuned, made = LoadedVLDeformer(tmp_path / "tuned"), Index(tmp_path / "index")
+    picture = upright(Image.open(photos / made.images(np.array([5]))[0]["name"]))
+    torch.testing.assert_close(torch.tensor(np.array(made.vectors[5])), tuned.encode_image([picture])[0])
+    (found,) = results(capsys, "a red circle", "--index", tmp_path / "index", "--top", 1)
+    scores = np.asarray(made.vectors) @ tuned.encode_text(["a red circle"])[0].numpy()
+    assert found["results"][0]["score"] == pytest.approx(float(scores.max()), abs=1e-6)
 
 
 @pytest.fixture(scope="module")
