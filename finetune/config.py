@@ -126,8 +126,8 @@ class VLDeformerConfig:
     """`contrastive` is the paper's; `cosine` (its ablation) draws each pair's cosine to 1 and every other pair's down to 0."""
     temperature: float = 0.005
     """Fixed."""
-    start: Literal["checkpoint", "unpretrained"] = "checkpoint"
-    """`unpretrained` (an ablation) takes the checkpoint's sizes and tokenizer alone, and the weights that its pretraining began
+    start: Literal["checkpoint", "unpretrained", "fresh_joint"] = "checkpoint"
+    """`fresh_joint` (a control) makes the joint layers' weights anew and keeps the encoders'; `unpretrained` (an ablation) takes the checkpoint's sizes and tokenizer alone, and the weights that its pretraining began
     from: timm's and BERT's where its recipe names them, else random ones."""
     negatives: HardNegativesConfig = field(default_factory=HardNegativesConfig)
 
@@ -215,7 +215,8 @@ class EvaluateRecipe:
     shortlist: int = 128
     """Candidates that a re-ranker is given, per query (ALBEF: 256 on COCO, 128 on Flickr30K)."""
     shortlist_from: str = ""
-    """For HAT: the checkpoint whose dual head makes the shortlists; empty: all pairs are scored."""
+    """The checkpoint, with a dual head or VLDeformer's, that makes the shortlists. Empty: HAT scores all pairs, fusion re-ranks its
+    own dual head's shortlists."""
     ensemble: str = ""
     """For HAT: a second HAT checkpoint; the two matrices of scores are averaged."""
     extended: bool = False

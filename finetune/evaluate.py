@@ -73,8 +73,10 @@ def evaluate(recipe: EvaluateRecipe) -> list[dict[str, Any]]:
 def score_dual(recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, device: torch.device) -> Iterator[Scored]:
     """The dual head of an alignment model, its fusion head on the dual head's shortlists, and that taken apart but not tuned."""
     heads = recipe.heads or ["dual"]
-    if "hat" in heads or recipe.ensemble or recipe.shortlist_from:
+    if "hat" in heads or recipe.ensemble:
         raise RecipeError(f"{recipe.checkpoint} is no HAT checkpoint; its heads are dual and fusion")
+    if recipe.shortlist_from and "fusion" not in heads:
+        raise RecipeError("shortlist_from is for heads that re-rank; add fusion to heads, or leave it out")
     if "vldeformer" in heads:
         yield from score_vldeformer(recipe, collection, ranks, device)
         heads = [head for head in heads if head != "vldeformer"]
@@ -86,7 +88,7 @@ def score_dual(recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, dev
     featureless = not model.network.config.text.layers
     if featureless and heads != ["fusion"]:
         raise RecipeError(
-            f"{recipe.checkpoint} has no text layers, so no dual head; use --heads '[fusion]', on all pairs"
+            f"{recipe.checkpoint} has no text layers, so no dual head; use --heads '[fusion]', on all pairs or with --shortlist_from"
         )
     cut = _truncated(model.tokenizer, collection, ranks)
     encodings = encode_collection(
@@ -100,6 +102,7 @@ def score_dual(recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, dev
         keep_tokens="fusion" in heads,
         silent=False,
     )
+    first, by = first_stage(recipe, collection, ranks, device) if recipe.shortlist_from else (None, {})
     if not ranks.first:
         return
     similarity = dual_scores(encodings).numpy()
@@ -108,11 +111,13 @@ def score_dual(recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, dev
             yield Scored(head, head, similarity, similarity.T, model.hash, model.training, cut)
             continue
         folds = folds_of(recipe.protocol, len(collection))
-        size = len(collection.captions) if featureless else recipe.shortlist  # no features, no shortlist
-        lists = make_shortlists(similarity, size, folds, collection.caption_image)
-        ways = lists.rerank(similarity, fusion_scores(model.network, encodings, lists, device))
-        about = "fusion of all pairs" if featureless else f"fusion of the best {recipe.shortlist}"
-        ceiling = {"shortlist": lists.ceiling(collection.caption_image)}
+        everything = featureless and first is None  # no features, no shortlist
+        size = len(collection.captions) if everything else recipe.shortlist
+        before = similarity if first is None else first
+        lists = make_shortlists(before, size, folds, collection.caption_image)
+        ways = lists.rerank(before, fusion_scores(model.network, encodings, lists, device))
+        about = "fusion of all pairs" if everything else f"fusion of the best {recipe.shortlist}"
+        ceiling = {"shortlist": lists.ceiling(collection.caption_image) | by}
         yield Scored(head, about, ways[0], ways[1], model.hash, model.training, cut | ceiling)
 
 
@@ -129,14 +134,10 @@ def score_hat(recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, devi
         name = f"hat ensemble of {name.removeprefix('hat ')} and {models[1].model.name.removeprefix('hat ')}"
     first, lists = None, None
     if recipe.shortlist_from:
-        dual = load_model(recipe.shortlist_from, device)
-        encodings = encode_collection(
-            dual.network, dual.tokenizer, collection, ranks, device, recipe.batch_size, recipe.workers, silent=False
-        )
-        first = dual_scores(encodings).numpy()
+        first, by = first_stage(recipe, collection, ranks, device)
         folds = folds_of(recipe.protocol, len(collection))
         lists = make_shortlists(first, recipe.shortlist, folds, collection.caption_image)
-        cut = cut | {"shortlist": lists.ceiling(collection.caption_image) | {"checkpoint": dual.hash}}
+        cut = cut | {"shortlist": lists.ceiling(collection.caption_image) | by}
         name += f" of the best {recipe.shortlist}"
     total = np.zeros(0)
     for model in models:
@@ -156,16 +157,35 @@ def score_hat(recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, devi
     yield Scored("hat", name, ways[0], ways[1], hashes, models[0].training, cut)
 
 
+def first_stage(
+    recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, device: torch.device
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The scores (images, captions) that shortlists are made by, of `shortlist_from`'s dual head or VLDeformer; and whose they are."""
+    size, workers = recipe.batch_size, recipe.workers
+    folder = find_checkpoint(recipe.shortlist_from)
+    if read_json(folder / "model.json").get("head") == "vldeformer":
+        loaded = LoadedVLDeformer(folder, device)
+        image, text = encode_decomposed(
+            loaded.model, loaded.tokenizer, collection, ranks, device, size, workers, silent=False
+        )
+        return (image @ text.T).numpy(), {"checkpoint": loaded.hash, "head": loaded.name}
+    dual = load_model(folder, device)
+    if not dual.network.config.text.layers:
+        raise RecipeError(f"shortlist_from: {folder} has no text layers, so no dual head to make shortlists by")
+    found = encode_collection(dual.network, dual.tokenizer, collection, ranks, device, size, workers, silent=False)
+    return dual_scores(found).numpy(), {"checkpoint": dual.hash}
+
+
 def score_vldeformer(
     recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, device: torch.device
 ) -> Iterator[Scored]:
     """A VLDeformer's embeddings, or those of an alignment model taken apart and not tuned, compared by cosine."""
-    if recipe.ensemble or recipe.shortlist_from:
-        raise RecipeError(f"{recipe.checkpoint} is no HAT checkpoint; ensemble and shortlist_from are HAT's")
+    if recipe.ensemble:
+        raise RecipeError(f"{recipe.checkpoint} is no HAT checkpoint; ensemble is HAT's")
     loaded = LoadedVLDeformer(recipe.checkpoint, device)
-    if loaded.tuned and recipe.heads not in (None, ["vldeformer"]):
+    if loaded.tuned and (recipe.heads not in (None, ["vldeformer"]) or recipe.shortlist_from):
         raise RecipeError(
-            f"{recipe.checkpoint} is a VLDeformer checkpoint; use --heads '[vldeformer]', or leave heads out"
+            f"{recipe.checkpoint} is a VLDeformer checkpoint; use --heads '[vldeformer]' or leave heads out, and shortlist_from too"
         )
     cut = _truncated(loaded.tokenizer, collection, ranks)
     image, text = encode_decomposed(

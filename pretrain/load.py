@@ -44,14 +44,12 @@ class ImageTextModel:
 
     def encode_image(self, images: Images) -> Tensor:
         """images: (batch, 3, size, size) uint8, or PIL images -> unit-norm features (batch, feature_dim)."""
+        self._need_features()
         return self.network.image_features(self.network.image_encoder(self._pixels(images)))
 
     def encode_text(self, texts: Texts) -> Tensor:
         """texts: strings -> unit-norm features (batch, feature_dim)."""
-        if not self.network.config.text.layers:
-            raise CheckpointError(
-                f"{self.folder} has no text layers, so captions have no feature of their own; use match, or a VLDeformer of it"
-            )
+        self._need_features()
         ids, mask = self.tokenizer(list(texts))
         return self.network.text_features(self.network.text_encoder(ids.to(self.device), mask.to(self.device)))
 
@@ -65,6 +63,12 @@ class ImageTextModel:
         read = self.network.fusion_encoder.read_images(self.network.image_encoder(self._pixels(images)))
         fused = self.network.fusion_encoder(self.network.text_encoder(ids, mask), mask, read)
         return torch.softmax(self.network.matching_logits(fused), -1)[:, 1]
+
+    def _need_features(self) -> None:
+        if not self.network.config.text.layers:
+            raise CheckpointError(
+                f"{self.folder} has no text layers, so no features to compare; use match, or fine-tune it with --head vldeformer"
+            )
 
     def _pixels(self, images: Images) -> Tensor:
         if not isinstance(images, Tensor):

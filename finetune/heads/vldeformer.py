@@ -96,6 +96,8 @@ class VLDeformerTask(RetrievalTask):
         if config.start == "unpretrained":
             network = AlignmentModel(network.config, self.tokenizer.vocabulary)
             load_starting_weights(network)
+        elif config.start == "fresh_joint":
+            network.fusion_encoder = AlignmentModel(network.config, self.tokenizer.vocabulary).fusion_encoder
         self.source = dataclasses.replace(network.config, codewords=0, levels=[])
         self.captions: AlteredCaptions | None = None
         self.guide: AlignmentModel | None = None
@@ -110,8 +112,11 @@ class VLDeformerTask(RetrievalTask):
                 self.guide.requires_grad_(False)
         torch.manual_seed(recipe.training.seed)  # whatever the guide drew
         self.model = Decomposed(network, config.pooling)
-        before = start.training if config.start == "checkpoint" else "its sizes alone, not its weights"
-        self.about = f"{self.model.name} of {start.folder} ({before}){lexicon}"
+        before = {
+            "unpretrained": "its sizes alone, not its weights",
+            "fresh_joint": f"{start.training}, joint layers anew",
+        }
+        self.about = f"{self.model.name} of {start.folder} ({before.get(config.start, start.training)}){lexicon}"
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         config, mask = self.recipe.vldeformer, batch.text.mask

@@ -15,12 +15,14 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from data_tools.collection import open_collection
 from finetune.config import FinetuneRecipe, HardNegativesConfig, VLDeformerConfig
+from finetune.encoders import load_encoder
 from finetune.heads.decomposed import LoadedVLDeformer
 from finetune.heads.vldeformer import VLDeformerTask, contrastive_loss, cosine_loss
 from finetune.train import retrieval_batch
 from launch.cli import main
 from pretrain.load import load_model
 from pretrain.model import bert_layers
+from retrieval.index import Index
 from retrieval.records import read_record
 from runtime.errors import CheckpointError, RecipeError
 
@@ -224,6 +226,40 @@ def test_a_run_that_was_stopped_ends_where_the_other_does(single, run, drawn, tm
     assert all(torch.equal(weight, theirs[name]) for name, weight in again.items())
 
 
+def test_its_shortlists_are_re_ranked_by_the_fusion_model_it_came_from(single, run, drawn, tmp_path, capfd):
+    lists = ["--heads", "[fusion]", "--shortlist_from", str(run), "--shortlist"]
+    for name, size in (("all", "500"), ("few", "4")):
+        assert main(small.evaluate(single, drawn, tmp_path / f"{name}.json", *lists, size)) == 0
+    assert main(small.evaluate(single, drawn, tmp_path / "own.json", "--heads", "[fusion]", "--shortlist", "500")) == 0
+    assert main(small.evaluate(run, drawn, tmp_path / "first.json")) == 0
+    every, few, own, first = (read_record(tmp_path / f"{name}.json") for name in ("all", "few", "own", "first"))
+    assert every["text_to_image"] == own["text_to_image"], "a list of everything does not say who made it"
+    assert few["shortlist"]["checkpoint"] == first["checkpoint"] and few["shortlist"]["head"] == "vldeformer"
+    assert few["shortlist"]["recall"]["text_to_image"] == pytest.approx(first["text_to_image"]["R@5"], abs=12)
+    capfd.readouterr()
+    assert main(small.evaluate(single, drawn, tmp_path / "x.json", "--shortlist_from", str(run))) == 2
+    assert "add fusion to heads" in capfd.readouterr().err
+
+
+def test_it_is_indexed_and_asked_as_a_dual_head_is(run, drawn, tmp_path, capsys):
+    where = ["--data", str(drawn / "test"), "--out", str(tmp_path / "index"), "--workers", "0", "--device", "cpu"]
+    assert main(["index", "--checkpoint", str(run), *where]) == 0
+    encoder, index = load_encoder(run), Index(tmp_path / "index")
+    collection = open_collection(drawn / "test", None)
+    wanted = encoder.encode_image(torch.stack([encoder.transform(collection[number]) for number in range(24)]))
+    np.testing.assert_allclose(np.asarray(index.vectors[:24]), wanted.numpy(), atol=1e-5)
+    assert main(["search", "--index", str(tmp_path / "index"), "a red circle", "--top", "3"]) == 0
+    assert "a red circle" in capsys.readouterr().out
+
+
+def test_a_single_stream_model_is_exported_and_read_as_any(single, tmp_path):
+    assert main(["export", str(single), str(tmp_path / "out")]) == 0
+    ours, theirs = load_model(tmp_path / "out"), load_model(single)
+    assert ours.network.config.fusion.kind == "single_stream"
+    words, pixels = ["a red circle"], torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    assert torch.equal(ours.match(pixels, words), theirs.match(pixels, words))
+
+
 def task_of(checkpoint, **settings):
     negatives = settings.pop("negatives", {"lexicon": "built-in"})
     config = VLDeformerConfig(negatives=HardNegativesConfig(**negatives), **settings)
@@ -277,6 +313,9 @@ def test_without_pretraining_the_sizes_stay_and_the_weights_do_not(single):
     source = load_model(single).network.state_dict()
     name = "text_encoder.words.weight"
     assert torch.equal(mine[name], source[name]) and not torch.equal(theirs[name], source[name])
+    joint = task_of(single, start="fresh_joint").model.state_dict()
+    changed = {key for key, weight in joint.items() if not torch.equal(weight, mine[key])}
+    assert changed and all(key.startswith("joint.") for key in changed)
     again = task_of(single, start="unpretrained").model.state_dict()
     assert all(torch.equal(weight, again[key]) for key, weight in theirs.items()), "the seed decides"
 
