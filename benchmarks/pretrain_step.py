@@ -57,7 +57,12 @@ class Step:
         model = AlignmentModel(recipe.model, tokenizer.vocabulary).to(device)
         self.task = PretrainTask(recipe, model, tokenizer, ranks, device)
         self.engine = Engine(
-            self.task.student, recipe.optimizer, recipe.training, self.micro_batch, accumulation, device
+            self.task.student,
+            recipe.optimizer,
+            recipe.training.in_world(ranks.world),
+            self.micro_batch,
+            accumulation,
+            device,
         )
         self.task.gathered = self.engine.gathered
         queue = self.task.queue
@@ -153,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     counted, needed = counter.get_total_flops() / batch, step.budget.flops_per_sample
     print(f"{recipe.name}: {step.budget.total / 1e6:.1f} M parameters, batch {batch}, {recipe.training.precision}, {kind}, "
-          f"{options.threads} thread(s), ZeRO {recipe.training.zero_stage}")  # fmt: skip
+          f"{options.threads} thread(s), ZeRO {step.engine.stage}")  # fmt: skip
     for part, flops in step.budget.flops.items():
         print(f"  {part}: {flops / 1e9:.2f} GFLOP a sample ({flops / needed:.1%})")
     told.tell("FLOPs by torch's counter / by hand", counted / needed, 0.97, 1.03)

@@ -220,8 +220,7 @@ class Budget:
         """Bytes on one device by what holds them, under a ZeRO stage and a number of ranks; `fullest moment` adds to what is always
         there the most that comes and goes: activations, gradients and the buffers of reduction and of the step.
 
-        gpu: DeepSpeed's reduction buffer counts whole and AdamW is fused; on a CPU only what is written of the buffer is there, and
-        AdamW makes two temporaries of each flat group.
+        gpu: DeepSpeed's reduction buffer counts whole; on a CPU only what is written of it is there.
         """
         share = 1 / world if stage else 1.0
         half = self.bytes == 2
@@ -236,14 +235,14 @@ class Budget:
         }
         gradients = self.bytes * self.total * (share if stage >= 2 else 1.0)
         activations = self.activation_bytes * self.micro_batch
-        # Without ZeRO gradients are reduced in flat copies of at most the buffer's size.
+        # Without ZeRO gradients are reduced in flat copies of at most the buffer's size; alone, not at all.
         reduced = BUCKET if gpu and stage else min(BUCKET, self.total)
-        buffer = float(reduced * (4 if stage == 1 else self.bytes))
+        buffer = float(reduced * (4 if stage == 1 else self.bytes)) if stage or world > 1 else 0.0
         _, accumulation = self.split(world)
         backward_begins = activations + (gradients if accumulation > 1 else 0.0) + (buffer if stage else 0.0)
         backward_ends = gradients + buffer
         flat = 4 * self.total * share if half or stage else 0.0  # the masters' own gradient, float32
-        step = gradients + flat + (0 if gpu or not stage else 8 * self.total * share)
+        step = gradients + flat
         fullest = sum(held.values()) + max(backward_begins, backward_ends, step)
         return held | {
             "gradients": gradients,

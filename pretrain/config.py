@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from data_tools.config import DataConfig
@@ -318,6 +318,13 @@ class TrainingConfig(LoopConfig):
             raise RecipeError("training.offload_optimizer needs training.zero_stage 1, 2 or 3; stage 0 cannot offload")
         if self.compile and self.zero_stage == 3:
             raise RecipeError("training.compile does not go with training.zero_stage 3; use stage 0, 1 or 2 with it")
+
+    def in_world(self, world: int) -> TrainingConfig:
+        """As it is carried out by so many ranks. A single one in float32 has nothing to divide: without ZeRO the parameters are the
+        masters, and gradients stay where autograd put them (on a CPU a quarter less time, half the memory beside activations)."""
+        if world == 1 and self.precision == "fp32" and not self.offload_optimizer:
+            return replace(self, zero_stage=0)
+        return self
 
 
 @dataclass

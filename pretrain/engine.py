@@ -86,12 +86,11 @@ class Engine:
             {"params": [p for n, p in named if decays(n, p)], "weight_decay": optimizer.weight_decay},
             {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
         ]
-        # On the CPU `foreach` is as good; but not where the optimizer alone is there, with all of the memory's traffic.
         adamw = GuardedAdamW(
             groups,
             lr=optimizer.lr,
             betas=(optimizer.betas[0], optimizer.betas[1]),
-            fused=device.type == "cuda" or training.offload_optimizer,
+            fused=True,  # one pass over the memory: on a CPU a quarter of the time of `foreach`, and no temporaries
         )
         zero_settings: dict[str, Any] = {"stage": self.stage, "stage3_param_persistence_threshold": KEPT_WHOLE}
         if training.offload_optimizer:
@@ -112,6 +111,8 @@ class Engine:
         self.module, *_ = deepspeed.initialize(
             model=student, optimizer=adamw, config=settings, dist_init_required=False
         )
+        if self.stage == 0 and torch.distributed.get_world_size() == 1:
+            self.module.enable_backward_allreduce = False  # two copies of all gradients, for nothing
         self.device: torch.device = self.module.device
         self.names = [name for name, _ in named]
         self.shapes = shapes

@@ -75,7 +75,8 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     model.to(device)
     task = PretrainTask(recipe, model, tokenizer, ranks, device)
     task.before_meeting = watchdog.meet
-    engine = Engine(task.student, recipe.optimizer, recipe.training, micro_batch, accumulation, device)
+    training = recipe.training.in_world(ranks.world)
+    engine = Engine(task.student, recipe.optimizer, training, micro_batch, accumulation, device)
     task.gathered = engine.gathered
     views = 2 if recipe.teacher.second_view else 1
     stream = ShardStream(
@@ -130,7 +131,7 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     def measure() -> dict[str, float]:
         assert validation is not None
         network = model
-        if recipe.training.zero_stage == 3:  # ranks encode different numbers of batches, so each needs whole weights
+        if engine.stage == 3:  # ranks encode different numbers of batches, so each needs whole weights
             network = AlignmentModel(recipe.model, tokenizer.vocabulary).to(device)
             engine.copy_weights(network)
         return validate(network, tokenizer, validation, ranks, device, micro_batch, recipe.data.workers)
@@ -174,7 +175,7 @@ def describe(
 ) -> str:
     """What this run is, in two lines."""
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    training = recipe.training
+    training = recipe.training.in_world(ranks.world)
     return (
         f"{recipe.name}: {millions:.1f} M parameters on {ranks.world} x {device.type}, {training.precision}, ZeRO {training.zero_stage}\n"
         f"global batch {training.global_batch} = {ranks.world} ranks x {accumulation} accumulated x {micro_batch}"
