@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Ranks and loaders share the cores as processes: one thread each is fastest, and a run repeats to the bit.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test faults slurm controls bench coco-protocols lint clean
+.PHONY: help demo test faults slurm controls bench flickr8k coco-protocols lint clean
 help:
 	@echo 'make demo      make .venv, install, and run the whole path on drawn shapes'
 	@echo 'make test      make .venv, install, and run the tests'
@@ -16,6 +16,7 @@ help:
 	@echo 'make slurm     launching, on a cluster of real SLURM daemons that the tests start here (Debian: slurm-wlm, munge)'
 	@echo 'make controls  the demo, then what stands beside its claims: shuffled pairs, relations, the gate'
 	@echo 'make bench     every benchmark: ratios beside their aims, measured here'
+	@echo 'make flickr8k  a model of Flickr8k to search with: shard, pretrain, fine-tune, score, on two CPU cores (DATA=FOLDER; docs/search.md)'
 	@echo 'make coco-protocols  5K and 1K x 5 over 5,000 generated images under COCO names, HAT within 16 GB (ARGS="--captions FILE")'
 	@echo 'make lint      ruff (rules and format) and mypy'
 	@echo 'make clean     remove caches and build outputs; .venv and runs stay'
@@ -38,6 +39,17 @@ controls: demo $(VENV)/.develop
 bench: $(VENV)/.develop
 	@failed=; for file in benchmarks/*.py; do $(BIN)/python $$file || failed="$$failed $$file"; done; \
 		[ -z "$$failed" ] || { echo "short of an aim:$$failed" >&2; exit 1; }
+
+# Flickr8k's own files: captions, lists of names, images in a tar. Every step goes on where it stopped; ARGS reach both trainings.
+DATA ?= ../shared/data/flickr8k
+SHARD = $(BIN)/ligature shard $(DATA)/Flickr8k.token.txt --images $(DATA)/flickr8k_images_224.tar --resize_shorter 128
+flickr8k: $(VENV)/.installed
+	$(SHARD) --names $(DATA)/Flickr_8k.trainImages.txt --count 5500 --out runs/data/flickr8k/train
+	$(SHARD) --names $(DATA)/Flickr_8k.trainImages.txt --start 5500 --out runs/data/flickr8k/holdout
+	$(SHARD) --names $(DATA)/Flickr_8k.devImages.txt --out runs/data/flickr8k/dev
+	$(BIN)/ligature launch local --nproc 2 pretrain --config pretrain/flickr8k_cpu.yaml $(ARGS)
+	$(BIN)/ligature launch local --nproc 2 finetune --config finetune/flickr8k_cpu.yaml $(ARGS)
+	$(BIN)/ligature evaluate --config finetune/flickr8k_evaluate.yaml
 
 coco-protocols: $(VENV)/.develop
 	$(BIN)/python benchmarks/campaigns/coco_protocols.py $(ARGS)

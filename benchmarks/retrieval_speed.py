@@ -212,10 +212,10 @@ def all_pairs(sides: Sides, size: Size, whole: bool) -> bool:
                 for _ in range(-(-count // size.batch))
                 for work in (works["image"][1], works["text"][1])
             )
-        # Words enter a single stream without layers of their own; other fusion reads each text's states, made once.
-        once = costs["image tokens"].seconds, costs["image tokens"].flops
-        fusion = count * once[0] + count**2 * costs["pair"].seconds
-        counted = (count * once[1] + count**2 * costs["pair"].flops) / (
+        # Words enter a single stream without layers of their own; other fusion reads each text's states, made once too.
+        once = [costs["image tokens"]] + ([] if sides.decomposed else [costs["text"]])
+        fusion = count * sum(cost.seconds for cost in once) + count**2 * costs["pair"].seconds
+        counted = (count * sum(cost.flops for cost in once) + count**2 * costs["pair"].flops) / (
             count * (costs["image"].flops + costs["text"].flops) + 2 * count**2 * sides.width
         )
         ratio = fusion / (encoding + comparing)

@@ -205,13 +205,18 @@ def show(answers: Answers) -> None:
     captioned = any(hit.captions for hits in answers.hits for hit in hits)
     for query, hits in zip(answers.queries, answers.hits, strict=True):
         table = Table(
-            title=Text(query.text, "bold"), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+            title=Text(query.text, "bold"),
+            title_justify="left",
+            box=None,
+            pad_edge=False,
+            padding=(0, 2, 0, 0),
+            expand=captioned,
         )
         table.add_column("", justify="right", style="dim")
         table.add_column("score", justify="right")
         table.add_column("image", overflow="fold")
         if captioned:
-            table.add_column("caption", overflow="ellipsis", no_wrap=True, style="dim")
+            table.add_column("caption", overflow="ellipsis", no_wrap=True, ratio=1, style="dim")
         for place, hit in enumerate(hits, start=1):
             caption = [Text(hit.captions[0] if hit.captions else "")] if captioned else []
             table.add_row(str(place), f"{hit.score:.3f}", Text(hit.name), *caption)
