@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from data_tools.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from runtime.errors import DataError
@@ -67,14 +67,14 @@ class ShardCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             while True:
                 with suppress(FileNotFoundError):
-                    return self._open_present(key)
+                    return _open_used(self.folder / key)
                 with self._locked(self.folder / f"{key}.{size or 0}.partial") as partial:
                     with suppress(FileNotFoundError):
-                        return self._open_present(key)  # another process brought it
+                        return _open_used(self.folder / key)  # another process brought it
                     self._make_room(size or 0, address)
                     _retried(lambda: _download(address, partial, sha256), address)
+                    descriptor = _open_used(partial)  # before others can see it, and remove it to make room
                     os.replace(partial, self.folder / key)
-                    descriptor = self._open_present(key)
                     if size is None:
                         self._make_room(0, address)
                     return descriptor
@@ -85,12 +85,6 @@ class ShardCache:
                 f"the cache {self.folder} cannot be used ({error.strerror}); free some space, or set data.cache.folder"
             ) from error
 
-    def _open_present(self, key: str) -> int:
-        descriptor = os.open(self.folder / key, os.O_RDONLY)
-        now = time.time_ns()
-        os.utime(descriptor, ns=(now, now))  # the kernel's own clock for files stands still for milliseconds
-        return descriptor
-
     @contextmanager
     def _locked(self, path: Path) -> Iterator[Path]:
         """Hold a file's lock, alone on this node. It may be renamed meanwhile; else it is removed."""
@@ -98,14 +92,13 @@ class ShardCache:
             with open(path, "ab") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 # Who held it before may have renamed or removed it, and others lock another file of this name by now.
-                if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path))):
+                if not _stands(file, path):
                     continue
                 try:
                     yield path
                 finally:
-                    with suppress(FileNotFoundError):
-                        if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                            path.unlink()
+                    if _stands(file, path):
+                        path.unlink()
                 return
 
     def _make_room(self, size: int, address: str) -> None:
@@ -149,8 +142,23 @@ def _removed(path: str) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        os.unlink(path)
+        if _stands(file, path):
+            os.unlink(path)
     return True
+
+
+def _open_used(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDONLY)
+    now = time.time_ns()
+    os.utime(descriptor, ns=(now, now))  # the kernel's own clock for files stands still for milliseconds
+    return descriptor
+
+
+def _stands(file: IO[bytes], path: str | Path) -> bool:
+    """An open file is still what its name stands for. Under the file's lock, nobody else changes that."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    return False
 
 
 def _download(address: str, partial: Path, sha256: str) -> None:

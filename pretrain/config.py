@@ -348,6 +348,10 @@ class PretrainRecipe:
     def __post_init__(self) -> None:
         if self.profile < 0:
             raise RecipeError(f"profile is {self.profile}; it is a number of steps, or 0 for none")
+        if self.objectives.codebook.features == "student" and self.training.zero_stage == 3:
+            raise RecipeError(
+                "objectives.codebook.features is student, which does not go with training.zero_stage 3; use stage 0, 1 or 2"
+            )
         if self.objectives.codebook.weight and not self.model.codewords:
             raise RecipeError(
                 "objectives.codebook.weight is set but model.codewords is 0; set the weight to 0 or give the model codewords"

@@ -200,8 +200,12 @@ def test_a_shard_larger_than_the_cache_is_one_line(server, tmp_path):
 
 
 def read_all(address: str, folder: Path, gigabytes: float, sent) -> None:
-    reader = ShardReader(address, ShardCache(folder, gigabytes))
-    sent.put(sorted(reader[sample].key for sample in range(20)))
+    try:
+        reader = ShardReader(address, ShardCache(folder, gigabytes))
+        sent.put(sorted(reader[sample].key for sample in range(20)))
+    except BaseException as error:
+        sent.put(repr(error))  # a test that waits for this process is told
+        raise
 
 
 @pytest.mark.parametrize("roomy", [True, False])

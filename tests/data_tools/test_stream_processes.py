@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import json
 import multiprocessing
 import os
 import signal
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rank_processes import start_ranks
 from test_training_set import make
 
 from data_tools import ShardStream
@@ -17,6 +21,7 @@ from data_tools.training_set import TrainingSet
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 fork = multiprocessing.get_context("fork")
 EPOCHS = 50
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def private_bytes(process: int | str) -> int:
@@ -29,9 +34,12 @@ def pixels(image, seed: int) -> torch.Tensor:
     return torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
 
 
-def measure(folder: Path, workers: int, sent) -> None:
-    """-> private memory of this process and its workers, once an epoch. In a process of its own: the test's is full of other
-    things."""
+def measure(folder: Path, workers: int, told: Path) -> None:
+    """Write down the private memory of this process and its workers, once an epoch. In a lean process: a fork of the test's own
+    copies page after page of what the test holds, wherever it counts references."""
+    # Freed blocks go back at once instead of lying in the heap; the workers inherit it.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 14), ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 1 << 16)
+    gc.freeze()  # else the workers' collector writes to every page they share with this process, and so copies it
     data = TrainingSet(str(folder))
     stream, sizes = ShardStream(data, 20, workers=workers, transform=pixels), []
     for batch in stream:
@@ -40,16 +48,15 @@ def measure(folder: Path, workers: int, sent) -> None:
             sizes.append([private_bytes(process) for process in ("self", *children)])
         if len(sizes) == EPOCHS:
             break
-    sent.put(sizes)
+    told.write_text(json.dumps(sizes))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_fifty_epochs_cost_no_memory(tmp_path, workers):
-    results = fork.SimpleQueue()
-    child = fork.Process(target=measure, args=(make(tmp_path / "shards", "m", 60, 20), workers, results))
-    child.start()
-    sizes = torch.tensor(results.get(), dtype=torch.float64)
-    child.join()
+    shards, told = make(tmp_path / "shards", "m", 60, 20), tmp_path / "told.json"
+    codes, logs = start_ranks(tmp_path / "ranks", 1, measure, shards, workers, told).wait()
+    assert codes == [0], logs
+    sizes = torch.tensor(json.loads(told.read_text()), dtype=torch.float64)
     assert sizes.shape == (EPOCHS, 1 + workers)
     # The first epochs fill caches. After them 60 samples an epoch, of 24 kB each, would show at once if they stayed.
     growth = (sizes[-10:].median(0).values - sizes[5:15].median(0).values) / (EPOCHS - 15)

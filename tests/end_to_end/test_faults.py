@@ -233,5 +233,5 @@ def test_memory_does_not_grow(changes, tmp_path, steps):
     assert codes == [0], logs
     middle, last = (int(line) for line in told.read_text().splitlines())
     print(f"{steps} steps: {middle / 1e6:.1f} MB of its own at half of them, {last / 1e6:.1f} MB at the end")
-    # One image of a batch kept in each step of the second half would be more.
-    assert last - middle < max(2e6, 3072 * steps / 2), (middle, last)
+    # Allocators settle within some 2 MB. In the long form 4 kB kept in each step, an image and its caption, would be more.
+    assert last - middle < 4e6, (middle, last)

@@ -76,7 +76,7 @@ def peak_bytes(changes: dict[str, Any], steps: int = 2) -> float:
     from pretrain.engine import Engine
 
     # glibc keeps freed blocks for later unless they are mapped one by one; then what is resident is what is alive.
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # below the activations' sizes
     tiny.task(tiny.recipe()), gc.collect()  # what is loaded at first use is no part of the run
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     before = _resident("VmRSS")

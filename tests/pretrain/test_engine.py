@@ -12,6 +12,8 @@ import tiny
 import torch
 from gloo_pool import GlooPool
 
+from runtime.errors import RecipeError
+
 STEPS = 5
 STAGES = (0, 1, 2, 3)
 
@@ -102,9 +104,9 @@ def test_small_parameters_kept_whole_at_stage_3_change_nothing(gloo_pool, runs):
     assert_same_gradients(told, runs(2, 1), 1e-6)
 
 
-def test_plans_from_the_students_own_features_work_at_stage_3(runs):
-    own = {"objectives__codebook__features": "student"}
-    assert losses_of(runs(2, 3, **own)) == pytest.approx(losses_of(runs(2, 1, **own)), rel=1e-6)
+def test_plans_from_the_students_own_features_are_refused_at_stage_3():
+    with pytest.raises(RecipeError, match="objectives.codebook.features is student.*zero_stage"):
+        tiny.recipe(objectives__codebook__features="student", training__zero_stage=3)
 
 
 def test_the_losses_fall(runs):
@@ -243,7 +245,7 @@ def larger_pool(request):
     pool.close()
 
 
-WORLDS = {"training__global_batch": 24, "training__micro_batch": 12}
+WORLDS = {"training__global_batch": 24, "training__micro_batch": 12, "objectives__matching__pool": 2}
 """A batch that divides by 1, 2, 3 and 4."""
 
 

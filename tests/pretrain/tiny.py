@@ -65,14 +65,12 @@ def recipe(**changes: Any) -> PretrainRecipe:
 
 
 def model(settings: PretrainRecipe | None = None, seed: int = 0) -> AlignmentModel:
-    """A model with random weights that are a function of the seed; larger than at a real start, so that features differ."""
+    """A model with random weights that are a function of the seed, biases among them, so that features differ."""
     torch.manual_seed(seed)
     made = AlignmentModel((settings or recipe()).model, tokenizer().vocabulary)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            if parameter.ndim > 1 and "codebook" not in name:
-                parameter.mul_(4.0)
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 parameter.normal_(std=0.1)
     return made
 
