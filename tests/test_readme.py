@@ -40,9 +40,8 @@ def test_every_command_it_shows_exists():
     code = "\n".join(code for language, code in BLOCKS if language in ("bash", "sh"))
     shown = set(re.findall(r"^ligature (\w+)", code, flags=re.MULTILINE))
     assert shown and shown <= set(COMMANDS)
-    planned = README[README.index("## Not there yet") :]
-    for name in re.findall(r"`(\w+)`", planned[: planned.index("##", 2)]):
-        assert name not in COMMANDS, f"README says that {name} is not there yet, but it is"
+    for name in re.findall(r"`ligature (\w+)", README):
+        assert name in COMMANDS, f"README names `ligature {name}`"
 
 
 def run(language: str, code: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -54,7 +53,7 @@ def run(language: str, code: str, folder: Path) -> subprocess.CompletedProcess[s
 
 
 def test_its_blocks_run_as_written(tmp_path: Path):
-    assert [language for language, _ in TO_RUN] == ["bash"] * 3 + ["python"] * 2
+    assert [language for language, _ in TO_RUN] == ["bash"] * 4 + ["python"] * 2
     printed = []
     for language, code in TO_RUN:
         done = run(language, code, tmp_path)
@@ -63,4 +62,5 @@ def test_its_blocks_run_as_written(tmp_path: Path):
         printed.append(done.stdout)
     assert "| dual" in printed[2] and "| chance" in printed[2]
     assert (tmp_path / "runs/first-retrieval/scores.json").is_file() and (tmp_path / "runs/curves.png").is_file()
-    assert re.search(r"tensor\(\[\[.+, .+\]\]\)\ntensor\(\[.+, .+\]\)", printed[3])
+    assert "two red circles" in (tmp_path / "runs/found.html").read_text(encoding="utf-8")
+    assert re.search(r"tensor\(\[\[.+, .+\]\]\)\ntensor\(\[.+, .+\]\)", printed[4])
