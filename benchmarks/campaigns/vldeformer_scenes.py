@@ -1,0 +1,293 @@
+"""What a fusion model loses when it is taken apart, and what that buys: VLDeformer on drawn scenes.
+
+    ligature shapes runs/scenes/source && ligature shard runs/scenes/source/captions_train.json … --out SHARDS   (or the demo's)
+    python benchmarks/campaigns/vldeformer_scenes.py --train SHARDS --seeds 8
+
+Of each seed one single-stream model is pretrained, and every arm starts from it, with the same data in the same order:
+
+    dual         the projected features, tuned by contrast and matching
+    fusion       the same run's fusion encoder on every pair
+    untuned      the pretrained fusion encoder run on each modality alone (the paper's "w/o decompose")
+    vldeformer   taken apart and tuned by contrast, no hard negatives
+    hard         the same with altered captions and images in the denominators
+    fresh_joint  the same as `vldeformer`, the joint layers' weights made anew
+    cls          the same as `vldeformer`, [CLS] in place of mean tokens
+
+Measured: `relation`, pairs of scenes that differ only in which group stands where, the captions made of the same words (a bag of
+words has 50 %); a pair's four comparisons count a quarter each. `choice`, a true caption against one with a shape's name
+exchanged, told of an image; the words exchanged in are none that training exchanged in. `words alone`, the same choice against
+the mean of all images: a model that looks has 50 %. And the milliseconds of one query in words over a gallery encoded before.
+
+The predictions, written before any run: untuned has 50 % on relations; fusion is above vldeformer, and vldeformer above dual and
+above fresh_joint; mean tokens are above [CLS]; hard negatives raise `choice`, and `words alone` stays within 45 to 55 %.
+
+Results are kept one file a seed and arm, so the same command goes on where it stopped. It prints each arm's mean, 95 % t intervals
+of differences within seeds (`unresolved` where they hold zero), and draws accuracy over latency.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.campaigns.hat_levels import spell
+from benchmarks.ratios import clock
+from data_tools.shapes import SHAPES, describe, draw, relation_pairs, scenes
+from finetune.encoders import load_encoder
+from finetune.heads.decomposed import LoadedVLDeformer
+from pretrain.load import ImageTextModel, load_model
+from runtime.files import write_json
+
+TRAINED, HELD_OUT = ("circle", "square", "triangle"), ("star", "cross", "ring")
+"""Shapes' names that training exchanges in, and those that the choices are made of."""
+Score = Callable[[list[Image.Image], list[str]], Tensor]
+"""Pictures and captions -> (pictures, captions)."""
+
+
+class Matched:
+    """A model's fusion encoder, its images encoded before, as a scorer of all pairs."""
+
+    def __init__(self, model: ImageTextModel) -> None:
+        self.model = model
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self.model.network.image_encoder(images)
+
+    def score(self, tokens: Tensor, captions: list[str]) -> Tensor:
+        """(images, tokens, width), captions -> logits (images, captions); a logit, for a probability of 1 would make ties."""
+        network, (ids, mask) = self.model.network, self.model.tokenizer(captions)
+        states, read = network.text_encoder(ids, mask), network.fusion_encoder.read_images(tokens)
+        image, text = torch.meshgrid(torch.arange(len(tokens)), torch.arange(len(captions)), indexing="ij")
+        chosen = text.flatten()
+        fused = network.fusion_encoder(states[chosen], mask[chosen], read, image.flatten())
+        logits = network.matching_logits(fused)
+        return (logits[:, 1] - logits[:, 0]).view(len(tokens), len(captions))
+
+
+class Embedded:
+    """A dual head or a VLDeformer."""
+
+    def __init__(self, encoder: ImageTextModel | LoadedVLDeformer) -> None:
+        self.model = self.encoder = encoder
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self.encoder.encode_image(images)
+
+    def score(self, features: Tensor, captions: list[str]) -> Tensor:
+        return features @ self.encoder.encode_text(captions).T
+
+
+Scorer = Matched | Embedded
+
+
+def look(scorer: Scorer, pictures: list[Image.Image]) -> Tensor:
+    return scorer.encode_image(torch.stack([scorer.model.transform(picture) for picture in pictures]))
+
+
+def relation(scorer: Scorer, count: int, size: int) -> float:
+    """Percent of right comparisons; a tie is half."""
+    right = []
+    for number, pair in enumerate(relation_pairs(count)):
+        scores = scorer.score(
+            look(scorer, [draw(scene, size, number) for scene, _ in pair]), [told.text for _, told in pair]
+        )
+        for better, worse in (((0, 0), (0, 1)), ((0, 0), (1, 0)), ((1, 1), (1, 0)), ((1, 1), (0, 1))):
+            right.append(float(scores[better] > scores[worse]) + 0.5 * float(scores[better] == scores[worse]))
+    return 100 * float(np.mean(right))
+
+
+def choices(count: int) -> list[tuple[int, str, str]]:
+    """Numbers of test scenes, a true caption of each, and it with one shape's name exchanged for one not in the scene."""
+    random, found = Random("choices"), list[tuple[int, str, str]]()
+    for number, scene in enumerate(scenes("test", 2 * count)):
+        words = describe(scene)[0].text.split()
+        named = [place for place, word in enumerate(words) if single(word) in SHAPES]
+        others = [name for name in HELD_OUT if name not in [group.shape for group in scene.groups]]
+        if not named or not others:
+            continue
+        place = random.choice(named)
+        name, plural = random.choice(others), words[place] not in SHAPES
+        altered = [*words[:place], name + ("es" if name == "cross" else "s") * plural, *words[place + 1 :]]
+        found.append((number, " ".join(words), " ".join(altered)))
+    return found[:count]
+
+
+def single(word: str) -> str:
+    return next((name for name in SHAPES if word in (name, name + "s", name + "es")), word)
+
+
+def choice(scorer: Scorer, count: int, size: int) -> dict[str, float]:
+    """Percent of right choices, with the image and, for embeddings, against the mean image."""
+    told, drawn = choices(count), scenes("test", 2 * count)
+    features = look(scorer, [draw(drawn[number], size, number) for number, _, _ in told])
+    scores = [scorer.score(features[row, None], [true, altered])[0] for row, (_, true, altered) in enumerate(told)]
+    found = {"choice": share_right(torch.stack(scores))}
+    if isinstance(scorer, Embedded):
+        mean = features.mean(0, keepdim=True)
+        found["words alone"] = share_right(
+            torch.stack([scorer.score(mean, [true, altered])[0] for _, true, altered in told])
+        )
+    return found
+
+
+def share_right(scores: Tensor) -> float:
+    """(choices, 2), the right one first -> percent; a tie is half."""
+    return 100 * float(((scores[:, 0] > scores[:, 1]).float() + 0.5 * (scores[:, 0] == scores[:, 1]).float()).mean())
+
+
+def latency(scorer: Scorer, gallery: int, size: int) -> float:
+    """Milliseconds of one query over images encoded before: the median of 15 after 3 to warm up, of this process's own time."""
+    shown = scenes("test", gallery)
+    features = look(scorer, [draw(scene, size, number) for number, scene in enumerate(shown)])
+    times = []
+    for scene in shown[:18]:
+        began = clock()
+        scorer.score(features, [describe(scene)[0].text])
+        times.append(clock() - began)
+    return 1000 * float(np.median(times[3:]))
+
+
+@torch.no_grad()
+def measure(scorer: Scorer, options: argparse.Namespace) -> dict[str, float]:
+    return {
+        "relation": relation(scorer, options.pairs, options.size),
+        **choice(scorer, options.pairs, options.size),
+        "milliseconds": latency(scorer, options.gallery, options.size),
+    }
+
+
+def ligature(*command: str) -> None:
+    if subprocess.run([sys.executable, "-m", "launch.cli", *command], check=False).returncode:
+        sys.exit(f"`ligature {' '.join(command)}` failed; the same command goes on from there")
+
+
+def pretrain(seed: int, options: argparse.Namespace) -> Path:
+    name = f"pretrain-{seed}"
+    steps = str(options.pretrain_steps)
+    ligature(
+        "pretrain", "--config", "pretrain/shapes_single_stream.yaml", "--name", name, "--runs", str(options.out),
+        "--data.train", str(options.train), "--training.seed", str(seed), "--training.steps", steps,
+        "--training.checkpoint_every", steps,
+    )  # fmt: skip
+    return options.out / name
+
+
+def tune(name: str, seed: int, extra: list[str], options: argparse.Namespace) -> Path:
+    steps = str(options.steps)
+    ligature(
+        "finetune", "--config", "finetune/demo.yaml", "--name", f"{name}-{seed}", "--runs", str(options.out),
+        "--checkpoint", str(options.out / f"pretrain-{seed}"), "--data.train", str(options.train), "--training.seed", str(seed),
+        "--training.steps", steps, "--training.checkpoint_every", steps, *extra,
+    )  # fmt: skip
+    return options.out / f"{name}-{seed}"
+
+
+def arms(options: argparse.Namespace) -> dict[str, Callable[[int], Scorer]]:
+    """Arm -> what makes its scorer for a seed, the seed's model being pretrained."""
+    taken_apart = ["--head", "vldeformer", "--vldeformer.temperature", str(options.temperature)]
+    plain = [*taken_apart, "--vldeformer.negatives.text", "false", "--vldeformer.negatives.image", "false"]
+    hard = [
+        *taken_apart,
+        "--vldeformer.negatives.lexicon",
+        "built-in",
+        "--vldeformer.negatives.objects",
+        json.dumps(TRAINED),
+    ]
+
+    def tuned(name: str, extra: list[str]) -> Callable[[int], Scorer]:
+        return lambda seed: Embedded(load_encoder(tune(name, seed, extra, options)))
+
+    return {
+        "dual": tuned("dual", []),
+        "fusion": lambda seed: Matched(load_model(tune("dual", seed, [], options))),
+        "untuned": lambda seed: Embedded(LoadedVLDeformer(options.out / f"pretrain-{seed}")),
+        "vldeformer": tuned("vldeformer", plain),
+        "hard": tuned("hard", hard),
+        "fresh_joint": tuned("fresh_joint", [*plain, "--vldeformer.start", "fresh_joint"]),
+        "cls": tuned("cls", [*plain, "--vldeformer.pooling", "cls"]),
+    }
+
+
+def plot(found: dict[str, list[dict[str, float]]], gallery: int, out: Path) -> None:
+    """Accuracy on relations over milliseconds a query: a dot a seed, the arm's name at its mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4.5))
+    for name, runs in found.items():
+        times, right = ([run[key] for run in runs] for key in ("milliseconds", "relation"))
+        axis.scatter(times, right, s=22, label=name)
+        axis.annotate(name, (float(np.mean(times)), float(np.mean(right))), xytext=(6, 4), textcoords="offset points")
+    axis.axhline(50, color="grey", linestyle=":", linewidth=1)
+    axis.set_xscale("log")
+    axis.set_xlabel(f"milliseconds of a query over {gallery:,} images encoded before, one thread")
+    axis.set_ylabel("relations right, % (a bag of words: 50)")
+    figure.tight_layout()
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, required=True, help="shards of drawn scenes")
+    parser.add_argument("--out", type=Path, default=Path("runs/vldeformer_scenes"))
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--pretrain_steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=250, help="of fine-tuning")
+    parser.add_argument("--temperature", type=float, default=0.05)
+    parser.add_argument("--pairs", type=int, default=300)
+    parser.add_argument("--gallery", type=int, default=1000)
+    parser.add_argument(
+        "--size", type=int, default=64, help="pixels a side of the drawings, before the model's resizing"
+    )
+    parser.add_argument("--arms", nargs="*", help="some of them (default: all)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    makers = arms(options)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in options.arms or makers}
+    for seed in range(options.seeds):
+        for name, runs in found.items():
+            result = options.out / f"{name}-{seed}.json"
+            if not result.exists():
+                pretrain(seed, options)  # a finished run does nothing
+                write_json(result, measure(makers[name](seed), options))
+            runs.append(json.loads(result.read_text()))
+    print(
+        f"\n{options.seeds} seeds, {options.pairs} pairs and choices; percent right (chance 50), a gallery of {options.gallery:,}"
+    )
+    for name, runs in found.items():
+        means = {key: np.mean([run[key] for run in runs]) for key in runs[0]}
+        print(f"{name:12}" + "".join(f"  {key} {value:6.1f}" for key, value in means.items()))
+    for one, other, key in (
+        ("fusion", "vldeformer", "relation"),
+        ("vldeformer", "dual", "relation"),
+        ("vldeformer", "untuned", "relation"),
+        ("vldeformer", "fresh_joint", "relation"),
+        ("vldeformer", "cls", "relation"),
+        ("hard", "vldeformer", "relation"),
+        ("hard", "vldeformer", "choice"),
+    ):
+        if one in found and other in found:
+            print(
+                f"{one} - {other}, {key}: {spell(np.array([a[key] - b[key] for a, b in zip(found[one], found[other], strict=True)]))}"
+            )
+    plot(found, options.gallery, options.out / "accuracy_latency.png")
+    print(f"{options.out / 'accuracy_latency.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
