@@ -23,11 +23,14 @@ TUNE += ["--training.global_batch", "8", "--training.checkpoint_every", "2", "--
 HAT = ["--head", "hat", "--hat.levels", "[[1,1],[2,2]]", "--hat.width", "24", "--hat.frozen_epochs", "0.4"]
 
 
-def pretrain(folder: Path, drawn: Path) -> Path:
+SINGLE = ["--model.fusion.kind", "single_stream"]
+
+
+def pretrain(folder: Path, drawn: Path, *more: str) -> Path:
     """One step of pretraining. -> the run's folder."""
     (folder / "small.yaml").write_text(RECIPE)
     recipe = ["--config", str(folder / "small.yaml"), "--runs", str(folder), "--data.train", str(drawn / "train")]
-    assert main(["pretrain", *recipe]) == 0
+    assert main(["pretrain", *recipe, *more]) == 0
     return folder / "pretrain"
 
 

@@ -170,18 +170,7 @@ def test_two_ranks_have_the_loss_and_the_gradients_of_one_process(gloo_pool, kin
         torch.testing.assert_close(torch.cat([part[1][number] for part in parts]) / 2, wanted)
 
 
-SINGLE = ["--model.fusion.kind", "single_stream"]
 NEGATIVES = ["--head", "vldeformer", "--vldeformer.negatives.lexicon", "built-in"]
-
-
-@pytest.fixture(scope="module")
-def single(drawn, tmp_path_factory):
-    """A single-stream model after one step of pretraining."""
-    folder = tmp_path_factory.mktemp("single")
-    (folder / "small.yaml").write_text(small.RECIPE)
-    recipe = ["--config", str(folder / "small.yaml"), "--runs", str(folder), "--data.train", str(drawn / "train")]
-    assert main(["pretrain", *recipe, *SINGLE]) == 0
-    return folder / "pretrain"
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +349,7 @@ def test_a_model_without_text_layers_is_scored_by_fusion_of_all_pairs_and_taken_
     (tmp_path / "small.yaml").write_text(small.RECIPE)
     recipe = ["--config", str(tmp_path / "small.yaml"), "--runs", str(tmp_path), "--data.train", str(drawn / "train")]
     off = ["--objectives.contrastive.weight", "0", "--objectives.codebook.weight", "0", "--model.codewords", "0"]
-    assert main(["pretrain", *recipe, *SINGLE, "--model.text.layers", "0", *off]) == 0
+    assert main(["pretrain", *recipe, *small.SINGLE, "--model.text.layers", "0", *off]) == 0
     checkpoint = tmp_path / "pretrain"
     assert main(small.evaluate(checkpoint, drawn, tmp_path / "fusion.json", "--heads", "[fusion]")) == 0
     record = read_record(tmp_path / "fusion.json")

@@ -1,0 +1,66 @@
+"""The questions of benchmarks/campaigns/vldeformer_scenes.py: what does not look at the picture gets half of them."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.campaigns import vldeformer_scenes as campaign
+from data_tools.shapes import SHAPES, scenes
+from finetune.heads.decomposed import LoadedVLDeformer
+
+
+class BagOfWords:
+    """Scores a caption by its words in any order, whatever the picture."""
+
+    class model:  # noqa: N801 (stands where a model does)
+        @staticmethod
+        def transform(picture):
+            return torch.zeros(3, 4, 4)
+
+    def encode_image(self, images):
+        return images.flatten(1)
+
+    def score(self, features, captions):
+        return torch.tensor([[float(sum(map(hash, caption.split())) % 1000) for caption in captions]] * len(features))
+
+
+def test_a_bag_of_words_has_half_of_the_relations():
+    assert campaign.relation(BagOfWords(), 20, 32) == 50
+
+
+def test_a_choice_is_one_name_of_a_shape_that_is_not_there_and_was_not_trained():
+    told = campaign.choices(60)
+    drawn = scenes("test", 120)
+    assert len(told) == 60
+    for number, true, altered in told:
+        (place,) = (i for i, (a, b) in enumerate(zip(true.split(), altered.split(), strict=True)) if a != b)
+        old, new = (campaign.single(caption.split()[place]) for caption in (true, altered))
+        assert old in SHAPES and new in campaign.HELD_OUT and new not in campaign.TRAINED
+        shapes = [group.shape for group in drawn[number].groups]
+        assert old in shapes and new not in shapes
+        assert true.split()[place].endswith("s") in (
+            altered.split()[place].endswith("s"),
+            old == "cross",
+            new == "cross",
+        )
+
+
+def test_ties_are_half():
+    assert campaign.share_right(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [3.0, 1.0]])) == 62.5
+
+
+def test_the_arms_measure_what_the_model_scores(single, drawn):
+    """Fusion's scorer against `match`, the untuned model's against its own embeddings."""
+    from pretrain.load import load_model
+
+    model = load_model(single)
+    matched, embedded = campaign.Matched(model), campaign.Embedded(LoadedVLDeformer(single))
+    pictures = [campaign.draw(scene, 32) for scene in scenes("test", 3)]
+    words = ["a red circle", "two blue stars"]
+    with torch.no_grad():
+        scores = matched.score(campaign.look(matched, pictures), words)
+        for row, picture in enumerate(pictures):
+            wanted = model.match([picture, picture], words)
+            torch.testing.assert_close(torch.sigmoid(scores[row]), wanted, atol=1e-5, rtol=1e-4)
+        wanted = embedded.encoder.encode_image(pictures) @ embedded.encoder.encode_text(words).T
+        torch.testing.assert_close(embedded.score(campaign.look(embedded, pictures), words), wanted)
