@@ -27,9 +27,15 @@ from runtime.recipe import keys_of, read_recipe, write_recipe
 from runtime.run_folder import RunFolder
 
 TRAINED = ("pretrain", "finetune")
-STAGES = ("pretrain", "finetune", "evaluate", "shard", "doctor")
+STAGES = ("pretrain", "finetune", "evaluate", "index", "shard", "doctor")
 FLAGS = ("dry_run", "resume_with_changes")
-WORKERS = {"pretrain": "data.workers", "finetune": "data.workers", "evaluate": "workers", "shard": "workers"}
+WORKERS = {
+    "pretrain": "data.workers",
+    "finetune": "data.workers",
+    "evaluate": "workers",
+    "index": "workers",
+    "shard": "workers",
+}
 SHARD_CORES = 8
 """Of a task that shards, where nobody says how many."""
 GONE = "Invalid job id"

@@ -102,6 +102,13 @@ def test_an_array_has_a_run_for_each_line(capsys, tmp_path):
     assert f"{tmp_path}/runs/full\n" in text and f"{tmp_path}/runs/no-codebook\n" in text
 
 
+def test_an_index_is_made_by_all_ranks(capsys, tmp_path):
+    arguments = ("index", "--checkpoint", "runs/a", "--data", "shards", "--out", "photos", "--nodes", "2")
+    text = script(capsys, *arguments)
+    assert options_of(text)["nodes"] == "2" and f"folder={tmp_path}/photos.launch" in text
+    assert "index --checkpoint runs/a --data shards --out photos" in text
+
+
 def test_shards_are_written_in_slices(capsys, tmp_path):
     arguments = ("shard", "captions.json", "--out", "shards", "--array", "16")
     text = script(capsys, *arguments, "--gpus-per-node", "0", "--cpus-per-task", "4")
