@@ -30,7 +30,7 @@ def test_a_bag_of_words_has_half_of_the_relations():
 
 def test_a_choice_is_one_name_of_a_shape_that_is_not_there_and_was_not_trained():
     told = campaign.choices(60)
-    drawn = scenes("test", 120)
+    drawn = scenes("test", 120, world=campaign.WORLD)
     assert len(told) == 60
     for number, true, altered in told:
         (place,) = (i for i, (a, b) in enumerate(zip(true.split(), altered.split(), strict=True)) if a != b)
@@ -55,7 +55,7 @@ def test_the_arms_measure_what_the_model_scores(single, drawn):
 
     model = load_model(single)
     matched, embedded = campaign.Matched(model), campaign.Embedded(LoadedVLDeformer(single))
-    pictures = [campaign.draw(scene, 32) for scene in scenes("test", 3)]
+    pictures = [campaign.draw(scene, 32) for scene in scenes("test", 3, world=campaign.WORLD)]
     words = ["a red circle", "two blue stars"]
     with torch.no_grad():
         scores = matched.score(campaign.look(matched, pictures), words)
