@@ -27,7 +27,7 @@ class IndexRecipe:
     queries: str = ""
     """File of queries in words, one a line, that this recall is measured with; empty: captions of the images where they have
     some, else the images themselves."""
-    part_images: int = 2048
+    part_images: int = 512
     """Images committed at a time: what is lost at most when it is killed."""
     batch_size: int = 64
     workers: int = 2

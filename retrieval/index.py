@@ -27,6 +27,8 @@ MANIFEST, VECTORS, IMAGES, BROKEN = "index.json", "embeddings.npy", "images.parq
 SCHEMA = pa.schema([("number", pa.int64()), ("name", pa.string()), ("captions", pa.list_(pa.string()))])
 BLOCK_ROWS, BLOCK_QUERIES = 16_384, 256
 """Rows and queries compared at once: their float32 similarities take 16 MB."""
+PARTS_A_GROUP = 16
+"""Parts whose rows are a row group of `images.parquet`: a search reads the groups of what it found."""
 LENGTH_ERROR = 1e-3
 """How far from 1 the length of a stored vector may be."""
 
@@ -84,8 +86,9 @@ def join_parts(folder: Path, parts: int, about: dict[str, Any]) -> dict[str, Any
         whole.flush()
         del whole
     with replaced_file(folder / IMAGES) as temporary, pq.ParquetWriter(temporary, SCHEMA) as writer:
-        for path in paths:
-            writer.write_table(pq.read_table(path / IMAGES, schema=SCHEMA))
+        for first in range(0, parts, PARTS_A_GROUP):
+            own = paths[first : first + PARTS_A_GROUP]
+            writer.write_table(pa.concat_tables(pq.read_table(path / IMAGES, schema=SCHEMA) for path in own))
     broken = "".join((path / BROKEN).read_text(encoding="utf-8") for path in paths)
     write_text(folder / BROKEN, broken)
     files = {name: _described(folder / name) for name in (VECTORS, IMAGES, BROKEN)}

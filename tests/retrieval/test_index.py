@@ -82,8 +82,9 @@ def part(first: int, vectors: np.ndarray, broken: int = 0) -> Part:
 
 
 @pytest.fixture
-def made(tmp_path):
-    """An index of 7 rows in three parts, one of which is empty."""
+def made(tmp_path, monkeypatch):
+    """An index of 7 rows in three parts, one of which is empty; two row groups."""
+    monkeypatch.setattr(module, "PARTS_A_GROUP", 2)
     vectors = unit(np.random.default_rng(0).normal(size=(7, 5)))
     for number, content in enumerate([part(0, vectors[:4], 1), part(0, vectors[:0], 2), part(4, vectors[4:])]):
         write_part(tmp_path / "index", number, content)
