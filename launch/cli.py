@@ -114,7 +114,12 @@ def compare(arguments: list[str]) -> None:
     parser.add_argument("first", type=Path, help="score record (JSON, its .ranks.npz beside it)")
     parser.add_argument("second", type=Path)
     parser.add_argument("--out", type=Path, help="also write the comparison as JSON")
+    parser.add_argument("--page", type=Path, help="HTML page of captions that the first alone gets right; needs --data")
+    parser.add_argument("--data", help="shard folder or caption file that both were scored on")
+    parser.add_argument("--images", default="", help="folder or tar of a caption file's images")
     options = parser.parse_args(arguments)
+    if bool(options.page) != bool(options.data):
+        raise RecipeError("--page and --data go together: a page shows the pictures")
     from retrieval.compare import compare as run
     from retrieval.compare import describe
     from runtime.files import write_json
@@ -123,6 +128,10 @@ def compare(arguments: list[str]) -> None:
     if options.out:
         write_json(options.out, found)
     print(describe(found))
+    if options.page:
+        from finetune.flips_page import write_flips
+
+        print(write_flips(options.first, options.second, options.data, options.images, options.page))
 
 
 def import_weights(arguments: list[str]) -> None:
