@@ -238,7 +238,7 @@ class EvaluateRecipe:
             if not getattr(self, key):
                 raise RecipeError(f"{key} is not set; give --{key}")
         if self.heads is not None and (not self.heads or len(set(self.heads)) != len(self.heads)):
-            raise RecipeError(f"heads is {self.heads}; name each head once: dual, fusion, or hat alone")
+            raise RecipeError(f"heads is {self.heads}; name each head once: dual, fusion, vldeformer, or hat alone")
         if self.heads and "hat" in self.heads and len(self.heads) > 1:
             raise RecipeError(f"heads is {self.heads}; a HAT checkpoint has one head, use --heads '[hat]'")
         for key in ("shortlist", "batch_size", "captions_per_image"):

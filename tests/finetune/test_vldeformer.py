@@ -267,6 +267,16 @@ def a_batch(task, size=4):
     }
 
 
+def test_a_cross_attention_checkpoint_goes_the_same_way_and_says_what_it_is(pretrained, drawn, tmp_path):
+    assert main(small.finetune(pretrained, drawn, tmp_path, *NEGATIVES, steps=1)) == 0
+    assert main(small.evaluate(tmp_path / "finetune", drawn, tmp_path / "scores.json")) == 0
+    assert read_record(tmp_path / "scores.json")["head"] == "vldeformer of cross-attention layers (an adaptation)"
+    task = task_of(pretrained)
+    task(retrieval_batch(a_batch(task), 0, torch.device("cpu")))[0].backward()
+    assert all(parameter.grad is not None for parameter in task.model.parameters())
+    assert task.guide.fusion_encoder.layers[0].cross_attention is not None, "what shows where nouns look stays whole"
+
+
 def test_every_weight_learns_and_the_figures_count_what_could_not_be_altered(single):
     task = task_of(single)
     loss, figures = task(retrieval_batch(a_batch(task), 0, torch.device("cpu")))
