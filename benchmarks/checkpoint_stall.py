@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.ratios import Ratios
 from runtime.checkpoint import CheckpointFolder, write_checkpoint
 from runtime.checkpoint_writer import CheckpointWriter, host_copies
 
@@ -45,8 +46,9 @@ def main() -> int:
     stall, whole = statistics.median(stalls), statistics.median(writes)
     size = 16 * options.millions / 1e3
     print(f"{size:.2f} GB: training waits {stall:.2f} s ({size / stall:.1f} GB/s), the write takes {whole:.2f} s more")
-    print(f"stall / write {stall / whole:.3f} (aim: at most {AIM})")
-    return int(stall / whole > AIM)
+    told = Ratios()
+    told.tell("stall / write", stall / whole, at_most=AIM)
+    return told.close()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Reading alone, nothing decoded: the shipped order and reader against the webdataset library, on the same tars from the page cache.
 
-`python benchmarks/reading.py SHARDS` (any shard folder; without one, noise is written). One process, both ways
+`python -m benchmarks.reading SHARDS` (any shard folder; without one, noise is written). One process, both ways
 warmed by a whole pass first. Prints each ratio beside its aim, and exits 1 where one falls short.
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
+from benchmarks.ratios import Ratios
 from data_tools.manifest import Manifest, Shard, ShardIndex, read_manifest, write_index, write_manifest
 from data_tools.reader import RawSample
 from data_tools.training_set import TrainingSet, Walk
@@ -97,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder = options.folder or Path(scratch)
         if options.folder is None:
             write_folder(folder, options.shards, options.samples, 12_000)
-        manifest, short = read_manifest(folder), False
+        manifest, told = read_manifest(folder), Ratios()
         mean = manifest.bytes / manifest.samples
         print(f"{manifest.samples:,} samples of {mean / 1000:.1f} kB in {len(manifest.shards)} shards, one process")
         for shuffled in (False, True):
@@ -106,18 +107,15 @@ def main(arguments: list[str] | None = None) -> int:
                 read_once = sum(1 for _ in read(folder, shuffled))  # from here on from the page cache
                 rates[name], seen = rate(read, folder, shuffled, options.seconds)
                 assert read_once == seen == manifest.samples, f"{name} saw {seen} of {manifest.samples} samples"
-            ratio = rates["ligature"] / rates["webdataset"]
-            print(
-                f"{'shuffled' if shuffled else 'in order'}: ligature {rates['ligature']:,.0f}/s, webdataset "
-                f"{rates['webdataset']:,.0f}/s, ratio {ratio:.1f} (aim {AIM:g})"
-            )
-            short |= ratio < AIM
-        short |= resume_at_the_end(folder)
+            how = "shuffled" if shuffled else "in order"
+            print(f"{how}: ligature {rates['ligature']:,.0f}/s, webdataset {rates['webdataset']:,.0f}/s")
+            told.tell(f"{how}: ligature / webdataset", rates["ligature"] / rates["webdataset"], at_least=AIM)
+        resume_at_the_end(folder, told)
         print(f"the disk's own: {copy_rate(folder, manifest, options.seconds) / mean:,.0f} samples/s by pread alone")
-    return int(short)
+    return told.close()
 
 
-def resume_at_the_end(folder: Path) -> bool:
+def resume_at_the_end(folder: Path, told: Ratios) -> None:
     """From nothing to the first batch at the end of the 1,000th epoch: webdataset would read all that comes before it."""
     began = time.process_time()
     data = TrainingSet(str(folder))
@@ -126,10 +124,7 @@ def resume_at_the_end(folder: Path) -> bool:
     read = data.reader.read(samples)
     taken = time.process_time() - began
     assert all(isinstance(sample, RawSample) for sample in read)
-    print(
-        f"opened, and the last batch of epoch 1,000 read, in {taken:.3f} s (aim {RESUME_AIM:g}; benchmarks/scale.py: of 5 billion)"
-    )
-    return taken > RESUME_AIM
+    told.tell("opened, and the last batch of epoch 1,000 read, s", taken, at_most=RESUME_AIM)
 
 
 def copy_rate(folder: Path, manifest: Manifest, seconds: float) -> float:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.ratios import Ratios
 from data_tools.order import BLOCK, WINDOW, SampleOrder
 from data_tools.reader import RawSample
 from data_tools.stream import ShardStream
@@ -93,12 +94,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shards", type=int, default=500_000)
     parser.add_argument("--samples", type=int, default=10_000, help="of each shard")
     options = parser.parse_args(arguments)
-    short = False
+    told = Ratios()
 
     def tell(what: str, value: float, unit: str, aim: float | None = None) -> None:
-        nonlocal short
-        short |= aim is not None and value > aim
-        print(f"{what}: {value:,.3g} {unit}" + (f" (aim {aim:g})" if aim is not None else ""), flush=True)
+        told.tell(what, value, at_most=aim, unit=unit)
 
     with tempfile.TemporaryDirectory() as scratch:
         folder, bare = Path(scratch), peak()
@@ -152,9 +151,9 @@ def main(arguments: list[str] | None = None) -> int:
         tell("  beside that of torch and the other imports", bare / 1e9, "GB")
     for block, size in ((BLOCK, WINDOW), (0, WINDOW), (BLOCK, 1 << 20)):
         figures = shuffle_quality(min(options.shards, 10_000), options.samples, block, size)
-        told = ", ".join(f"{name} {value:.3g}" for name, value in figures.items())
-        print(f"block {block or 'a shard'}, window {size:,}: {told}")
-    return int(short)
+        listed = ", ".join(f"{name} {value:.3g}" for name, value in figures.items())
+        print(f"block {block or 'a shard'}, window {size:,}: {listed}")
+    return told.close()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ its scaling vector, is that extrapolation). Over-relaxed sweeps follow where the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -89,10 +90,10 @@ def sinkhorn(
     kernel = cost / -regularisation
     f, g = torch.zeros_like(log_a), torch.zeros_like(log_b)
     if start is not None:
-        f = log_a - torch.logsumexp(kernel + start.to(cost).unsqueeze(-2), dim=-1)
+        f = log_a - _logsumexp(kernel + start.to(cost).unsqueeze(-2), dim=-1)
     for done in range(1, steps + 1):
-        g = log_b - torch.logsumexp(kernel + f.unsqueeze(-1), dim=-2)
-        f = log_a - torch.logsumexp(kernel + g.unsqueeze(-2), dim=-1)
+        g = log_b - _logsumexp(kernel + f.unsqueeze(-1), dim=-2)
+        f = log_a - _logsumexp(kernel + g.unsqueeze(-2), dim=-1)
         if tolerance is None or done % CHECK_EVERY:
             continue
         if bool((_column_error(cost, 1 / regularisation, f, g, log_b) <= tolerance).all()):
@@ -107,8 +108,8 @@ def _walk(cost: Tensor, log_a: Tensor, log_b: Tensor, beta: float, outer_steps: 
         kernel, base = cost * (-step / beta), f
         for _ in range(inner_steps):
             # IPOT keeps its scaling vector from one outer step to the next: in potentials, an extrapolation of f.
-            g = log_b - torch.logsumexp(kernel + (base + warm).unsqueeze(-1), dim=-2)
-            f = log_a - torch.logsumexp(kernel + g.unsqueeze(-2), dim=-1)
+            g = log_b - _logsumexp(kernel + (base + warm).unsqueeze(-1), dim=-2)
+            f = log_a - _logsumexp(kernel + g.unsqueeze(-2), dim=-1)
             warm = f - base
     return f, g
 
@@ -128,7 +129,7 @@ def _stride(
     f_way, g_way = f, g
     if start is not None:  # settled already but for what has changed since: no way to go
         g = start.to(cost).expand_as(log_b)
-        f = log_a - torch.logsumexp(cost * (-outer_steps / beta) + g.unsqueeze(-2), dim=-1)
+        f = log_a - _logsumexp(cost * (-outer_steps / beta) + g.unsqueeze(-2), dim=-1)
     stride, step, before = outer_steps * (GROWTH - 1) / (GROWTH**STRIDES - 1), 0.0, 0.0
     for _ in range(STRIDES if start is None else 0):
         ahead = stride / before if before else 0.0
@@ -160,9 +161,13 @@ def _sweep(
     for first in range(0, n, rows):
         part = kernel[..., first : first + rows, :]
         torch.add(g.unsqueeze(-2), cost[..., first : first + rows, :], alpha=-sharpness, out=part)
-        columns += part.add_(f[..., first : first + rows, None]).exp_().sum(-2)
-    change = relaxation * (log_b - columns.log())
-    row_sums = (kernel @ change.exp().unsqueeze(-1)).squeeze(-1)
+        columns += part.add_(f[..., first : first + rows, None]).clamp_(min=_floor(cost)).exp_().sum(-2)
+    # A sum made of little but floors has left its range: no number, and the solve begins again with stabilised sums.
+    least = 1e3 * math.exp(_floor(cost))
+    change = relaxation * (log_b - columns.masked_fill_(columns < n * least, 0.0).log())
+    scale = change.exp()
+    row_sums = (kernel @ scale.unsqueeze(-1)).squeeze(-1)
+    row_sums.masked_fill_(row_sums < least * scale.sum(-1, keepdim=True), 0.0)
     return f + relaxation * (log_a - row_sums.log()), g + change
 
 
@@ -171,15 +176,26 @@ def _stable_sweep(
 ) -> Potentials:
     """The same from any guess of f."""
     kernel = cost * -sharpness
-    new_g = log_b - torch.logsumexp(kernel + f.unsqueeze(-1), dim=-2)
+    new_g = log_b - _logsumexp(kernel + f.unsqueeze(-1), dim=-2)
     g = new_g if relaxation == 1 else torch.lerp(g, new_g, relaxation)
-    new_f = log_a - torch.logsumexp(kernel + g.unsqueeze(-2), dim=-1)
+    new_f = log_a - _logsumexp(kernel + g.unsqueeze(-2), dim=-1)
     return new_f if relaxation == 1 else torch.lerp(f, new_f, relaxation), g
 
 
 def _column_error(cost: Tensor, sharpness: float, f: Tensor, g: Tensor, log_b: Tensor) -> Tensor:
-    plan = torch.add(g.unsqueeze(-2), cost, alpha=-sharpness).add_(f.unsqueeze(-1)).exp_()
+    plan = torch.add(g.unsqueeze(-2), cost, alpha=-sharpness).add_(f.unsqueeze(-1)).clamp_(min=_floor(cost)).exp_()
     return (plan.sum(-2) - log_b.exp()).abs().sum(-1)
+
+
+def _floor(values: Tensor) -> float:
+    """An exponent that stands for all below it: -80 in float32. On a CPU an exponential that underflows takes a hundred times as
+    long as any other, and sums of what is almost nothing are slow as well; most entries of a plan are of that kind."""
+    return math.log(torch.finfo(values.dtype).tiny) + 7
+
+
+def _logsumexp(values: Tensor, dim: int) -> Tensor:
+    largest = values.amax(dim, keepdim=True)
+    return (values - largest).clamp_(min=_floor(values)).exp_().sum(dim).log_() + largest.squeeze(dim)
 
 
 def _prepare(cost: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,7 +210,9 @@ def _prepare(cost: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, 
 
 
 def _finish(cost: Tensor, sharpness: float, f: Tensor, g: Tensor, log_a: Tensor, log_b: Tensor) -> Transport:
-    plan = torch.add(g.unsqueeze(-2), cost, alpha=-sharpness).add_(f.unsqueeze(-1)).exp_()
+    exponent = torch.add(g.unsqueeze(-2), cost, alpha=-sharpness).add_(f.unsqueeze(-1))
+    nothing = exponent < _floor(cost)
+    plan = exponent.clamp_(min=_floor(cost)).exp_().masked_fill_(nothing, 0.0)
     # Exponents of hundreds are a few 1e-5 apart in float32: one more division makes the rows exact.
     plan = plan * (log_a.exp() / plan.sum(-1).clamp(min=torch.finfo(plan.dtype).tiny)).unsqueeze(-1)
     row_error = (plan.sum(-1) - log_a.exp()).abs().sum(-1)
