@@ -67,7 +67,7 @@ def write_flips(first: Path, second: Path, data: str, images: str, page: Path, c
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}{FRAME}</style><body>{''.join(parts)}</body></html>\n",
     )
-    return f"{page}: {len(order):,} of {len(flipped):,} captions that {title}"
+    return f"{page}: {len(order):,} of {len(flipped):,} captions: {title}"
 
 
 def better_ones(scores: np.ndarray, caption_image: np.ndarray) -> np.ndarray:
