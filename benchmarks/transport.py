@@ -28,8 +28,8 @@ from benchmarks.ratios import MatrixProduct, Ratios, seconds
 from pretrain.transport import proximal_point
 
 AIM = 0.25
-REGULARISATIONS = (0.01, 0.005, 0.0025, 0.00125)
-PIECE = 20
+REGULARISATIONS = (0.005, 0.0025, 0.00125)
+PIECE = 25
 """Iterations of POT between two looks."""
 
 
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--codewords", type=int, default=4000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--patience", type=float, default=25.0, help="times as long as ours, for each modality and regularisation"
+        "--patience", type=float, default=8.0, help="times as long as ours, for each modality and regularisation"
     )
     parser.add_argument("--short", action="store_true", help="128 x 500")
     options = parser.parse_args(arguments)

@@ -17,8 +17,11 @@ from runtime.errors import RecipeError
 VIT_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 """Width, depth, heads of timm's ViTs by their name."""
 BERT_VOCABULARY = 30522
-BUCKET = 500_000_000
-"""Elements of DeepSpeed's reduction buffer (`reduce_bucket_size`), which it allocates whole."""
+BUCKET = 50_000_000
+"""Elements of a reduction buffer (`reduce_bucket_size`), which DeepSpeed allocates whole: two of them at stages 1 and 2, where one is
+filled by the backward pass while the other is sent."""
+FLAT = 500_000_000
+"""Elements that it reduces at once without ZeRO."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +239,8 @@ class Budget:
         gradients = self.bytes * self.total * (share if stage >= 2 else 1.0)
         activations = self.activation_bytes * self.micro_batch
         # Without ZeRO gradients are reduced in flat copies of at most the buffer's size; alone, not at all.
-        reduced = BUCKET if gpu and stage else min(BUCKET, self.total)
+        whole = {0: FLAT, 1: 2 * BUCKET, 2: 2 * BUCKET, 3: BUCKET}[stage]
+        reduced = whole if gpu and stage else min(whole, self.total)
         buffer = float(reduced * (4 if stage == 1 else self.bytes)) if stage or world > 1 else 0.0
         _, accumulation = self.split(world)
         backward_begins = activations + (gradients if accumulation > 1 else 0.0) + (buffer if stage else 0.0)

@@ -13,6 +13,7 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, distributed
 
 import pretrain.engine
+from pretrain.budget import BUCKET
 from pretrain.config import PretrainRecipe, divide_batch
 from pretrain.engine import Engine
 from pretrain.task import PretrainTask
@@ -59,9 +60,12 @@ def train(
     lr: float = 1e-3,
     raw_gradients: bool = False,
     kept_whole: int = 0,
+    bucket: int | None = None,
 ) -> Told:
-    """`steps` steps of a run; from `start`, if given, as a resumed run does it. kept_whole: the engine's, for ZeRO 3."""
+    """`steps` steps of a run; from `start`, if given, as a resumed run does it. kept_whole: the engine's, for ZeRO 3; bucket: elements
+    of a reduction buffer, if not the engine's."""
     pretrain.engine.KEPT_WHOLE = kept_whole
+    pretrain.engine.BUCKET = bucket or BUCKET
     recipe: PretrainRecipe = tiny.recipe(**recipe_changes)
     ranks, device = ranks_from_environment(), torch.device("cpu")
     assert ranks.world == distributed.get_world_size()

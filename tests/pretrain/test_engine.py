@@ -109,6 +109,14 @@ def test_plans_from_the_students_own_features_are_refused_at_stage_3():
         tiny.recipe(objectives__codebook__features="student", training__zero_stage=3)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_that_travel_in_many_buckets_are_the_same(gloo_pool, runs, stage):
+    """Some parameters are larger than a bucket."""
+    told = gloo_pool.run(engine_jobs.train, changes(stage), STEPS, raw_gradients=True, bucket=1500)[0]
+    assert losses_of(told) == pytest.approx(losses_of(runs(2, 1)), rel=1e-6)
+    assert_same_gradients(told, runs(2, 1), 1e-6)
+
+
 def test_the_losses_fall(runs):
     losses = losses_of(runs(2, 1))
     assert losses[-1] < losses[0]
