@@ -120,3 +120,17 @@ def test_torchrun_passes_the_signal_on(cluster, ligature):
     ligature.wait(lambda: ligature.step("elastic") > stopped_at, "a step of the second start")
     assert "start 0: stopped: the time limit is near; requeued" in (run / "launch" / "events.log").read_text()
     assert f"going on from {run}" in "".join(log.read_text() for log in (run / "logs").glob("n*.log"))
+
+
+def test_the_stages_after_pretraining_run_as_jobs(cluster, ligature, drawn):
+    ligature("pretrain", "--config", "tiny.yaml", "--training.steps", "2", "--training.checkpoint_every", "2")
+    runs = ligature.folder / "runs"
+    tune = ("--config", "finetune/demo.yaml", "--checkpoint", str(runs / "run"), "--data.train", str(drawn / "train"))
+    tune += ("--data.validation", str(drawn / "validation"), "--training.global_batch", "8", "--training.steps", "2")
+    job = ligature.submit("finetune", *tune, "--runs", str(runs), "--nodes", "2")
+    ligature.wait(lambda: cluster.job(job)["JobState"] == "COMPLETED", "fine-tuning")
+    score = ("--config", "finetune/demo_evaluate.yaml", "--checkpoint", str(runs / "finetune"), "--shortlist", "4")
+    job = ligature.submit("evaluate", *score, "--data", str(drawn / "test"), "--out", str(runs / "scores.json"))
+    ligature.wait(lambda: cluster.job(job)["JobState"] == "COMPLETED", "scoring")
+    assert "| dual" in "".join(path.read_text() for path in (runs / "scores.launch" / "logs").glob("*.log"))
+    assert (runs / "scores.json").is_file()

@@ -117,13 +117,18 @@ def test_tasks_that_outlive_their_node_are_fenced_off(cluster, ligature):
         cluster.job(job)["JobState"] == "RUNNING" and cluster.job(job)["Restarts"] == "1"
     )  # the ghost requeued nothing
     assert "crashed" not in events
+    cluster.run("scontrol", "requeue", str(job))  # an administrator's
+    ligature.wait(lambda: cluster.job(job)["Restarts"] == "2", "the requeue")
+    before = ligature.step("fenced")
+    ligature.wait(lambda: ligature.step("fenced") > before, "a step of the third start")
+    assert "crashed" not in (run / "launch" / "events.log").read_text()
     cluster.run("scancel", str(job))
     ligature.wait(lambda: cluster.job(job)["JobState"] == "CANCELLED", "the end")
     ligature.wait(lambda: not rank_processes(cluster, run), "the ranks' end")
     steps = [line["step"] for line in read_metrics(run)]
     assert steps == list(range(1, len(steps) + 1))  # one writer at a time
     verify_checkpoint(run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip())
-    assert cluster.job(job)["Restarts"] == "1"  # cancelled is cancelled
+    assert cluster.job(job)["Restarts"] == "2"  # cancelled is cancelled
     cluster.start_node(lost)
     ligature.wait(lambda: set(cluster.node_states().values()) == {"IDLE"}, "all nodes to be idle")
 
