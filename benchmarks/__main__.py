@@ -27,7 +27,6 @@ SHORT = {
     "checkpoint_stall": ["--millions", "2", "--rounds", "3"],
     "reading": ["--seconds", "0.7", "--shards", "3", "--samples", "300"],
     "scale": ["--shards", "5000"],
-    "sharding": ["--images", "200"],
     "streaming": ["--rounds", "2", "--without-sharding"],
     "hat_scoring": ["--images", "4", "--captions", "32", "--width", "256", "--repeats", "1"],
     "retrieval_speed": ["--rounds", "1", "--queries", "20", "--batch", "12", "--query_batches", "25"],
