@@ -137,6 +137,23 @@ class VLDeformerConfig:
 
 
 @dataclass
+class ExchangedWordsConfig:
+    """Matching of each caption against itself with words exchanged (finetune/exchanged_words.py), beside `matching`."""
+
+    weight: float = 0.0
+    words: list[str] = field(default_factory=list)
+    """Pairs of words, such as `left right`, each word one token of the checkpoint's vocabulary."""
+
+    def __post_init__(self) -> None:
+        if wrong := [pair for pair in self.words if len(set(pair.split())) != 2]:
+            raise RecipeError(
+                f"exchanged.words holds {wrong[0]!r}; a pair is two different words, such as 'left right'"
+            )
+        if self.weight and not self.words:
+            raise RecipeError("exchanged.weight is set but exchanged.words is empty; name pairs such as 'left right'")
+
+
+@dataclass
 class FinetuneRecipe:
     """Fine-tune for retrieval: dual head by contrast within the batch, fusion head by matching; HAT by triplets; VLDeformer."""
 
@@ -157,6 +174,8 @@ class FinetuneRecipe:
     matching_weight: float = 1.0
     """0 trains the dual head alone; the fusion head then no longer fits the encoders, and re-ranking by it means little."""
     matching: MatchingConfig = field(default_factory=MatchingConfig)
+    exchanged: ExchangedWordsConfig = field(default_factory=ExchangedWordsConfig)
+    """Read where `head` is `dual`; needs `matching_weight`."""
     hat: HatConfig = field(default_factory=HatConfig)
     """Read where `head` is `hat`."""
     vldeformer: VLDeformerConfig = field(default_factory=VLDeformerConfig)
@@ -177,6 +196,10 @@ class FinetuneRecipe:
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise RecipeError(
                 f"name is {self.name!r}; it becomes a folder's name, so it has no slash and no leading dot"
+            )
+        if self.exchanged.weight and (self.head != "dual" or not self.matching_weight):
+            raise RecipeError(
+                "exchanged.weight trains the fusion head by matching: set head to dual and matching_weight above 0"
             )
         if self.head == "dual" and not self.contrastive_weight:
             raise RecipeError("contrastive_weight is 0; the dual head learns by it, give it a weight")

@@ -11,6 +11,7 @@ from torch import Tensor, distributed
 
 from data_tools.collection import Collection
 from finetune.config import FinetuneRecipe
+from finetune.exchanged_words import ExchangedWords
 from finetune.task import RetrievalTask
 from pretrain.encode import Encodings, encode_collection
 from pretrain.load import ImageTextModel, describe_model, load_model
@@ -76,6 +77,8 @@ class DualTask(RetrievalTask):
         self.model.masked_language_head.requires_grad_(False)
         self.matching = Matching(recipe.matching)
         self.tokenizer, self.image_size = start.tokenizer, self.model.config.image.image_size
+        self.exchanged_weight = recipe.exchanged.weight
+        self.exchanged = ExchangedWords(recipe.exchanged.words, self.tokenizer)
         self.about = f"{start.folder} ({start.training})"
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -88,6 +91,9 @@ class DualTask(RetrievalTask):
             batch.keys = Keys(state.image.detach(), state.text.detach(), batch.image_ids)
             losses |= self.matching(state)
             total = total + self.matching_weight * losses["matching"]
+        if self.exchanged_weight:
+            losses |= self.exchanged(state)
+            total = total + self.exchanged_weight * losses["exchanged"]
         return total, {"loss": total.detach(), **{name: value.detach() for name, value in losses.items()}}
 
     def stored(self) -> dict[str, Tensor]:
