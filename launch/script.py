@@ -252,9 +252,14 @@ while true; do
 done
 wait "$step" 2> /dev/null # where it ended while a signal interrupted `wait`, its own code is still to be had
 last=$?
-[ "$last" = 127 ] || code=$last
 first_exit=$(grep -m 1 -v '^0 ' "$exits" 2> /dev/null) # `137 rank 3 on n2`
+finished=$(grep -c '^0 ' "$exits" 2> /dev/null)
 why=${{first_exit%% *}}
+case $last in
+  127) ;; # `wait` had told it already
+  -1 | 255) [ "$finished" = "$world" ] && code=0 || code=${{why:-$code}} ;; # bash 5.2 loses it where a trap was running: the ranks tell
+  *) code=$last ;;
+esac
 why=${{why:-$code}}
 
 last_error() {{ # of this start, in the log of the node whose rank ended first
@@ -262,7 +267,7 @@ last_error() {{ # of this start, in the log of the node whose rank ended first
     "$folder"/logs/*"${{first_exit##* }}.log" | tail -n 1 | cut -c 1-300
 }}
 
-if [ "$code" = 0 ] && [ "$(grep -c '^0 ' "$exits")" = "$world" ]; then # srun says 0 as well when it loses a node
+if [ "$code" = 0 ] && [ "$finished" = "$world" ]; then # srun says 0 as well when it loses a node
   say "finished"
   exit 0
 fi
