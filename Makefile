@@ -8,18 +8,21 @@ BIN := $(VENV)/bin
 # Ranks and loaders share the cores as processes: one thread each is fastest, and a run repeats to the bit.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test faults slurm controls bench flickr8k coco-protocols lint clean
+.PHONY: help install demo test faults slurm controls bench flickr8k coco-protocols lint clean
 help:
+	@echo 'make install   make .venv and install Ligature into it'
 	@echo 'make demo      make .venv, install, and run the whole path on drawn shapes'
 	@echo 'make test      make .venv, install, and run the tests'
 	@echo 'make faults    the long form of the tests of faults; the tables of docs/reliability.md'
 	@echo 'make slurm     launching, on a cluster of real SLURM daemons that the tests start here (Debian: slurm-wlm, munge)'
 	@echo 'make controls  the demo, then what stands beside its claims: shuffled pairs, relations, the gate'
 	@echo 'make bench     every benchmark small, held against benchmarks/expected.json (ARGS=--full: whole, against their aims)'
-	@echo 'make flickr8k  a model of Flickr8k to search with: shard, pretrain, fine-tune, score, on two CPU cores (DATA=FOLDER; docs/search.md)'
+	@echo 'make flickr8k  a model of Flickr8k to search with: shard, pretrain, fine-tune, score, on two CPU cores (DATA=FOLDER of its files; docs/search.md)'
 	@echo 'make coco-protocols  5K and 1K x 5 over 5,000 generated images under COCO names, HAT within 16 GB (ARGS="--captions FILE")'
 	@echo 'make lint      ruff (rules and format) and mypy'
 	@echo 'make clean     remove caches and build outputs; .venv and runs stay'
+
+install: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/ligature demo $(ARGS)
@@ -33,16 +36,20 @@ faults: $(VENV)/.develop
 slurm: $(VENV)/.develop
 	$(BIN)/python -m pytest -m slurm $(ARGS)
 
-controls: demo $(VENV)/.develop
+controls: $(VENV)/.develop
+	$(BIN)/ligature demo
 	$(BIN)/python -m pytest -m controls $(ARGS)
 
 bench: $(VENV)/.develop
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# Flickr8k's own files: captions, lists of names, images in a tar. Every step goes on where it stopped; ARGS reach both trainings.
-DATA ?= ../shared/data/flickr8k
-SHARD = $(BIN)/ligature shard $(DATA)/Flickr8k.token.txt --images $(DATA)/flickr8k_images_224.tar --resize_shorter 128
+# Flickr8k's own files in one folder: Flickr8k.token.txt, the lists of names, and the images as the folder Flicker8k_Dataset or in a
+# tar. Every step goes on where it stopped; ARGS reach both trainings.
+DATA ?= flickr8k
+IMAGES ?= $(firstword $(wildcard $(DATA)/Flicker8k_Dataset $(DATA)/*.tar))
+SHARD = $(BIN)/ligature shard $(DATA)/Flickr8k.token.txt --images $(IMAGES) --resize_shorter 128
 flickr8k: $(VENV)/.installed
+	@[ -n "$(IMAGES)" ] || { echo 'no Flickr8k in $(DATA)/; give its folder: make flickr8k DATA=FOLDER'; exit 2; }
 	$(SHARD) --names $(DATA)/Flickr_8k.trainImages.txt --count 5500 --out runs/data/flickr8k/train
 	$(SHARD) --names $(DATA)/Flickr_8k.trainImages.txt --start 5500 --out runs/data/flickr8k/holdout
 	$(SHARD) --names $(DATA)/Flickr_8k.devImages.txt --out runs/data/flickr8k/dev

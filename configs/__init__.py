@@ -1,1 +1,1 @@
-"""Recipes (YAML) that ship with Ligature, by stage: `data/`, `pretrain/`, `finetune/`, `launch/`."""
+"""Recipes (YAML) that ship with Ligature, by stage: `pretrain/`, `finetune/`, `ablate/`, `launch/`."""

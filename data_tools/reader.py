@@ -222,7 +222,10 @@ class ShardReader:
         while count > 1 and part.end[row + count - 1] - begin > RUN_BYTES:
             count //= 2
         length = part.end[row + count - 1] - begin
-        data = os.pread(tar.descriptor, length, begin) if begin >= 0 and 0 < length <= RUN_BYTES else b""
+        try:
+            data = os.pread(tar.descriptor, length, begin) if begin >= 0 and 0 < length <= RUN_BYTES else b""
+        except OSError:  # a bad sector, a file replaced under us: each is read again alone, and what is broken told
+            data = b""
         if len(data) != length:
             found += [None] * count
             return count

@@ -175,7 +175,7 @@ def _filesystem(address: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(address)
     except (ImportError, ValueError) as error:
         raise DataError(
-            f"cannot read {address} ({error}); `pip install 'ligature[remote]'` brings s3, gs and http"
+            f"cannot read {address} ({error}); `pip install '.[remote]'` in Ligature's checkout brings s3, gs and http"
         ) from error
 
 

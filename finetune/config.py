@@ -197,6 +197,10 @@ class FinetuneRecipe:
             raise RecipeError(
                 f"name is {self.name!r}; it becomes a folder's name, so it has no slash and no leading dot"
             )
+        if self.optimizer.schedule != "step":
+            raise RecipeError(
+                f"optimizer.schedule is {self.optimizer.schedule}, which pretraining knows; fine-tuning goes by `step`"
+            )
         if self.exchanged.weight and (self.head != "dual" or not self.matching_weight):
             raise RecipeError(
                 "exchanged.weight trains the fusion head by matching: set head to dual and matching_weight above 0"

@@ -39,7 +39,7 @@ def index(recipe: IndexRecipe) -> None:
     out = Path(recipe.out)
     hash = checkpoint_hash(find_checkpoint(recipe.checkpoint))
     with claimed(out, ranks):
-        if from_first(ranks, lambda: _finished(out, hash)):
+        if from_first(ranks, lambda: _finished(out, hash, recipe.data)):
             if ranks.first:
                 tidy(out)
                 print(f"{out} is complete: {_told(Index(out))}; nothing to do, remove it to index again")
@@ -77,13 +77,16 @@ def claimed(out: Path, ranks: Ranks) -> Iterator[None]:
                 out.rmdir()
 
 
-def _finished(out: Path, hash: str) -> bool:
-    """Whether the index is there. Raises DataError where another checkpoint made it."""
+def _finished(out: Path, hash: str, data: str) -> bool:
+    """Whether the index is there. Raises DataError where another checkpoint made it, or it is of other images."""
     if not (out / MANIFEST).is_file():
         return False
-    made = Index(out).about["checkpoint"]
+    about = Index(out).about
+    made, place = about["checkpoint"], about["source"]["place"]
     if made != hash:
         raise DataError(f"{out} was made by checkpoint {made}, not by {hash}; give another --out, or remove it")
+    if place != _place(data):
+        raise DataError(f"{out} is of the images of {place}, not of {data}; give another --out, or remove it")
     return True
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 from data_tools.tokenizer import CaptionTokenizer
 from pretrain.objectives.state import StudentState
 from runtime.errors import RecipeError
+from runtime.ranks import sum_over_ranks
 
 
 def exchange_table(pairs: list[str], tokenizer: CaptionTokenizer) -> Tensor:
@@ -54,7 +55,9 @@ class ExchangedWords:
         )
         logits = model.matching_logits(fused).float()
         margin = torch.sub(*(logits[:, 1] - logits[:, 0]).chunk(2))
-        count = has.sum().clamp(min=1)
+        # Of the global batch, as this rank's share: the mean over ranks is then the loss of all, however they lie.
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        count = sum_over_ranks(has.sum()).clamp(min=1) / world
         return {
             "exchanged": (functional.softplus(-margin) * has).sum() / count,
             "exchanged_right": ((margin > 0) & has).sum() / count,

@@ -43,9 +43,14 @@ class IndexRecipe:
             raise RecipeError(
                 f"part_images is {self.part_images}; it must be a multiple of batch_size, {self.batch_size}"
             )
-        if self.queries and not (
-            Path(self.queries).is_file() and Path(self.queries).read_text(encoding="utf-8").strip()
-        ):
-            raise RecipeError(f"queries: there is no text in {self.queries}, or no such file")
+        if self.queries and not (Path(self.queries).is_file() and _text_in(Path(self.queries))):
+            raise RecipeError(f"queries: there is no text (UTF-8) in {self.queries}, or no such file")
         if not 0 < self.recall <= 1:
             raise RecipeError(f"recall is {self.recall:g}; it is a share above 0, 1 at most")
+
+
+def _text_in(path: Path) -> bool:
+    try:
+        return bool(path.read_text(encoding="utf-8").strip())
+    except UnicodeDecodeError:
+        return False

@@ -25,6 +25,9 @@ class RetrievalTask(nn.Module):
     partial = False
     """Whether some step may leave parameters that learn without a gradient (a frozen phase, say)."""
 
+    frozen = ""
+    """Hash of a checkpoint whose model is used as it is beside what learns, so that a resumed run must find the same."""
+
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """-> the loss of the global batch (the same on every rank after averaging), and its figures, `loss` among them."""
         raise NotImplementedError

@@ -30,7 +30,7 @@ from pretrain.train import find_resume
 from retrieval.protocols import recalls
 from runtime.checkpoint import read_tensors, write_checkpoint
 from runtime.checkpoint_writer import Write, host_copies
-from runtime.errors import RecipeError, SickRun
+from runtime.errors import CheckpointError, LigatureError, RecipeError, SickRun
 from runtime.files import read_json
 from runtime.ranks import Ranks, join, sum_over_ranks
 from runtime.recipe import write_recipe
@@ -79,6 +79,10 @@ def train(recipe: FinetuneRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     mixed = "bf16" if recipe.training.precision == "bf16" else "no"
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=task.partial)]
     accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=handlers)
+    if accelerator.num_processes != ranks.world:  # it would train replicas that never meet
+        raise LigatureError(
+            f"accelerate sees {accelerator.num_processes} of {ranks.world} ranks; start it by `ligature launch`"
+        )
     named = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(
         parameter_groups(task, named, recipe.optimizer.weight_decay),
@@ -89,6 +93,11 @@ def train(recipe: FinetuneRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     step, best = 0, -1.0
     if (resumed := find_resume(run, ranks)) is not None:
         state = resume(resumed, task, optimizer, named, sick)
+        if state.get("frozen", task.frozen) != task.frozen:
+            raise CheckpointError(
+                f"{recipe.checkpoint} now leads to another checkpoint than this run began with, and its model is used as it is; "
+                f"make it lead to {state['frozen']} again"
+            )
         stream.load_state_dict(state["stream"])
         step, best = state["step"], state["best_rsum"]
         if ranks.first:
@@ -220,6 +229,7 @@ def save(
         "optimizer": host_copies(moments, keep=True),
     }
     state = {"step": step, "best_rsum": best, "stream": stream.state_dict(), "sick": sick.state_dict()}
+    state["frozen"] = task.frozen
     values = copy.deepcopy({"state": state, "model": task.describe(f"fine-tuned-on {recipe.dataset}")})
 
     def write_more(folder: Path) -> None:

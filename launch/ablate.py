@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -10,9 +11,9 @@ from typing import Any
 
 from launch.ablation_config import AblateRecipe
 from launch.demo import heading, run
-from runtime.errors import DataError
+from runtime.errors import DataError, RecipeError
 from runtime.files import read_json, write_json, write_text
-from runtime.recipe import write_recipe
+from runtime.recipe import load_recipe, write_recipe
 
 MEASURES = {"MRR": "mean reciprocal rank, mean of both ways", "MI": "mutual information of codewords and scenes, bits"}
 Found = dict[str, dict[str, dict[int, dict[str, float]]]]
@@ -30,6 +31,7 @@ def ablate(recipe: AblateRecipe, start: Callable[..., None] = run) -> str:
     for shared in recipe.conditions.values():  # a mistake in any arm is answered before the first one runs
         for changes in recipe.arms.values():
             read_stage("pretrain", ["--config", recipe.base, *options(shared | changes)])
+    check_records(folder, recipe)
     write_recipe(folder / "config.yaml", recipe)  # with its predictions, before anything runs
     found: Found = {condition: {arm: {} for arm in recipe.arms} for condition in recipe.conditions}
     for seed in recipe.seeds:
@@ -50,6 +52,23 @@ def ablate(recipe: AblateRecipe, start: Callable[..., None] = run) -> str:
     write_text(folder / "table.md", text + "\n")
     heading("the table")
     return text
+
+
+def check_records(folder: Path, recipe: AblateRecipe) -> None:
+    """Refuse a folder whose records were made, or predicted, otherwise: arms, conditions and seeds may only be added."""
+    if not (folder / "config.yaml").is_file():
+        return
+    before = load_recipe(AblateRecipe, folder / "config.yaml")
+    for field in dataclasses.fields(before):
+        old, new = getattr(before, field.name), getattr(recipe, field.name)
+        if isinstance(old, dict):
+            kept = all(name in new and new[name] == value for name, value in old.items())
+        else:
+            kept = set(old) <= set(new) if isinstance(old, list) else old == new
+        if not kept and field.name != "runs":
+            raise RecipeError(
+                f"{folder} holds records of another recipe ({field.name}: {old} -> {new}); choose another --name, or remove it"
+            )
 
 
 def options(keys: dict[str, Any]) -> list[str]:

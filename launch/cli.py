@@ -356,6 +356,16 @@ def usage() -> str:
     )
 
 
+OUR_PLACE = {
+    errno.ENOSPC: "free some space and run it again",
+    errno.EDQUOT: "free some space and run it again",
+} | dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR),
+    "name a place where it can be read or written",
+)
+"""Errors of files that are the user's to mend, and how; any other is ours, with its traceback."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; -> exit code: 0, 1 for a failure, 2 for a mistake in what was asked, 75 for 'start me again'."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -384,12 +394,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (`| head`) has gone: nothing more to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in OUR_PLACE:
             raise
-        print(
-            f"ligature: {error.strerror} ({error.filename or 'a log'}); free some space and run it again",
-            file=sys.stderr,
-        )
+        print(f"ligature: {error.strerror} ({error.filename or 'a log'}); {OUR_PLACE[error.errno]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("ligature: interrupted", file=sys.stderr)

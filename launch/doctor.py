@@ -183,7 +183,9 @@ def check_versions() -> Finding:
             except PackageNotFoundError:
                 wrong.append(f"{package} needs {need.name}, which is not installed")
     if wrong:
-        return Finding("FAIL", "versions", "; ".join(wrong) + "; pip install --upgrade ligature mends them")
+        return Finding(
+            "FAIL", "versions", "; ".join(wrong) + "; `pip install --upgrade .` in Ligature's checkout mends them"
+        )
     import torch
 
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"

@@ -60,7 +60,7 @@ def launch_hosts(arguments: list[str]) -> None:
     from pretrain.config import divide_batch
 
     recipe = read_stage(options.stage, options.arguments)  # a mistake is answered before anything starts
-    if options.stage != "evaluate":
+    if options.stage in ("pretrain", "finetune"):
         divide_batch(recipe.training.global_batch, getattr(recipe.training, "micro_batch", 1), world)
     if not shutil.which("ssh"):
         raise LigatureError("no ssh on this machine; install a client, or use `ligature launch local`")

@@ -33,6 +33,8 @@ class Job:
     working_folder: Path
     ligature: str
     """How the ranks call `ligature`."""
+    resumes: bool
+    """Whether the stage goes on where it was stopped; scoring begins anew, so a time limit that ended it would end it again."""
 
 
 def render(job: Job) -> str:
@@ -121,6 +123,7 @@ def _tasks(job: Job) -> str:
         f"ranks_per_node={job.config.ranks_per_node}",
         f"world={job.config.world}",
         f"max_crashes={job.config.max_crashes}",
+        f"resumes={'yes' if job.resumes else ''}",
         "export folder command ligature ranks_per_node",
     ]
     return "\n".join(lines)
@@ -214,7 +217,7 @@ SUPERVISION = r"""
 say() {{ echo "$(date +%FT%T) job $job start $start: $*" | tee -a "$events"; }}
 
 ours() {{ # whether this start of the job is SLURM's last word: it was not cancelled, requeued, or started elsewhere meanwhile
-  local told=
+  told=
   for _ in {{1..60}}; do
     told=" $(scontrol --oneliner show job "$job") " && break
     sleep 30 # the controller is away
@@ -222,7 +225,7 @@ ours() {{ # whether this start of the job is SLURM's last word: it was not cance
   [[ $told =~ " JobState=RUNNING "|" Reason=TimeLimit " && $told == *" Restarts=$start "* ]]
 }}
 
-requeued=
+requeued= over= told=
 requeue() {{
   requeued=yes
   say "$1; requeued, goes on from its last checkpoint"
@@ -231,12 +234,16 @@ requeue() {{
 
 step= asked=
 near_the_limit() {{
+  [ -n "$resumes" ] || return # it has until then to finish
   asked="the time limit is near"
   say "asked to stop: $asked"
   [ -z "$step" ] || kill -USR1 "$step" # srun hands it to the ranks
 }}
 ending() {{ # SLURM has sent the ranks SIGTERM as well, and SIGKILL follows: whoever has not saved by then goes on from further back
-  if ours; then requeue "ended by the time limit before the ranks had stopped"; else say "being ended by SLURM (cancelled, requeued or preempted)"; fi
+  if ours && [[ $told == *" Reason=TimeLimit "* ]] && [ -z "$resumes" ]; then
+    over=yes
+    say "failed, not requeued: the time limit came, and this stage would begin anew; launch it again with a longer --time"
+  elif ours; then requeue "ended by the time limit before the ranks had stopped"; else say "being ended by SLURM (cancelled, requeued or preempted)"; fi
 }}
 trap near_the_limit USR1
 trap ending TERM
@@ -271,6 +278,7 @@ if [ "$code" = 0 ] && [ "$finished" = "$world" ]; then # srun says 0 as well whe
   say "finished"
   exit 0
 fi
+[ -z "$over" ] || exit "$code"
 if [ -n "$requeued" ] || ! ours; then
   say "ended with code $why, after SLURM had taken the job away"
   exit "$code"

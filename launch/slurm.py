@@ -48,6 +48,8 @@ def launch_slurm(arguments: list[str]) -> None:
     if stage not in STAGES:
         close = difflib.get_close_matches(stage, STAGES, n=1)
         raise RecipeError(f"no stage `{stage}`; " + (f"did you mean {close[0]}?" if close else ", ".join(STAGES)))
+    if stage == "doctor":
+        options = dataclasses.replace(options, max_crashes=0)  # what it finds it has told; it would find it again
     if stage == "shard":  # on CPUs, whatever the site's jobs usually ask for
         options = dataclasses.replace(options, nodes=1, gpus_per_node=0, tasks_per_node=1, gpu_type=None)
     job, recipes = plan_job(stage, rest, options)
@@ -155,7 +157,7 @@ def plan_job(stage: str, arguments: list[str], options: LaunchOptions) -> tuple[
     name = folder.parent.name if len(tasks) > 1 else folder.name
     array = slices or (len(tasks) if options.array else 0)
     threads = max(1, (config.cpus_per_task or 1) - workers)
-    return Job(name, tasks, array, threads, config, Path.cwd(), ligature), recipes
+    return Job(name, tasks, array, threads, config, Path.cwd(), ligature, stage not in ("evaluate", "doctor")), recipes
 
 
 def read_array(array: str | None, stage: str) -> tuple[list[list[str]], int]:

@@ -71,13 +71,13 @@ class ModelConfig:
     temperature: float = 0.07
     """Starting temperature of the contrastive losses; learned, within [0.001, 0.5]."""
     levels: list[list[int]] = field(default_factory=list)
-    """Pairs of [image layer, text layer], counted from 1, that `objectives.levels` aligns besides the last ones."""
+    """Pairs of [text layer, image layer], counted from 1, that `objectives.levels` aligns besides the last ones."""
 
     def __post_init__(self) -> None:
         for pair in self.levels:
-            if len(pair) != 2 or min(pair) < 1 or pair[1] > self.text.layers:
+            if len(pair) != 2 or min(pair) < 1 or pair[0] > self.text.layers:
                 raise RecipeError(
-                    f"model.levels holds {pair}; a level is a pair [image layer, text layer], counted from 1, of layers that there are"
+                    f"model.levels holds {pair}; a level is a pair [text layer, image layer], counted from 1, of layers that there are"
                 )
 
 

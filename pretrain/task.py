@@ -1,6 +1,6 @@
 """The pretraining task: student, teacher, queue and objectives, joined into one step whose losses the loop need not know.
 
-Order of a step (DESIGN section 5): the teacher encodes the global batch, plans are solved, the student goes forward and
+Order of a step: the teacher encodes the global batch, plans are solved, the student goes forward and
 backward, the optimizer steps; then, and only then, the teacher moves and the queue takes the batch in.
 """
 

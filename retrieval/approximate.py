@@ -27,7 +27,9 @@ def load_faiss() -> Any:
     try:
         import faiss
     except ImportError:
-        raise LigatureError("approximate search needs faiss: pip install 'ligature[search]'") from None
+        raise LigatureError(
+            "approximate search needs faiss: `pip install '.[search]'` in Ligature's checkout"
+        ) from None
     return faiss
 
 

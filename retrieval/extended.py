@@ -28,7 +28,7 @@ def extended_positives(
             from eccv_caption import Metrics
     except ImportError:
         raise LigatureError(
-            "extended positives need the package eccv_caption; install it with `pip install 'ligature[extended]'`"
+            "extended positives need the package eccv_caption; install it with `pip install '.[extended]'` in Ligature's checkout"
         ) from None
     known = Metrics()
     caption_ids, image_of = known.coco_ids.tolist(), known.coco_gts["t2i"]

@@ -82,6 +82,10 @@ def join(asked_device: str = "auto", timeout: float = 600.0) -> tuple[Ranks, tor
     from torch import distributed
 
     ranks = ranks_from_environment()
+    if ranks.world > 1 and "RANK" not in os.environ:  # started by srun alone: accelerate knows torchrun's names only
+        places = (("RANK", ranks.rank), ("LOCAL_RANK", ranks.local_rank))
+        worlds = (("WORLD_SIZE", ranks.world), ("LOCAL_WORLD_SIZE", ranks.local_world))
+        os.environ.update({name: str(value) for name, value in places + worlds})
     device = choose_device(asked_device, ranks)
     if not distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"

@@ -1,6 +1,6 @@
 """Do several levels help where a cue is fine, and not only because they are more weights? HAT's claim on drawn scenes.
 
-    python benchmarks/campaigns/hat_levels.py --checkpoint runs/demo/pretrain --train SHARDS --validation SHARDS
+    python -m benchmarks.campaigns.hat_levels --checkpoint runs/demo/pretrain --train SHARDS --validation SHARDS
 
 Every arm of a seed starts from the same checkpoint and sees the same data in the same order; arms differ in HAT's levels alone:
 

@@ -1,6 +1,6 @@
 """What a fusion model loses when it is taken apart, and what that buys: VLDeformer on drawn scenes.
 
-    python benchmarks/campaigns/vldeformer_scenes.py --seeds 8
+    python -m benchmarks.campaigns.vldeformer_scenes --seeds 8
 
 It draws a small world, two objects of four colours, four shapes and two sizes, where every batch holds scenes that differ in little
 but who stands where: in the demo's large one relations are not learned at all (docs/shapes.md). Of each seed one single-stream model is pretrained, and every arm starts from it, with the same data in the same order:

@@ -74,7 +74,11 @@ class DualTask(RetrievalTask):
         if not recipe.matching_weight:  # nothing trains these then, and DDP would wait for their gradients
             self.model.fusion_encoder.requires_grad_(False)
             self.model.matching_head.requires_grad_(False)
+        elif not self.model.config.fusion.layers:
+            raise CheckpointError(f"{start.folder} has no fusion layers to match by; set --matching_weight 0")
         self.model.masked_language_head.requires_grad_(False)
+        if self.model.config.levels:
+            self.model.level_projections.requires_grad_(False)
         self.matching = Matching(recipe.matching)
         self.tokenizer, self.image_size = start.tokenizer, self.model.config.image.image_size
         self.exchanged_weight = recipe.exchanged.weight
@@ -84,7 +88,9 @@ class DualTask(RetrievalTask):
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         tokens = self.model.image_encoder(batch.images)
         state = StudentState(self.model, batch, tokens, self.model.text_encoder(batch.text.ids, batch.text.mask))
-        losses = {"contrastive": dual_loss(state.image, state.text, batch.image_ids, self.model.temperature())}
+        with torch.autocast(tokens.device.type, enabled=False):  # bf16 has steps of 0.2 in a logit at temperature 0.02
+            image, text, temperature = state.image.float(), state.text.float(), self.model.temperature().float()
+            losses = {"contrastive": dual_loss(image, text, batch.image_ids, temperature)}
         total = self.contrastive_weight * losses["contrastive"]
         if self.matching_weight:
             # There is no teacher: negatives are drawn by the model's own similarities.

@@ -53,9 +53,7 @@ class CheckpointEncoders(LevelEncoders):
         self.image_size = network.config.image.image_size
 
     def image_levels(self, images: Tensor, levels: list[int]) -> list[Tensor]:
-        distinct = sorted(set(levels))
-        found = dict(zip(distinct, self.image_encoder.layer_tokens(images, distinct), strict=True))
-        return [found[level] for level in levels]
+        return self.image_encoder.layer_tokens(images, levels)
 
 
 class BackboneEncoders(LevelEncoders):

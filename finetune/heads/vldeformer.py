@@ -110,6 +110,7 @@ class VLDeformerTask(RetrievalTask):
                 self.guide = AlignmentModel(network.config, self.tokenizer.vocabulary)
                 self.guide.load_state_dict(network.state_dict())
                 self.guide.requires_grad_(False)
+                self.frozen = start.hash
         torch.manual_seed(recipe.training.seed)  # whatever the guide drew
         self.model = Decomposed(network, config.pooling)
         before = {

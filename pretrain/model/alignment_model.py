@@ -115,10 +115,10 @@ class AlignmentModel(nn.Module):
         """-> image tokens, text states, and the unit-norm image and text features of each level."""
         if not self.config.levels:
             return self.image_encoder(images), self.text_encoder(ids, mask), []
-        tokens, tops = self.image_encoder.with_levels(images, [image for image, _ in self.config.levels])
+        tokens, tops = self.image_encoder.with_levels(images, [layer for _, layer in self.config.levels])
         states = self.text_encoder.layer_states(ids, mask)
         levels = []
-        for projections, top, (_, layer) in zip(self.level_projections, tops, self.config.levels, strict=True):
+        for projections, top, (layer, _) in zip(self.level_projections, tops, self.config.levels, strict=True):
             assert isinstance(projections, nn.ModuleDict)
             image = projections["image"](projections["image_norm"](top))
             text = projections["text"](states[layer][:, 0])

@@ -67,17 +67,21 @@ class ImageEncoder(nn.Module):
 
     def with_levels(self, images: Tensor, layers: list[int]) -> tuple[Tensor, list[Tensor]]:
         """`forward`, and the class token after each of some layers (from 1): (batch, width) each, not yet normalised."""
+        distinct = sorted(set(layers))  # as timm returns them
         tokens, found = self.vit.forward_intermediates(
-            self._pixels(images), [layer - 1 for layer in layers], return_prefix_tokens=True, output_fmt="NLC"
+            self._pixels(images), [layer - 1 for layer in distinct], return_prefix_tokens=True, output_fmt="NLC"
         )
-        return tokens, [prefix[:, 0] for _, prefix in found]
+        tops = {layer: prefix[:, 0] for layer, (_, prefix) in zip(distinct, found, strict=True)}
+        return tokens, [tops[layer] for layer in layers]
 
     def layer_tokens(self, images: Tensor, layers: list[int]) -> list[Tensor]:
         """Patch tokens after some layers (from 1), not yet normalised: (batch, patches, width) each, the class token left out."""
+        distinct = sorted(set(layers))
         found = self.vit.forward_intermediates(
-            self._pixels(images), [layer - 1 for layer in layers], output_fmt="NLC", intermediates_only=True
+            self._pixels(images), [layer - 1 for layer in distinct], output_fmt="NLC", intermediates_only=True
         )
-        return list(found)
+        tokens = dict(zip(distinct, found, strict=True))
+        return [tokens[layer] for layer in layers]
 
     def _pixels(self, images: Tensor) -> Tensor:
         pixels = (images.float() - self.mean.float()) / self.std.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 
 from data_tools import reader as module
 from data_tools.manifest import Manifest, Shard, ShardIndex, write_index, write_manifest
-from data_tools.reader import ShardReader
+from data_tools.reader import BrokenSample, ShardReader
 from runtime.errors import DataError
 from runtime.files import sha256_of
 
@@ -110,3 +111,20 @@ def test_an_index_that_cannot_be_read_leaves_no_file_open(folder):
             reader[0]
     reader.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_disk_that_fails_costs_the_samples_it_fails_at(folder, monkeypatch):
+    read, reader = os.pread, ShardReader(folder)
+    bad = reader.read([1])[0].image
+
+    def failing(descriptor, length, offset):
+        data = read(descriptor, length, offset)
+        if bad in data:
+            raise OSError(errno.EIO, "Input/output error")
+        return data
+
+    monkeypatch.setattr(module.os, "pread", failing)
+    found = reader.read(range(3))
+    assert [sample.key for sample in found] == ["one0", "two0", "not_utf80"]
+    assert [isinstance(sample, BrokenSample) for sample in found] == [False, True, False]
+    assert "Input/output error" in found[1].reason

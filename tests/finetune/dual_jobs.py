@@ -20,3 +20,26 @@ def on_this_rank(*batch):
     from torch import distributed
 
     return loss_and_gradients(*batch, rank=distributed.get_rank(), world=distributed.get_world_size())
+
+
+def exchanged_on_this_rank(folder, captions, images, pairs):
+    """The loss by exchanged words, and a gradient of it, of this rank's share of a batch."""
+    from torch import distributed
+
+    from finetune.exchanged_words import ExchangedWords
+    from pretrain.load import load_model
+    from pretrain.model.alignment_model import TextBatch
+    from pretrain.objectives.state import MicroBatch, StudentState
+
+    rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    share = slice(rank * len(captions) // world, (rank + 1) * len(captions) // world)
+    model = load_model(folder)
+    network, (ids, mask) = model.network.eval(), model.tokenizer(captions)
+    images, ids, mask = images[share], ids[share], mask[share]
+    numbers = torch.arange(len(ids))
+    batch = MicroBatch(images, TextBatch(ids, mask), numbers, numbers, torch.zeros(len(ids), 2), None, 0.0)
+    state = StudentState(network, batch, network.image_encoder(images), network.text_encoder(ids, mask))
+    told = ExchangedWords(pairs, model.tokenizer)(state)
+    head = network.matching_head.requires_grad_(True)
+    told["exchanged"].backward()
+    return told["exchanged"].detach(), told["exchanged_right"].detach(), next(head.parameters()).grad

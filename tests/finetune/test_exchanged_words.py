@@ -2,6 +2,7 @@
 
 import math
 
+import dual_jobs
 import pytest
 import small
 import torch
@@ -90,3 +91,19 @@ def test_it_needs_the_fusion_head():
     for more in ({"matching_weight": 0.0}, {"head": "vldeformer"}):
         with pytest.raises(RecipeError, match="trains the fusion head"):
             FinetuneRecipe(checkpoint="x", dataset="x", exchanged=exchanged, **more)
+
+
+def test_two_ranks_have_the_loss_of_one_however_the_words_lie(pretrained, gloo_pool):
+    captions = [
+        "a red circle left of a star",
+        "a blue star at the top",
+        "a red star left of a circle",
+        "two green stars",
+    ]
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):  # the second half with one such caption, and with two
+        batch = [captions[number] for number in order], images[order], PAIRS
+        whole = dual_jobs.exchanged_on_this_rank(pretrained, *batch)
+        parts = gloo_pool.run(dual_jobs.exchanged_on_this_rank, pretrained, *batch)
+        for one, *shares in zip(whole, *parts, strict=True):
+            torch.testing.assert_close(sum(shares) / len(shares), one, rtol=1e-4, atol=1e-6)

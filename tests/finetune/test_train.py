@@ -1,12 +1,17 @@
 """Fine-tuning: resolution, what it leaves alone, and going on."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import small
 import torch
 
 from finetune.config import EvaluateRecipe, FinetuneRecipe
-from finetune.heads.dual import at_resolution
+from finetune.heads.dual import DualTask, at_resolution
 from launch.cli import main
+from launch.local import free_port
 from pretrain.load import load_model
 from runtime.errors import RecipeError
 from runtime.metrics import read_metrics
@@ -81,3 +86,38 @@ def test_another_resolution_keeps_all_weights_but_the_positions(pretrained):
 def test_a_recipe_that_cannot_be_run_names_its_key(kind, values, named):
     with pytest.raises(RecipeError, match=named):
         kind(**values)
+
+
+def test_ranks_that_srun_started_alone_train_one_model(pretrained, drawn, tmp_path):
+    """As under `srun ligature finetune`, without torchrun's variables, which are the only ones accelerate knows."""
+    command = [sys.executable, "-m", "launch.cli", *small.finetune(pretrained, drawn, tmp_path / "srun", steps=2)]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "SLURM_NTASKS": "2", "OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | place
+    ranks = [subprocess.Popen(command, env=environment | {"SLURM_PROCID": str(rank)}) for rank in range(2)]
+    assert [rank.wait(240) for rank in ranks] == [0, 0]
+    arguments = small.finetune(pretrained, drawn, tmp_path / "local", steps=2)
+    assert main(["launch", "local", "--nproc", "2", *arguments]) == 0
+    one, other = weights(tmp_path / "srun" / "finetune"), weights(tmp_path / "local" / "finetune")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_the_dual_head_cannot_train_is_left_out_or_refused(drawn, tmp_path, capsys):
+    levels = ["--model.levels", "[[1,1]]", "--objectives.levels.weight", "0.5", "--name", "levels"]
+    small.pretrain(tmp_path, drawn, *levels)
+    task = DualTask(FinetuneRecipe(checkpoint=str(tmp_path / "levels"), dataset="shapes"))
+    assert task.model.level_projections and not any(
+        one.requires_grad for one in task.model.level_projections.parameters()
+    )
+    without = [
+        "--model.fusion.layers",
+        "0",
+        "--objectives.matching.weight",
+        "0",
+        "--objectives.masked_language.weight",
+        "0",
+    ]
+    small.pretrain(tmp_path, drawn, *without, "--name", "without")
+    capsys.readouterr()
+    assert tune(tmp_path / "without", drawn, tmp_path / "runs") == 1
+    assert "no fusion layers to match by; set --matching_weight 0" in capsys.readouterr().err
+    assert tune(tmp_path / "without", drawn, tmp_path / "runs", "--matching_weight", "0") == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -123,3 +124,24 @@ def test_an_arm_with_an_unknown_key_stops_before_anything_runs(tmp_path, capsys)
     )
     assert main(["ablate", "--config", str(tmp_path / "bad.yaml"), "--runs", str(tmp_path / "runs")]) == 2
     assert "objectives.nothing" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_records_are_not_taken_for_another_recipes(tmp_path):
+    commands: list[list[str]] = []
+    start = fake(commands, lambda name: 0.5)
+    ablate(recipe(tmp_path, predictions={"b": "better"}), start)
+    for changed in (
+        {"arms": ARMS | {"b": {"objectives.codebook.weight": 0.25}}},
+        {"arms": {"b": ARMS["b"], "a": {"objectives.codebook.weight": 0.25}}},
+        {"predictions": {"b": "worse"}},
+        {"base": "pretrain/shapes_ablation.yaml"},
+        {"seeds": [0, 1]},
+    ):
+        with pytest.raises(RecipeError, match=f"records of another recipe \\({next(iter(changed))}: "):
+            ablate(dataclasses.replace(recipe(tmp_path, predictions={"b": "better"}), **changed), start)
+    commands.clear()
+    more = {"arms": ARMS | {"c": {"objectives.codebook.weight": 0.25}}, "seeds": [0, 1, 2, 3]}
+    ablate(dataclasses.replace(recipe(tmp_path), predictions={"b": "better", "c": "worse"}, **more), start)
+    assert (
+        sum(command[0] == "pretrain" for command in commands) == 6
+    )  # one arm of three seeds, and three of the new seed

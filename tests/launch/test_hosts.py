@@ -108,3 +108,11 @@ def test_a_batch_that_does_not_divide_starts_nothing(ssh, tmp_path, capsys):
     arguments = ["launch", "hosts", "--hostfile", "hosts", "pretrain", "--training.global_batch", "8"]
     assert main(arguments) == 2
     assert "8 does not divide over 3 ranks" in capsys.readouterr().err and not (ssh / "hosts").exists()
+
+
+def test_a_stage_without_training_is_started_too(ssh, tmp_path, capsys):
+    (tmp_path / "hosts").write_text("a\n")
+    recipe = ["--checkpoint", str(tmp_path / "nothing"), "--data", str(tmp_path / "images")]
+    assert main(["launch", "hosts", "--hostfile", "hosts", "index", *recipe]) != 0
+    assert (ssh / "hosts").read_text().split() == ["a"]
+    assert "index stopped with exit code" in capsys.readouterr().err

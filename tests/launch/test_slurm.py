@@ -307,3 +307,29 @@ def test_completion_knows_commands_and_keys(capsys, tmp_path):
     assert complete("ligature", "pretrain", "--optimizer.we") == ["--optimizer.weight_decay"]
     assert len(complete("ligature", "pretrain", "--optimizer.w")) > 1
     assert "--gpus-per-node" in complete("ligature", "launch", "slurm", "pretrain", "--gpu")
+
+
+def test_a_stage_that_begins_anew_is_not_requeued_at_its_time_limit(capsys, tmp_path):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    asked = [
+        "evaluate",
+        "--checkpoint",
+        "c",
+        "--data",
+        "d",
+        "--dataset",
+        "x",
+        "--split",
+        "dev",
+        "--out",
+        "runs/x/s.json",
+    ]
+    fake = FakeCluster(folder, script(capsys, *SITE, *asked))
+    limit = "JobState=COMPLETING Reason=TimeLimit Restarts={start}"
+    assert fake.run("kill -TERM $(ps -o ppid= -p $PPID); exit 143", now=limit) == (143, [])
+    near = "trap 'exit 138' USR1; kill -USR1 $(ps -o ppid= -p $PPID); for i in {1..10}; do read -t 0.05 < <(:); done; exit 0"
+    assert fake.run(near) == (0, [])  # it is left to finish
+    assert fake.run("kill -TERM $(ps -o ppid= -p $PPID); exit 143")[1] == [
+        "requeue 7"
+    ]  # preempted: it may have its time yet

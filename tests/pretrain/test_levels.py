@@ -10,7 +10,7 @@ from pretrain.objectives.contrastive import soft_cross_entropy, soft_targets
 from pretrain.objectives.levels import Levels
 from runtime.errors import RecipeError
 
-CHANGES = {"objectives__levels__weight": 1.0, "model__levels": [[1, 1], [2, 1]]}
+CHANGES = {"objectives__levels__weight": 1.0, "model__levels": [[1, 1], [1, 2]]}
 
 
 def test_it_is_the_contrastive_loss_of_the_level_features():
@@ -47,7 +47,7 @@ def test_inner_layers_learn_and_later_ones_do_not():
     assert "level_projections.0.image.weight" in task.teacher.averages
 
 
-@pytest.mark.parametrize("levels", [[[1]], [[0, 1]], [[1, 2]]])
+@pytest.mark.parametrize("levels", [[[1]], [[0, 1]], [[2, 1]]])
 def test_levels_that_are_not_there_are_refused(levels):
     with pytest.raises(RecipeError, match="a level is a pair"):
         tiny.recipe(model__levels=levels)

@@ -31,6 +31,18 @@ def test_image_encoders_of_several_sizes(size, patch, width, depth, heads):
     assert encoder.vit.blocks[0].attn.num_heads == (heads or 3)
 
 
+def test_inner_layers_come_as_they_are_asked_for():
+    encoder = ImageEncoder(ImageEncoderConfig("vit_tiny_patch16_224", 32, 16, 32, 3, 2)).eval()
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    asked, seen = [3, 1, 3, 2], list[torch.Tensor]()
+    for block in encoder.vit.blocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    tops = encoder.with_levels(images, asked)[1]
+    tokens = encoder.layer_tokens(images, asked)
+    for layer, top, patches in zip(asked, tops, tokens, strict=True):
+        assert torch.equal(top, seen[layer - 1][:, 0]) and torch.equal(patches, seen[layer - 1][:, 1:])
+
+
 def test_pixels_are_normalised_by_clips_statistics_once():
     encoder = ImageEncoder(ImageEncoderConfig("vit_tiny_patch16_224", 32, 16, 32, 1, 2)).eval()
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)

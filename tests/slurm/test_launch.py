@@ -67,7 +67,6 @@ def test_two_jobs_share_a_node_and_each_rank_has_its_cores(cluster, ligature, dr
     (ligature.folder / "jobs.txt").write_text(f"--data {drawn}/train\n--data {drawn}/nothing\n")
     job = ligature.submit(
         "doctor", "--array", "jobs.txt", "--tasks-per-node", "2", "--cpus-per-task", "2", "--sbatch", '["--nodelist=n1"]',
-        "--max-crashes", "0",
     )  # fmt: skip
     ligature.wait(
         lambda: cluster.run("squeue", "--noheader", "--states=RUNNING", "--nodelist=n1").count("\n") == 2, "both"
