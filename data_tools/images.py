@@ -6,6 +6,7 @@ another program (EPS runs Ghostscript). Bytes and pixels are counted before anyt
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 import warnings
@@ -156,3 +157,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def data_url(image: Image.Image, longest: int | None = None) -> str:
+    """A picture within an HTML page: JPEG in base64, made smaller where its longer side is over `longest` pixels."""
+    if longest:
+        image = image.copy()
+        image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    room = io.BytesIO()
+    image.convert("RGB").save(room, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(room.getvalue()).decode()}"

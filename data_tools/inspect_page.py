@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,7 +178,7 @@ def _samples(manifest: Manifest) -> list[str]:
 def _sample(key: str, image: bytes, text: bytes, text_format: str) -> str:
     try:
         captions = captions_of(text, text_format, key)
-        picture = f'<img alt="" src="data:image/jpeg;base64,{_thumbnail(image)}">'
+        picture = f'<img alt="" src="{_thumbnail(image)}">'
     except (ValueError, DataError) as error:
         captions, picture = [], f"<p>cannot be read: {html.escape(str(error))}</p>"
     said = "".join(f"<p>{html.escape(caption)}</p>" for caption in captions[:5])
@@ -188,12 +186,6 @@ def _sample(key: str, image: bytes, text: bytes, text_format: str) -> str:
 
 
 def _thumbnail(raw: bytes) -> str:
-    from PIL import Image
+    from data_tools.images import data_url, open_image, upright
 
-    from data_tools.images import open_image, upright
-
-    small = upright(open_image(raw, least=THUMBNAIL))
-    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=75)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return data_url(upright(open_image(raw, least=THUMBNAIL)), THUMBNAIL)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from data_tools.config import ReadConfig
 from data_tools.images import decode_image, decode_pixels
 from data_tools.order import WINDOW, derived_seed
 from data_tools.packed import join_images
@@ -21,6 +22,7 @@ from data_tools.reader import BrokenSample, RawSample
 from data_tools.tokenizer import CaptionTokenizer, pad_tokens
 from data_tools.training_set import Folder, TrainingSet, Walk, default_block
 from runtime.errors import DataError
+from runtime.ranks import Ranks
 
 STAND_INS = 100
 """Tries to find a readable stand-in before the data is given up as broken."""
@@ -239,6 +241,33 @@ class ShardStream:
                 f"{len(self.bad):,} of {samples:,} samples of {self.reader.where} cannot be read, more than "
                 f"max_bad_share {self.max_bad_share:.2%}{where}; shard them again, or raise the share"
             )
+
+
+def open_stream(
+    config: ReadConfig,
+    data: TrainingSet,
+    batch_size: int,
+    ranks: Ranks,
+    seed: int,
+    transform: Callable,
+    tokenizer: CaptionTokenizer,
+    quarantine: Path,
+) -> ShardStream:
+    """The stream of a run, as its recipe's `data` says, for one of its ranks."""
+    return ShardStream(
+        data,
+        batch_size,
+        ranks.rank,
+        ranks.world,
+        config.workers,
+        seed,
+        transform,
+        tokenizer,
+        quarantine,
+        config.max_bad_share,
+        config.shuffle.block,
+        config.shuffle.window,
+    )
 
 
 def raised(batches: Iterable[Any]) -> Iterator[Any]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from data_tools.config import ReadConfig
 from pretrain.config import LoopConfig, MatchingConfig, OptimizerConfig, TextEncoderConfig
 from runtime.errors import RecipeError
+from runtime.recipe import check_name
 
 
 @dataclass
@@ -193,10 +194,7 @@ class FinetuneRecipe:
                 raise RecipeError(f"{key} is not set; give --{key}")
         if without_checkpoint and self.image_size:
             raise RecipeError("image_size is for a checkpoint's encoders; backbones have hat.image.image_size")
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            raise RecipeError(
-                f"name is {self.name!r}; it becomes a folder's name, so it has no slash and no leading dot"
-            )
+        check_name("name", self.name)
         if self.optimizer.schedule != "step":
             raise RecipeError(
                 f"optimizer.schedule is {self.optimizer.schedule}, which pretraining knows; fine-tuning goes by `step`"

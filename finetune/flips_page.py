@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from data_tools.collection import Collection, open_collection
+from data_tools.images import data_url
 from finetune.search_page import STYLE, THUMBNAIL
 from retrieval.protocols import folds_of
 from retrieval.records import read_record
@@ -111,10 +110,7 @@ def _cell(collection: Collection, number: int, rank: int, right: bool) -> str:
     if isinstance(picture, DataError):
         raise picture
     small = Image.fromarray(np.asarray(picture)) if not isinstance(picture, Image.Image) else picture
-    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    room = io.BytesIO()
-    small.convert("RGB").save(room, "JPEG", quality=80)
-    source = f"data:image/jpeg;base64,{base64.b64encode(room.getvalue()).decode()}"
+    source = data_url(small, THUMBNAIL)
     said = html.escape(collection.captions[int(np.searchsorted(collection.caption_image, number))])
     return (
         f'<figure{" class=right" if right else ""}><img alt="" loading="lazy" src="{source}"><figcaption><div class=line>'

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_tools.collection import Collection
+from data_tools.images import data_url
 from data_tools.transforms import EvaluationTransform
 from pretrain.config import PretrainRecipe
 from pretrain.encode import encode_collection
@@ -266,13 +267,7 @@ def picture(pixels: Tensor) -> str:
         image = image.resize((96, 96), Image.Resampling.NEAREST)
     elif image.width > 160:
         image = image.resize((160, 160))
-    return data_url(image, "JPEG")
-
-
-def data_url(image: Image.Image, kind: str) -> str:
-    room = io.BytesIO()
-    image.save(room, kind, quality=85)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(room.getvalue()).decode()}"
+    return data_url(image)
 
 
 def figure_html(figure: Any, title: str, kind: str = "panel") -> str:

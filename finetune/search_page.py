@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from pathlib import Path
 
-from PIL import Image
-
 from data_tools.gallery import Gallery, open_gallery
-from data_tools.images import SOURCE_FORMATS, open_image, upright
+from data_tools.images import SOURCE_FORMATS, data_url, open_image, upright
 from finetune.search import Answers, Hit, Query
 from runtime.errors import DataError
 from runtime.files import write_text
@@ -94,8 +90,4 @@ def _picture(hit: Hit, gallery: Gallery | None, source: dict[str, str]) -> str:
 
 
 def _thumbnail(raw: bytes) -> str:
-    small = upright(open_image(raw, SOURCE_FORMATS, least=THUMBNAIL))
-    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    room = io.BytesIO()
-    small.save(room, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(room.getvalue()).decode()}"
+    return data_url(upright(open_image(raw, SOURCE_FORMATS, least=THUMBNAIL)), THUMBNAIL)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from data_tools.collection import validation_collection
 from data_tools.order import derived_seed, uniforms
 from data_tools.packed import views_on
-from data_tools.stream import ShardStream
+from data_tools.stream import ShardStream, open_stream
 from data_tools.training_set import open_training_set
 from data_tools.transforms import TrainTransform
 from finetune.config import FinetuneRecipe
@@ -26,11 +26,11 @@ from pretrain.model.alignment_model import TextBatch
 from pretrain.objectives.state import Keys, MicroBatch
 from pretrain.sick_steps import SickSteps
 from pretrain.task import NEGATIVES
-from pretrain.train import find_resume
+from pretrain.train import find_healthy, find_resume
 from retrieval.protocols import recalls
 from runtime.checkpoint import read_tensors, write_checkpoint
 from runtime.checkpoint_writer import Write, host_copies
-from runtime.errors import CheckpointError, LigatureError, RecipeError, SickRun
+from runtime.errors import CheckpointError, LigatureError, RecipeError
 from runtime.files import read_json
 from runtime.ranks import Ranks, join, sum_over_ranks
 from runtime.recipe import write_recipe
@@ -62,19 +62,10 @@ def train(recipe: FinetuneRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     told = recipe.data.validation
     validation = validation_collection(told, recipe.data.select_on_test) if told else None
     run.open(recipe, ranks)
-    stream = ShardStream(
-        open_training_set(recipe.data),
-        recipe.training.global_batch // ranks.world,
-        ranks.rank,
-        ranks.world,
-        recipe.data.workers,
-        recipe.training.seed,
-        TrainTransform(task.image_size, recipe.data.augment, views=1),
-        task.tokenizer,
-        run.quarantine,
-        recipe.data.max_bad_share,
-        recipe.data.shuffle.block,
-        recipe.data.shuffle.window,
+    data, batch_size = open_training_set(recipe.data), recipe.training.global_batch // ranks.world
+    transform = TrainTransform(task.image_size, recipe.data.augment, views=1)
+    stream = open_stream(
+        recipe.data, data, batch_size, ranks, recipe.training.seed, transform, task.tokenizer, run.quarantine
     )
     mixed = "bf16" if recipe.training.precision == "bf16" else "no"
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=task.partial)]
@@ -135,12 +126,7 @@ def train(recipe: FinetuneRecipe, run: RunFolder, ranks: Ranks, device: torch.de
         return save(run, recipe, task, optimizer, named, stream, sick, step, best, improved) if ranks.first else None
 
     def go_back(healthy: int) -> int:
-        folder = find_resume(run, ranks, healthy)
-        if folder is None:
-            raise SickRun(
-                f"no checkpoint of step {healthy} or before to go back to; start again with a lower optimizer.lr"
-            )
-        return resume(folder, task, optimizer, named, sick)["step"]
+        return resume(find_healthy(run, ranks, healthy), task, optimizer, named, sick)["step"]
 
     steps = recipe.training.total_steps(len(stream))
     stage = Stage(take_step, measure if validation else None, commit, go_back)

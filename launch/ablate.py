@@ -11,6 +11,7 @@ from typing import Any
 
 from launch.ablation_config import AblateRecipe
 from launch.demo import heading, run
+from runtime.checkpoint import pointed_to
 from runtime.errors import DataError, RecipeError
 from runtime.files import read_json, write_json, write_text
 from runtime.recipe import load_recipe, write_recipe
@@ -85,8 +86,7 @@ def _spell(value: Any) -> str:
 def _last_checkpoint(run_folder: Path) -> Path:
     """Not the best, which validation chooses, and which differs in age between arms."""
     checkpoints = run_folder / "checkpoints"
-    pointer = checkpoints / "latest"
-    return checkpoints / pointer.read_text().strip() if pointer.is_file() else checkpoints
+    return pointed_to(checkpoints, "latest") or checkpoints
 
 
 def measures(record: Path, run_folder: Path, recipe: AblateRecipe) -> dict[str, float]:

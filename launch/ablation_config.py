@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.errors import RecipeError
+from runtime.recipe import check_name
 
 
 @dataclass
@@ -44,5 +45,5 @@ class AblateRecipe:
         if unknown := sorted(set(self.predictions) - set(self.arms)):
             raise RecipeError(f"predictions names {unknown[0]!r}, which is none of the arms: {', '.join(self.arms)}")
         for name in [*self.arms, *self.conditions]:
-            if "/" in name or name.startswith("."):
-                raise RecipeError(f"{name!r} becomes part of a folder's name, so it has no slash and no leading dot")
+            if name:
+                check_name("an arm or condition", name)

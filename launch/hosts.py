@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.local import GRACE, STAGES, run_ranks
+from launch.local import GRACE, STAGES, run_ranks, wait_for
 from runtime.errors import LigatureError, RecipeError
 from runtime.recipe import OptionParser
 
@@ -122,7 +122,7 @@ def run_hosts(hosts: list[Host], command: list[str], port: int) -> int:
                 )
             )
             first += host.slots
-        return _wait(machines)
+        return wait_for(machines, GRACE)
     finally:
         for machine in machines:
             if machine.stdin:
@@ -135,18 +135,6 @@ def run_hosts(hosts: list[Host], command: list[str], port: int) -> int:
                 machine.wait()
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _wait(machines: list[subprocess.Popen]) -> int:
-    """Until all have ended, or GRACE seconds after one has failed. -> 0, or the first failure's code."""
-    failed, since = 0, 0.0
-    while None in (codes := [machine.poll() for machine in machines]):
-        if not failed and any(codes):
-            failed, since = next(code for code in codes if code), time.monotonic()
-        if failed and time.monotonic() - since >= GRACE:
-            break
-        time.sleep(0.1)
-    return failed or next((code for code in codes if code), 0)
 
 
 def serve(part: dict) -> int:

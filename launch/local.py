@@ -77,7 +77,7 @@ def run_ranks(
                     preexec_fn=end_with_parent(os.getpid()),
                 )
             )
-        return _wait(ranks)
+        return wait_for(ranks, GRACE)
     finally:
         for process in ranks:
             if process.poll() is None:
@@ -87,13 +87,13 @@ def run_ranks(
             signal.signal(number, handler)
 
 
-def _wait(ranks: list[subprocess.Popen]) -> int:
-    """Until all have ended, or one has failed and the others have had GRACE seconds. -> 0, or the code of the first failure."""
+def wait_for(processes: list[subprocess.Popen], grace: float) -> int:
+    """Until all have ended, or one has failed and the others have had `grace` seconds. -> 0, or the code of the first failure."""
     failed, since = 0, 0.0
-    while None in (codes := [process.poll() for process in ranks]):  # every one is asked, whichever still runs
+    while None in (codes := [process.poll() for process in processes]):  # every one is asked, whichever still runs
         if not failed and any(codes):
             failed, since = next(code for code in codes if code), time.monotonic()
-        if failed and time.monotonic() - since >= GRACE:
+        if failed and time.monotonic() - since >= grace:
             break
         time.sleep(0.1)
     failed = failed or next((code for code in codes if code), 0)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from data_tools.config import DataConfig
 from runtime.errors import RecipeError
+from runtime.recipe import check_name
 
 
 @dataclass
@@ -378,10 +379,7 @@ class PretrainRecipe:
             raise RecipeError(
                 f"data.caption_tokens {self.data.caption_tokens} is more than model.text.positions {self.model.text.positions}"
             )
-        if not self.name or "/" in self.name or self.name.startswith("."):
-            raise RecipeError(
-                f"name is {self.name!r}; it becomes a folder's name, so it has no slash and does not begin with a dot"
-            )
+        check_name("name", self.name)
 
     def _check_wordless(self) -> None:
         """Without text layers (ViLT, VinVL) a caption has no feature of its own: what compares features is impossible."""

@@ -15,7 +15,7 @@ from data_tools.tokenizer import CaptionTokenizer, load_tokenizer
 from data_tools.transforms import EvaluationTransform
 from pretrain.config import ModelConfig
 from pretrain.model.alignment_model import AlignmentModel
-from runtime.checkpoint import checkpoint_hash, read_tensors, verify_checkpoint
+from runtime.checkpoint import checkpoint_hash, pointed_to, read_tensors, verify_checkpoint
 from runtime.errors import CheckpointError
 from runtime.files import read_json
 from runtime.recipe import build
@@ -80,9 +80,8 @@ def find_checkpoint(source: str | Path) -> Path:
     """A run's folder (its best checkpoint, else its latest), a checkpoint's, or an exported model's -> the folder to load."""
     source = Path(source)
     for name in ("best", "latest"):
-        pointer = source / "checkpoints" / name
-        if pointer.is_file():
-            return source / "checkpoints" / pointer.read_text().strip()
+        if found := pointed_to(source / "checkpoints", name):
+            return found
     if (source / "model.json").is_file():
         return source
     reason = (

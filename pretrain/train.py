@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data_tools.collection import Collection, validation_collection
 from data_tools.order import derived_seed
-from data_tools.stream import ShardStream
+from data_tools.stream import ShardStream, open_stream
 from data_tools.tokenizer import CaptionTokenizer, load_tokenizer, train_tokenizer
 from data_tools.training_set import TrainingSet, open_training_set
 from data_tools.transforms import TrainTransform
@@ -79,19 +79,10 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     engine = Engine(task.student, recipe.optimizer, training, micro_batch, accumulation, device)
     task.gathered = engine.gathered
     views = 2 if recipe.teacher.second_view else 1
-    stream = ShardStream(
-        data,
-        micro_batch * accumulation,
-        ranks.rank,
-        ranks.world,
-        recipe.data.workers,
-        recipe.training.seed,
-        TrainTransform(recipe.model.image.image_size, recipe.data.augment, views),
-        tokenizer,
-        run.quarantine,
-        recipe.data.max_bad_share,
-        recipe.data.shuffle.block,
-        recipe.data.shuffle.window,
+    transform = TrainTransform(recipe.model.image.image_size, recipe.data.augment, views)
+    batch_size = micro_batch * accumulation
+    stream = open_stream(
+        recipe.data, data, batch_size, ranks, recipe.training.seed, transform, tokenizer, run.quarantine
     )
     sick = SickSteps(recipe.training.sick_steps)
     profile = StepProfile(recipe.profile if ranks.first else 0, task.student.model, task.teacher.model)
@@ -140,12 +131,7 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
         return save(run, recipe, task, engine, stream, sick, step, best, improved, ranks)
 
     def go_back(healthy: int) -> int:
-        folder = find_resume(run, ranks, healthy)
-        if folder is None:
-            raise SickRun(
-                f"no checkpoint of step {healthy} or before to go back to; start again with a lower optimizer.lr"
-            )
-        return resume(folder, task, engine, sick)[0]
+        return resume(find_healthy(run, ranks, healthy), task, engine, sick)[0]
 
     steps = recipe.training.total_steps(len(data))
     stage = Stage(take_step, measure if validation else None, commit, go_back)
@@ -234,9 +220,17 @@ def save(
     return lambda: run.checkpoints.try_commit(step, improved, write)
 
 
-def find_resume(run: RunFolder, ranks: Ranks, until: int | None = None) -> Path | None:
-    """The newest checkpoint (not after step `until`; later ones are thrown away) that verifies, as the first rank sees it."""
-    return from_first(ranks, lambda: run.checkpoints.newest_valid(until))
+def find_resume(run: RunFolder, ranks: Ranks) -> Path | None:
+    """The newest checkpoint that verifies, as the first rank sees it."""
+    return from_first(ranks, run.checkpoints.newest_valid)
+
+
+def find_healthy(run: RunFolder, ranks: Ranks, until: int) -> Path:
+    """The same, not after step `until`; later ones are thrown away. Raises SickRun where there is none."""
+    folder = from_first(ranks, lambda: run.checkpoints.newest_valid(until))
+    if folder is None:
+        raise SickRun(f"no checkpoint of step {until} or before to go back to; start again with a lower optimizer.lr")
+    return folder
 
 
 def resume(folder: Path, task: PretrainTask, engine: Engine, sick: SickSteps) -> tuple[int, float]:

@@ -111,6 +111,12 @@ def _discard(path: Path, staging: Path) -> None:
         bin.unlink()
 
 
+def pointed_to(checkpoints: Path, name: str) -> Path | None:
+    """The checkpoint that `latest` or `best` leads to, of a run's `checkpoints/`."""
+    pointer = checkpoints / name
+    return checkpoints / pointer.read_text().strip() if pointer.is_file() else None
+
+
 class CheckpointFolder:
     """`checkpoints/` of a run: `step-XXXXXXXX/` folders, `latest`, and the `best` by validation."""
 
@@ -210,10 +216,5 @@ class CheckpointFolder:
         return self.path_of(steps[-1]).name if steps else None
 
     def _named(self, name: str) -> str | None:
-        path = self.folder / name
-        return path.read_text().strip() if path.is_file() else None
-
-    def named(self, name: str) -> Path | None:
-        """The checkpoint that `latest` or `best` points to."""
-        target = self._named(name)
-        return self.folder / target if target else None
+        path = pointed_to(self.folder, name)
+        return path.name if path else None

@@ -106,6 +106,14 @@ def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
     return lines
 
 
+def check_name(key: str, name: str) -> None:
+    """Refuse a name that could not be a folder's."""
+    if not name or "/" in name or name.startswith("."):
+        raise RecipeError(
+            f"{key} is {name!r}; it becomes a folder's name, so it has no slash and does not begin with a dot"
+        )
+
+
 def keys_of(kind: type, prefix: str = "") -> list[str]:
     """All dotted keys of a recipe."""
     keys = []

@@ -16,6 +16,7 @@ import torch
 from runtime.checkpoint import (
     CheckpointFolder,
     checkpoint_hash,
+    pointed_to,
     read_tensors,
     verify_checkpoint,
     write_checkpoint,
@@ -192,12 +193,12 @@ def commit(folder: CheckpointFolder, *steps: int, best: int | None = None) -> No
 
 def test_latest_and_best_point_to_their_checkpoints(folder):
     commit(folder, 1, 2, 3, best=2)
-    assert folder.named("latest") == folder.path_of(3)
-    assert folder.named("best") == folder.path_of(2)
+    assert pointed_to(folder.folder, "latest") == folder.path_of(3)
+    assert pointed_to(folder.folder, "best") == folder.path_of(2)
 
 
 def test_a_run_without_checkpoints_has_none(folder):
-    assert folder.named("latest") is None and folder.newest_valid() is None and folder.steps() == []
+    assert pointed_to(folder.folder, "latest") is None and folder.newest_valid() is None and folder.steps() == []
 
 
 def test_the_newest_are_kept_and_the_best_beside_them(folder):
@@ -246,7 +247,7 @@ def test_a_broken_checkpoint_is_written_again_when_its_step_comes_back(folder):
 def test_a_whole_checkpoint_is_not_written_twice(folder):
     commit(folder, 1)
     folder.commit(1, True, lambda path, staging: pytest.fail("written twice"))
-    assert folder.named("best") == folder.path_of(1)
+    assert pointed_to(folder.folder, "best") == folder.path_of(1)
 
 
 def test_broken_later_checkpoints_do_not_push_out_the_one_just_written(tmp_path):
@@ -256,11 +257,11 @@ def test_broken_later_checkpoints_do_not_push_out_the_one_just_written(tmp_path)
     replace_byte(folder.path_of(4) / "state.json", 0)
     commit(folder, 2)
     assert folder.steps() == [1, 2]
-    assert folder.named("latest") == folder.newest_valid() == folder.path_of(2)
+    assert pointed_to(folder.folder, "latest") == folder.newest_valid() == folder.path_of(2)
 
 
 def test_best_does_not_point_into_an_abandoned_future(folder):
     commit(folder, 1, 4, best=4)
     shutil.rmtree(folder.path_of(4))
     commit(folder, 2)
-    assert folder.named("best") is None
+    assert pointed_to(folder.folder, "best") is None
