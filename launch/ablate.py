@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from launch.demo import heading, run
 from runtime.checkpoint import pointed_to
 from runtime.errors import DataError, RecipeError
 from runtime.files import read_json, write_json, write_text
+from runtime.progress import spell_duration
 from runtime.recipe import load_recipe, write_recipe
 
 MEASURES = {"MRR": "mean reciprocal rank, mean of both ways", "MI": "mutual information of codewords and scenes, bits"}
@@ -34,21 +37,34 @@ def ablate(recipe: AblateRecipe, start: Callable[..., None] = run) -> str:
             read_stage("pretrain", ["--config", recipe.base, *options(shared | changes)])
     check_records(folder, recipe)
     write_recipe(folder / "config.yaml", recipe)  # with its predictions, before anything runs
+
+    def run_one(place: tuple[int, str, str]) -> dict[str, float]:
+        seed, condition, arm = place
+        name = "-".join(part for part in (condition, arm, f"seed{seed}") if part)
+        record = folder / f"{name}.json"
+        if not record.is_file():
+            launcher = ("launch", "local", "--nproc", str(recipe.processes)) if recipe.processes > 1 else ()
+            keys = {"name": name, "runs": str(folder), "training.seed": seed}
+            keys |= recipe.conditions[condition] | recipe.arms[arm]
+            start(*launcher, "pretrain", "--config", recipe.base, *options(keys))
+            scored = {"checkpoint": _last_checkpoint(folder / name), "data": recipe.data, "device": "auto"}
+            start("evaluate", *options(scored | {"dataset": recipe.name, "split": "test", "out": record}))
+        return measures(record, folder / name, recipe)
+
     found: Found = {condition: {arm: {} for arm in recipe.arms} for condition in recipe.conditions}
-    for seed in recipe.seeds:
-        for condition, shared in recipe.conditions.items():
-            for arm, changes in recipe.arms.items():
-                name = "-".join(part for part in (condition, arm, f"seed{seed}") if part)
-                record = folder / f"{name}.json"
-                if not record.is_file():
-                    launcher = ("launch", "local", "--nproc", str(recipe.processes)) if recipe.processes > 1 else ()
-                    keys = {"name": name, "runs": str(folder), "training.seed": seed} | shared | changes
-                    start(*launcher, "pretrain", "--config", recipe.base, *options(keys))
-                    scored = {"checkpoint": _last_checkpoint(folder / name), "data": recipe.data, "device": "auto"}
-                    start("evaluate", *options(scored | {"dataset": recipe.name, "split": "test", "out": record}))
-                measured = measures(record, folder / name, recipe)
+    places = [(seed, condition, arm) for seed in recipe.seeds for condition in recipe.conditions for arm in recipe.arms]
+    began = time.monotonic()
+    with ThreadPoolExecutor(recipe.jobs) as pool:
+        try:
+            for done, (place, measured) in enumerate(zip(places, pool.map(run_one, places), strict=True), 1):
+                seed, condition, arm = place
                 found[condition][arm][seed] = measured
                 write_json(folder / "results.json", found)
+                left = (time.monotonic() - began) / done * (len(places) - done)
+                heading(f"{done} of {len(places)} runs, {spell_duration(left)} left")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     text = table(found, recipe)
     write_text(folder / "table.md", text + "\n")
     heading("the table")
@@ -66,7 +82,7 @@ def check_records(folder: Path, recipe: AblateRecipe) -> None:
             kept = all(name in new and new[name] == value for name, value in old.items())
         else:
             kept = set(old) <= set(new) if isinstance(old, list) else old == new
-        if not kept and field.name != "runs":
+        if not kept and field.name not in ("runs", "jobs"):
             raise RecipeError(
                 f"{folder} holds records of another recipe ({field.name}: {old} -> {new}); choose another --name, or remove it"
             )

@@ -33,11 +33,15 @@ class AblateRecipe:
     seeds: list[int] = field(default_factory=lambda: list(range(8)))
     processes: int = 1
     """Ranks of each run, on this machine."""
+    jobs: int = 1
+    """Runs at a time: of small models on a CPU's cores, one a core (OMP_NUM_THREADS=1). On a GPU leave it at 1."""
 
     def __post_init__(self) -> None:
         for key in ("base", "data", "arms"):
             if not getattr(self, key):
                 raise RecipeError(f"{key} is not set; an ablation needs it")
+        if self.jobs < 1 or self.processes < 1:
+            raise RecipeError(f"jobs {self.jobs}, processes {self.processes}: 1 or more")
         if self.baseline not in self.arms:
             raise RecipeError(f"baseline {self.baseline!r} is none of the arms: {', '.join(self.arms)}")
         if len(self.seeds) < 2 or len(set(self.seeds)) != len(self.seeds):

@@ -23,6 +23,7 @@ import argparse
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -105,7 +106,7 @@ def run_arm(name: str, extra: list[str], seed: int, options: argparse.Namespace)
     command += ["--training.validate_every", str(options.steps), "--training.checkpoint_every", str(options.steps)]
     command += ["--hat.frozen_epochs", "1", "--hat.encoder_lr_share", "0.5", "--hat.direction", options.direction]
     if subprocess.run([*command, *extra], check=False).returncode:
-        sys.exit(f"{name}, seed {seed}: fine-tuning failed; the same command goes on from there")
+        raise SystemExit(f"{name}, seed {seed}: fine-tuning failed; the same command goes on from there")
     hat = LoadedHat(options.out / f"{name}-{seed}")
     found = {
         "texture": accuracy(hat, texture_pairs(options.pairs), options.size),
@@ -131,6 +132,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/hat_levels"))
     parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core each with OMP_NUM_THREADS=1")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--pairs", type=int, default=300)
     parser.add_argument(
@@ -151,9 +153,10 @@ def main() -> int:
         "last_thrice": ["--hat.levels", json.dumps([last] * count)],
         "mean": ["--hat.levels", options.levels, "--hat.attention", "mean"],
     }
-    found = {
-        name: [run_arm(name, extra, seed, options) for seed in range(options.seeds)] for name, extra in arms.items()
-    }
+    places = [(name, arms[name], seed, options) for seed in range(options.seeds) for name in arms]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        done = list(pool.map(lambda place: run_arm(*place), places))
+    found = {name: [one for place, one in zip(places, done, strict=True) if place[0] == name] for name in arms}
     scores = {
         name: {cue: np.array([one[cue] for one in runs]) for cue in ("texture", "layout")}
         for name, runs in found.items()

@@ -35,11 +35,11 @@ def exchanged_on_this_rank(folder, captions, images, pairs):
     share = slice(rank * len(captions) // world, (rank + 1) * len(captions) // world)
     model = load_model(folder)
     network, (ids, mask) = model.network.eval(), model.tokenizer(captions)
+    head = network.matching_head.requires_grad_(True)
     images, ids, mask = images[share], ids[share], mask[share]
     numbers = torch.arange(len(ids))
     batch = MicroBatch(images, TextBatch(ids, mask), numbers, numbers, torch.zeros(len(ids), 2), None, 0.0)
     state = StudentState(network, batch, network.image_encoder(images), network.text_encoder(ids, mask))
     told = ExchangedWords(pairs, model.tokenizer)(state)
-    head = network.matching_head.requires_grad_(True)
     told["exchanged"].backward()
     return told["exchanged"].detach(), told["exchanged_right"].detach(), next(head.parameters()).grad

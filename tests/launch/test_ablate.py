@@ -53,6 +53,15 @@ def test_arms_share_seeds_and_differ_in_their_keys_alone(tmp_path, capsys):
     assert not commands, "what stands is not done again"
 
 
+def test_several_at_a_time_come_to_the_same_table(tmp_path, capsys):
+    noise = {
+        name: number * 0.01
+        for number, name in enumerate(("a-seed0", "b-seed0", "a-seed1", "b-seed1", "a-seed2", "b-seed2"))
+    }
+    tables = [ablate(recipe(tmp_path / str(jobs), jobs=jobs), fake([], noise.__getitem__)) for jobs in (1, 3)]
+    assert tables[0] == tables[1] and "6 of 6 runs, 0:00 left" in capsys.readouterr().out
+
+
 def test_a_difference_in_every_seed_is_resolved_and_one_within_the_noise_is_not(tmp_path):
     noise = {"seed0": 0.0, "seed1": 0.1, "seed2": -0.1}
 
