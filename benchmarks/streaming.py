@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -38,7 +39,7 @@ from data_tools.config import AugmentConfig
 from data_tools.images import decode_image, decode_pixels
 from data_tools.packed import PackedImages
 from data_tools.shard_file import Encoding
-from data_tools.sources.items import CaptionedImage, StoredBytes
+from data_tools.sources.items import CaptionedImage
 from data_tools.transforms import TrainTransform
 from data_tools.views import draw_views
 from data_tools.writer import write_shards
@@ -194,27 +195,38 @@ def agreement(images: list[bytes], told: Ratios) -> None:
         print(f"  largest {largest}")
 
 
-def sharding(images: list[bytes], folder: Path) -> None:
-    """MB/s of source read, by processes: bytes kept, and reduced to 288 px."""
-    count, items, at = 4 * len(images), [], 0
-    with open(folder / "source.bin", "wb") as file:
-        for number in range(count):
-            data = images[number % len(images)]
-            file.write(data)
-            stored = StoredBytes(str(folder / "source.bin"), at, len(data))
-            items.append(CaptionedImage(f"k{number:05}", ["words"], str(number), stored, f"{number}.jpg"))
-            at += len(data)
+def sharding(images: list[bytes], folder: Path, count: int = 1024) -> None:
+    """MB/s of source read by `ligature shard`, by processes: bytes kept, and reduced to 288 px."""
+    source, size = folder / "source", 0
+    source.mkdir()
+    for number in range(count):
+        data = images[number % len(images)]
+        (source / f"{number:05}.jpg").write_bytes(data)
+        (source / f"{number:05}.txt").write_text(f"image {number}")
+        size += len(data)
     cores = len(os.sched_getaffinity(0))
-    print(f"\nSharding {count} images, {at / 1e6:.0f} MB, {cores} cores (wall-clock; starting the processes counts)")
+    print(
+        f"\nSharding {count:,} images, {size / 1e6:.0f} MB, {cores} cores (wall-clock of the command, its start counts)"
+    )
     for workers in sorted({1, 2, *(n for n in (4, 8, 16) if n <= cores)}):
         told = []
-        for resize in (None, 288):
-            out = folder / f"out-{workers}-{resize}"
+        for resize in ([], ["--resize_shorter", "288"]):
+            out = folder / f"out-{workers}-{len(resize)}"
+            command = [
+                sys.executable,
+                "-m",
+                "launch.cli",
+                "shard",
+                str(source),
+                "--out",
+                str(out),
+                "--workers",
+                str(workers),
+            ]
             began = time.monotonic()
-            with redirect_stderr(io.StringIO()):
-                write_shards(items, out, shard_samples=32, resize_shorter=resize, workers=workers)
+            subprocess.run([*command, "--shard_samples", "64", *resize], check=True, capture_output=True)
             taken = time.monotonic() - began
-            told.append(f"{at / 1e6 / taken:6.1f} MB/s ({count / taken:5.0f} images/s)")
+            told.append(f"{size / 1e6 / taken:6.1f} MB/s ({count / taken:5.0f} images/s)")
         print(f"{workers:2} process{'es' if workers > 1 else '  '}  bytes kept {told[0]}   reduced to 288 px {told[1]}")
 
 

@@ -45,6 +45,9 @@ class HatConfig:
     """Factor before the attention's softmax (lambda)."""
     margin: float = 0.2
     """Of the triplet loss."""
+    hardest_from_epoch: float = 0.0
+    """All negatives of a pair count alike before, the hardest alone from then on. From weak encoders the hardest alone teach
+    little: the loss stays near twice the margin."""
     frozen_epochs: float = 10.0
     """Epochs in which the projections alone learn."""
     encoder_lr_share: float = 0.1

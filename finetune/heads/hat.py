@@ -88,8 +88,10 @@ class HatModel(nn.Module):
         return f"hat {'i-t' if self.config.direction == 'image_to_text' else 't-i'}, {levels}"
 
 
-def triplet_loss(scores: Tensor, image_ids: Tensor, caption_image: Tensor, margin: float) -> Tensor:
-    """Hardest negatives both ways (Faghri et al. 2018), the mean over the matched pairs.
+def triplet_loss(
+    scores: Tensor, image_ids: Tensor, caption_image: Tensor, margin: float, hardest: bool = True
+) -> Tensor:
+    """Negatives both ways, the mean over the matched pairs: of each pair the hardest (Faghri et al. 2018), or the mean of all.
 
     scores: (pairs, pairs), matched pairs on the diagonal; image_ids, caption_image: (pairs,) the image of each row and column.
     Captions of a row's image are never its negatives. A pair without any negative counts as 0.
@@ -97,7 +99,11 @@ def triplet_loss(scores: Tensor, image_ids: Tensor, caption_image: Tensor, margi
     same = image_ids[:, None] == caption_image[None]
     negatives = scores.masked_fill(same, -torch.inf)
     matched = scores.diagonal()
-    losses = [(margin - matched + negatives.amax(axis)).clamp(min=0) for axis in (1, 0)]
+    if hardest:
+        losses = [(margin - matched + negatives.amax(axis)).clamp(min=0) for axis in (1, 0)]
+        return (losses[0] + losses[1]).mean()
+    short = [(margin - one + negatives).clamp(min=0) for one in (matched[:, None], matched[None])]
+    losses = [part.sum(axis) / (~same).sum(axis).clamp(min=1) for part, axis in zip(short, (1, 0), strict=True)]
     return (losses[0] + losses[1]).mean()
 
 
@@ -123,10 +129,12 @@ class HatTask(RetrievalTask):
             self.about = f"HAT on {config.image.architecture} ({config.image.weights}) and BERT ({config.text.weights})"
         self.model = HatModel(encoders, config)
         self.image_size = encoders.image_size
+        self.hardest = True
         self.partial = True  # the encoders rest at first, and layers after the last level are never read
 
     def begin_step(self, epoch: float) -> None:
         self.model.frozen = epoch < self.recipe.hat.frozen_epochs
+        self.hardest = epoch >= self.recipe.hat.hardest_from_epoch
         self.model.encoders.train(not self.model.frozen)  # frozen encoders drop nothing out
 
     def lr_share(self, name: str) -> float:
@@ -134,7 +142,7 @@ class HatTask(RetrievalTask):
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         scores, image_ids = self.batch_scores(batch)
-        loss = triplet_loss(scores, image_ids, image_ids, self.recipe.hat.margin)
+        loss = triplet_loss(scores, image_ids, image_ids, self.recipe.hat.margin, self.hardest)
         hardest = scores.detach().masked_fill(image_ids[:, None] == image_ids[None], -torch.inf)
         wins = (scores.detach().diagonal() > hardest.amax(1)).float().mean()
         return loss, {"loss": loss.detach(), "triplet": loss.detach(), "batch_R@1": wins}

@@ -87,6 +87,19 @@ def test_without_attention_the_mean_tokens_are_compared():
 # --- loss ---------------------------------------------------------------------------------------------------------
 
 
+def test_the_triplet_loss_takes_the_mean_of_all_negatives_where_it_is_asked_to():
+    scores, ids = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 0, 2])
+    wanted = 0.0
+    for pair in range(4):
+        others = [other for other in range(4) if ids[other] != ids[pair]]
+        for shorts in (
+            [max(0.0, float(0.2 - scores[pair, pair] + scores[pair, other])) for other in others],
+            [max(0.0, float(0.2 - scores[pair, pair] + scores[other, pair])) for other in others],
+        ):
+            wanted += sum(shorts) / len(others) / 4
+    assert triplet_loss(scores, ids, ids, 0.2, hardest=False).item() == pytest.approx(wanted, rel=1e-5)
+
+
 def test_the_triplet_loss_takes_the_hardest_negative_and_never_a_caption_of_the_same_image():
     torch.manual_seed(0)
     scores, ids = torch.randn(6, 6), torch.tensor([3, 1, 3, 2, 5, 1])
