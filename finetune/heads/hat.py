@@ -110,6 +110,9 @@ def triplet_loss(
 class HatTask(RetrievalTask):
     """HAT's training: the projections alone at first, then the encoders too."""
 
+    hardest = True
+    """Whether the hardest negatives alone count at this step."""
+
     def __init__(self, recipe: FinetuneRecipe) -> None:
         super().__init__()
         self.recipe, config = recipe, recipe.hat
@@ -129,7 +132,6 @@ class HatTask(RetrievalTask):
             self.about = f"HAT on {config.image.architecture} ({config.image.weights}) and BERT ({config.text.weights})"
         self.model = HatModel(encoders, config)
         self.image_size = encoders.image_size
-        self.hardest = True
         self.partial = True  # the encoders rest at first, and layers after the last level are never read
 
     def begin_step(self, epoch: float) -> None:

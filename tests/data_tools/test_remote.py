@@ -152,7 +152,7 @@ def test_no_manifest_is_one_line_and_asked_for_once(server, cache):
 
 
 def test_a_protocol_that_nothing_here_speaks_is_one_line():
-    with pytest.raises(DataError, match=r"ligature\[remote\]"):
+    with pytest.raises(DataError, match=r"\.\[remote\]"):
         TrainingSet("nosuch://bucket/shards")
 
 

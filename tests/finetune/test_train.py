@@ -13,6 +13,8 @@ from finetune.heads.dual import DualTask, at_resolution
 from launch.cli import main
 from launch.local import free_port
 from pretrain.load import load_model
+from pretrain.model.alignment_model import TextBatch
+from pretrain.objectives.state import MicroBatch
 from runtime.errors import RecipeError
 from runtime.metrics import read_metrics
 
@@ -121,3 +123,26 @@ def test_what_the_dual_head_cannot_train_is_left_out_or_refused(drawn, tmp_path,
     assert tune(tmp_path / "without", drawn, tmp_path / "runs") == 1
     assert "no fusion layers to match by; set --matching_weight 0" in capsys.readouterr().err
     assert tune(tmp_path / "without", drawn, tmp_path / "runs", "--matching_weight", "0") == 0
+
+
+def test_the_dual_heads_logits_are_float32_under_bf16(pretrained, monkeypatch):
+    from finetune.heads import dual
+
+    ordinary, seen = dual.dual_loss, []
+
+    def looking(image, text, ids, temperature):
+        seen.append({image.dtype, text.dtype, (image @ text.T).dtype})
+        return ordinary(image, text, ids, temperature)
+
+    monkeypatch.setattr(dual, "dual_loss", looking)
+    task = DualTask(FinetuneRecipe(checkpoint=str(pretrained), dataset="shapes", matching_weight=0.0))
+    text = TextBatch(*task.tokenizer(["a star", "two red circles", "a blue square"]))
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    batch = MicroBatch(images, text, torch.arange(3), torch.arange(3), torch.zeros(3, 2), None, 0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (
+            task.model.image_encoder(images).dtype == torch.bfloat16
+            or task.model.image_projection(task.model.image_encoder(images)[:, 0]).dtype == torch.bfloat16
+        ), "autocast is on"
+        loss, _ = task(batch)
+    assert seen == [{torch.float32}] and loss.dtype == torch.float32

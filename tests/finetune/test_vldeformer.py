@@ -200,15 +200,35 @@ def test_it_is_trained_saved_scored_and_loaded(single, run, drawn, tmp_path, cap
     assert found.abs().max() < 1 and loaded.hash == tuned["checkpoint"]
 
 
+def back_to_step_2(run):
+    (run / "finished.json").unlink()
+    for name in ("latest", "best"):
+        (run / "checkpoints" / name).write_text("step-00000002")
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+
+
+def test_a_run_does_not_go_on_with_another_model_to_look_by(single, drawn, tmp_path, capfd):
+    """The model it began from stays beside it and says where nouns are in a picture."""
+    source = tmp_path / "source"
+    shutil.copytree(single, source)
+    command = small.finetune(source, drawn, tmp_path, *NEGATIVES, steps=4)
+    assert main(command) == 0
+    back_to_step_2(tmp_path / "finetune")
+    (tmp_path / "other").mkdir()
+    other = small.pretrain(tmp_path / "other", drawn, *small.SINGLE, "--training.seed", "5")
+    shutil.rmtree(source)
+    shutil.copytree(other, source)
+    capfd.readouterr()
+    assert main(command) == 1
+    assert "source now leads to another checkpoint than this run began with" in capfd.readouterr().err
+
+
 def test_a_run_that_was_stopped_ends_where_the_other_does(single, run, drawn, tmp_path, capfd):
     """Altered words and patches are a function of the sample, so nothing of them is lost."""
     assert main(small.finetune(single, drawn, tmp_path, *NEGATIVES, steps=4)) == 0
     ours, theirs = (LoadedVLDeformer(folder).model.state_dict() for folder in (tmp_path / "finetune", run))
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
-    (tmp_path / "finetune" / "finished.json").unlink()
-    for name in ("latest", "best"):
-        (tmp_path / "finetune" / "checkpoints" / name).write_text("step-00000002")
-    shutil.rmtree(tmp_path / "finetune" / "checkpoints" / "step-00000004")
+    back_to_step_2(tmp_path / "finetune")
     assert main(small.finetune(single, drawn, tmp_path, *NEGATIVES, steps=4)) == 0
     assert "at step 2" in capfd.readouterr().out
     again = LoadedVLDeformer(tmp_path / "finetune" / "checkpoints" / "step-00000004").model.state_dict()

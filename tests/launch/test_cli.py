@@ -120,6 +120,11 @@ def test_a_full_disk_is_one_line(answer, monkeypatch):
     assert code == 1 and "No space left" in line and "runs/x/metrics.jsonl" in line
 
 
+def test_a_place_that_cannot_be_written_is_one_line(answer):
+    code, line = answer("shapes", f"{__file__}/scenes", "--train", "1")
+    assert code == 1 and "Not a directory" in line and "name a place" in line
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     def fail(arguments):
         raise ZeroDivisionError
