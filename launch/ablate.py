@@ -38,9 +38,13 @@ def ablate(recipe: AblateRecipe, start: Callable[..., None] = run) -> str:
     check_records(folder, recipe)
     write_recipe(folder / "config.yaml", recipe)  # with its predictions, before anything runs
 
+    def name_of(place: tuple[int, str, str]) -> str:
+        seed, condition, arm = place
+        return "-".join(part for part in (condition, arm, f"seed{seed}") if part)
+
     def run_one(place: tuple[int, str, str]) -> dict[str, float]:
         seed, condition, arm = place
-        name = "-".join(part for part in (condition, arm, f"seed{seed}") if part)
+        name = name_of(place)
         record = folder / f"{name}.json"
         if not record.is_file():
             launcher = ("launch", "local", "--nproc", str(recipe.processes)) if recipe.processes > 1 else ()
@@ -53,15 +57,18 @@ def ablate(recipe: AblateRecipe, start: Callable[..., None] = run) -> str:
 
     found: Found = {condition: {arm: {} for arm in recipe.arms} for condition in recipe.conditions}
     places = [(seed, condition, arm) for seed in recipe.seeds for condition in recipe.conditions for arm in recipe.arms]
-    began = time.monotonic()
+    stand = {place for place in places if (folder / f"{name_of(place)}.json").is_file()}
+    began, made, total = time.monotonic(), 0, len(places) - len(stand)
     with ThreadPoolExecutor(recipe.jobs) as pool:
         try:
-            for done, (place, measured) in enumerate(zip(places, pool.map(run_one, places), strict=True), 1):
+            for place, measured in zip(places, pool.map(run_one, places), strict=True):
                 seed, condition, arm = place
                 found[condition][arm][seed] = measured
                 write_json(folder / "results.json", found)
-                left = (time.monotonic() - began) / done * (len(places) - done)
-                heading(f"{done} of {len(places)} runs, {spell_duration(left)} left")
+                if place not in stand:
+                    made += 1
+                    left = (time.monotonic() - began) / made * (total - made)
+                    heading(f"{made} of {total} runs, {spell_duration(left)} left")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
