@@ -11,6 +11,7 @@ Every arm of a seed starts from the same checkpoint and sees the same data in th
 
 Each is measured on minimal pairs of drawn scenes, chance 50 %: two images and two captions that differ in one group's texture
 (fine, local), or in which group stands where (global), the words being the same. A pair's four comparisons count a quarter each.
+Beside that, the captions of unseen scenes that find their image first among all of them, by what the captions tell.
 The prediction, written before any run: `levels` beats `last_thrice` on texture by more than on layout.
 
 Results are kept one file a seed and arm, so the same command goes on where it stopped. It prints each arm's mean and, for the
@@ -34,7 +35,7 @@ from PIL import Image
 from scipy.stats import t as student
 from torch import Tensor
 
-from data_tools.shapes import Group, Scene, World, draw, scenes
+from data_tools.shapes import Caption, Group, Scene, World, describe, draw, fits, scenes
 from data_tools.transforms import EvaluationTransform
 from finetune.heads.hat import LoadedHat
 from runtime.files import write_json
@@ -94,6 +95,30 @@ def accuracy(hat: LoadedHat, pairs: list[Pair], size: int) -> float:
     return 100 * float(np.mean(right))
 
 
+def tells(caption: Caption) -> str:
+    """The type of a caption: `texture, place`, `texture`, `place` or `neither`."""
+    facts = [fact for fact in ("texture", "place") if any(group.get(fact) for group in caption.groups)]
+    return ", ".join(facts) or "neither"
+
+
+@torch.no_grad()
+def found_first(hat: LoadedHat, count: int, size: int) -> dict[str, float]:
+    """Type of caption -> the percent that find their image first among `count`. Other images that a caption fits do not count."""
+    drawn, transform = scenes("test", count), EvaluationTransform(hat.model.encoders.image_size)
+    pictures = [draw(scene, size, number) for number, scene in enumerate(drawn)]
+    images = hat.model.image_levels(torch.stack([transform(picture) for picture in pictures]))
+    hits: dict[str, list[float]] = {}
+    for number, scene in enumerate(drawn):
+        told = describe(scene)
+        ids, mask = hat.tokenizer([caption.text for caption in told])
+        scores = hat.model.score(images, hat.model.text_levels(ids, mask), mask)
+        fitting = torch.tensor([[fits(caption, other) for caption in told] for other in drawn])
+        best = scores.masked_fill(fitting, -torch.inf).amax(0)
+        for caption, own, other in zip(told, scores[number], best, strict=True):
+            hits.setdefault(tells(caption), []).append(float(own > other) + 0.5 * float(own == other))
+    return {name: 100 * float(np.mean(found)) for name, found in hits.items()}
+
+
 def run_arm(name: str, extra: list[str], seed: int, options: argparse.Namespace) -> dict[str, float]:
     """Fine-tune one arm and measure it, or read what an earlier run left."""
     result = options.out / f"{name}-{seed}.json"
@@ -103,6 +128,7 @@ def run_arm(name: str, extra: list[str], seed: int, options: argparse.Namespace)
     command += ["--name", f"{name}-{seed}", "--runs", str(options.out), "--checkpoint", str(options.checkpoint)]
     command += ["--data.train", str(options.train), "--data.validation", str(options.validation)]
     command += ["--training.seed", str(seed), "--training.steps", str(options.steps), "--hat.width", str(options.width)]
+    command += ["--training.global_batch", str(options.batch)]
     command += ["--training.validate_every", str(options.steps), "--training.checkpoint_every", str(options.steps)]
     command += ["--hat.frozen_epochs", "1", "--hat.encoder_lr_share", "0.5", "--hat.direction", options.direction]
     if subprocess.run([*command, *extra], check=False).returncode:
@@ -111,6 +137,7 @@ def run_arm(name: str, extra: list[str], seed: int, options: argparse.Namespace)
     found = {
         "texture": accuracy(hat, texture_pairs(options.pairs), options.size),
         "layout": accuracy(hat, layout_pairs(options.pairs), options.size),
+        **{f"first: {name}": share for name, share in found_first(hat, options.pairs, options.size).items()},
     }
     write_json(result, found)
     return found
@@ -133,7 +160,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/hat_levels"))
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core each with OMP_NUM_THREADS=1")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=300)
     parser.add_argument(
         "--size", type=int, default=64, help="pixels a side of the drawings, before the model's resizing"
@@ -157,15 +185,14 @@ def main() -> int:
     with ThreadPoolExecutor(options.jobs) as pool:
         done = list(pool.map(lambda place: run_arm(*place), places))
     found = {name: [one for place, one in zip(places, done, strict=True) if place[0] == name] for name in arms}
-    scores = {
-        name: {cue: np.array([one[cue] for one in runs]) for cue in ("texture", "layout")}
-        for name, runs in found.items()
-    }
+    cues = list(done[0])
+    scores = {name: {cue: np.array([one[cue] for one in runs]) for cue in cues} for name, runs in found.items()}
     print(f"\n{options.seeds} seeds, {options.pairs} pairs a cue, percent right (chance 50)")
-    for name, cues in scores.items():
-        print(f"{name:12} texture {cues['texture'].mean():5.1f}  layout {cues['layout'].mean():5.1f}")
+    print(f"first: captions that find their image first of {options.pairs}, by what they tell, percent")
+    for name, measured in scores.items():
+        print(f"{name:12}" + "".join(f"  {cue} {values.mean():.1f}" for cue, values in measured.items()))
     for other in ("last_thrice", "last", "mean"):
-        gains = {cue: scores["levels"][cue] - scores[other][cue] for cue in ("texture", "layout")}
+        gains = {cue: scores["levels"][cue] - scores[other][cue] for cue in cues}
         for cue, gain in gains.items():
             print(f"levels - {other}, {cue}: {spell(gain)}")
         print(f"levels - {other}, texture more than layout: {spell(gains['texture'] - gains['layout'])}")
