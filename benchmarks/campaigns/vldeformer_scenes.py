@@ -2,12 +2,13 @@
 
     python -m benchmarks.campaigns.vldeformer_scenes --seeds 8
 
-It draws a small world, two objects of four colours, four shapes and two sizes, where every batch holds scenes that differ in little
-but who stands where: in the demo's large one relations are not learned at all (docs/shapes.md). Of each seed one single-stream model is pretrained, and every arm starts from it, with the same data in the same order:
+It draws a small world, two objects of four colours, four shapes and two sizes: in the demo's large one relations are not learned at
+all (docs/shapes.md). Of each seed one single-stream model is pretrained, then tuned to match each caption against itself with place
+words exchanged, which teaches a fusion model who stands where. Every arm is of that joint model, with the same data in the same order:
 
-    dual         the projected features, tuned by contrast and matching
-    fusion       the same run's fusion encoder on every pair
-    untuned      the pretrained fusion encoder run on each modality alone (the paper's "w/o decompose")
+    dual         its projected features
+    fusion       its fusion encoder on every pair
+    untuned      its fusion encoder run on each modality alone (the paper's "w/o decompose")
     vldeformer   taken apart and tuned by contrast, no hard negatives
     hard         the same with altered captions and images in the denominators
     fresh_joint  the same as `vldeformer`, the joint layers' weights made anew
@@ -32,6 +33,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
@@ -196,18 +198,27 @@ def pretrain(seed: int, options: argparse.Namespace) -> Path:
     return options.out / name
 
 
-def tune(name: str, seed: int, extra: list[str], options: argparse.Namespace) -> Path:
-    steps = str(options.steps)
+def tune(
+    name: str, seed: int, recipe: str, source: str, steps: int, extra: list[str], options: argparse.Namespace
+) -> Path:
+    """Fine-tune what run `source` of this seed left. A finished run does nothing."""
     ligature(
-        "finetune", "--config", "finetune/demo.yaml", "--name", f"{name}-{seed}", "--runs", str(options.out),
-        "--checkpoint", str(options.out / f"pretrain-{seed}"), "--data.train", str(options.train), "--training.seed", str(seed),
-        "--training.steps", steps, "--training.checkpoint_every", steps, *extra,
+        "finetune", "--config", recipe, "--name", f"{name}-{seed}", "--runs", str(options.out),
+        "--checkpoint", str(options.out / f"{source}-{seed}"), "--dataset", "shapes", "--data.train", str(options.train),
+        "--training.seed", str(seed), "--training.steps", str(steps), "--training.checkpoint_every", str(steps),
+        "--training.validate_every", str(steps), *extra,
     )  # fmt: skip
     return options.out / f"{name}-{seed}"
 
 
+def joint(seed: int, options: argparse.Namespace) -> Path:
+    """The joint model of a seed, pretrained and tuned."""
+    pretrain(seed, options)
+    return tune("joint", seed, "finetune/shapes_relations.yaml", "pretrain", options.joint_steps, [], options)
+
+
 def arms(options: argparse.Namespace) -> dict[str, Callable[[int], Scorer]]:
-    """Arm -> what makes its scorer for a seed, the seed's model being pretrained."""
+    """Arm -> what makes its scorer for a seed, the seed's joint model being there."""
     taken_apart = ["--head", "vldeformer", "--vldeformer.temperature", str(options.temperature)]
     plain = [*taken_apart, "--vldeformer.negatives.text", "false", "--vldeformer.negatives.image", "false"]
     hard = [
@@ -219,12 +230,14 @@ def arms(options: argparse.Namespace) -> dict[str, Callable[[int], Scorer]]:
     ]
 
     def tuned(name: str, extra: list[str]) -> Callable[[int], Scorer]:
-        return lambda seed: Embedded(load_encoder(tune(name, seed, extra, options)))
+        return lambda seed: Embedded(
+            load_encoder(tune(name, seed, "finetune/demo.yaml", "joint", options.steps, extra, options))
+        )
 
     return {
-        "dual": tuned("dual", []),
-        "fusion": lambda seed: Matched(load_model(tune("dual", seed, [], options))),
-        "untuned": lambda seed: Embedded(LoadedVLDeformer(options.out / f"pretrain-{seed}")),
+        "dual": lambda seed: Embedded(load_model(options.out / f"joint-{seed}")),
+        "fusion": lambda seed: Matched(load_model(options.out / f"joint-{seed}")),
+        "untuned": lambda seed: Embedded(LoadedVLDeformer(options.out / f"joint-{seed}")),
         "vldeformer": tuned("vldeformer", plain),
         "hard": tuned("hard", hard),
         "fresh_joint": tuned("fresh_joint", [*plain, "--vldeformer.start", "fresh_joint"]),
@@ -258,8 +271,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/vldeformer_scenes"))
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--scenes", type=int, default=3000, help="to train on")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, a core each with OMP_NUM_THREADS=1")
     parser.add_argument("--pretrain_steps", type=int, default=900)
-    parser.add_argument("--steps", type=int, default=250, help="of fine-tuning")
+    parser.add_argument("--joint_steps", type=int, default=1250, help="of tuning the joint model")
+    parser.add_argument("--steps", type=int, default=250, help="of fine-tuning what was taken apart")
     parser.add_argument("--temperature", type=float, default=0.05)
     parser.add_argument("--pairs", type=int, default=300)
     parser.add_argument("--gallery", type=int, default=500)
@@ -272,14 +287,21 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     options.train = draw_world(options)
     makers = arms(options)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in options.arms or makers}
-    for seed in range(options.seeds):
-        for name, runs in found.items():
+    names = options.arms or list(makers)
+
+    def run_seed(seed: int) -> list[dict[str, float]]:
+        measured = []
+        for name in names:
             result = options.out / f"{name}-{seed}.json"
             if not result.exists():
-                pretrain(seed, options)  # a finished run does nothing
+                joint(seed, options)
                 write_json(result, measure(makers[name](seed), options))
-            runs.append(json.loads(result.read_text()))
+            measured.append(json.loads(result.read_text()))
+        return measured
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        seeds = list(pool.map(run_seed, range(options.seeds)))
+    found = {name: [measured[place] for measured in seeds] for place, name in enumerate(names)}
     print(
         f"\n{options.seeds} seeds, {options.pairs} pairs and choices; percent right (chance 50), a gallery of {options.gallery:,}"
     )
