@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from launch.ablation_config import AblateRecipe
+from launch.ablation_config import AblateRecipe, Comparison
 from launch.demo import heading, run
 from runtime.checkpoint import pointed_to
 from runtime.errors import DataError, RecipeError
@@ -79,12 +78,14 @@ def ablate(recipe: AblateRecipe, start: Callable[..., None] = run) -> str:
 
 
 def check_records(folder: Path, recipe: AblateRecipe) -> None:
-    """Refuse a folder whose records were made, or predicted, otherwise: arms, conditions and seeds may only be added."""
+    """Refuse a folder whose records were made, or predicted, otherwise: arms, comparisons, conditions and seeds may only be added."""
     if not (folder / "config.yaml").is_file():
         return
     before = load_recipe(AblateRecipe, folder / "config.yaml")
     for field in dataclasses.fields(before):
         old, new = getattr(before, field.name), getattr(recipe, field.name)
+        if field.name == "comparisons":
+            old, new = _stated(old), _stated(new)
         if isinstance(old, dict):
             kept = all(name in new and new[name] == value for name, value in old.items())
         else:
@@ -93,6 +94,13 @@ def check_records(folder: Path, recipe: AblateRecipe) -> None:
             raise RecipeError(
                 f"{folder} holds records of another recipe ({field.name}: {old} -> {new}); choose another --name, or remove it"
             )
+
+
+def _stated(comparisons: dict[str, Comparison]) -> dict[tuple[str, str], str]:
+    """Comparison and arm -> its prediction; comparison and `` -> its baseline."""
+    return {
+        (name, arm): told for name, one in comparisons.items() for arm, told in {"": one.baseline, **one.arms}.items()
+    }
 
 
 def options(keys: dict[str, Any]) -> list[str]:
@@ -131,27 +139,11 @@ def measures(record: Path, run_folder: Path, recipe: AblateRecipe) -> dict[str, 
 
 def paired(differences: list[float]) -> tuple[float, float, float]:
     """Mean of paired differences and its 95 % interval by Student's t."""
-    count = len(differences)
-    mean = math.fsum(differences) / count
-    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in differences) / (count - 1) / count)
-    reach = t_quantile(count - 1) * spread
+    from scipy import stats  # half a second to import
+
+    mean = sum(differences) / len(differences)
+    reach = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
     return mean, mean - reach, mean + reach
-
-
-def t_quantile(freedom: int, probability: float = 0.975) -> float:
-    """Student's t quantile above 0.5, by bisection of the integrated density (scipy is not needed to run)."""
-    scale = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2)
-
-    def below(value: float, pieces: int = 2000) -> float:
-        width = value / pieces
-        heights = [(1 + (number * width) ** 2 / freedom) ** (-(freedom + 1) / 2) for number in range(pieces + 1)]
-        return 0.5 + scale * width / 3 * (heights[0] + heights[-1] + 4 * sum(heights[1::2]) + 2 * sum(heights[2:-1:2]))
-
-    low, high = 0.0, 20.0
-    while high - low > 1e-7:
-        middle = (low + high) / 2
-        low, high = (middle, high) if below(middle) < probability else (low, middle)
-    return (low + high) / 2
 
 
 def verdict(low: float, high: float) -> str:
@@ -159,33 +151,36 @@ def verdict(low: float, high: float) -> str:
 
 
 def table(found: Found, recipe: AblateRecipe) -> str:
-    """One table a condition and measure: each arm's mean, its paired difference from the baseline, and whether that is resolved."""
+    """One table a comparison, condition and measure: each arm's mean, its paired difference from the baseline, and whether that is resolved."""
     lines = []
-    for condition, arms in found.items():
-        for measure, about in MEASURES.items():
-            rows = {arm: [one.get(measure) for one in seeds.values()] for arm, seeds in arms.items()}
-            if any(value is None for value in rows[recipe.baseline]):
-                continue
-            lines += [f"### {condition or recipe.name}: {about}", ""]
-            lines += [
-                f"| arm | {measure} | minus `{recipe.baseline}` | 95 % interval | | predicted |",
-                "|---|---:|---:|---|---|---|",
-            ]
-            base = rows[recipe.baseline]
-            for arm, values in rows.items():
-                if any(value is None for value in values):
+    for name, comparison in recipe.comparisons.items():
+        for condition, arms in found.items():
+            for measure, about in MEASURES.items():
+                rows = {
+                    arm: [one.get(measure) for one in arms[arm].values()]
+                    for arm in (comparison.baseline, *comparison.arms)
+                }
+                if any(value is None for value in rows[comparison.baseline]):
                     continue
-                mean, predicted = sum(values) / len(values), recipe.predictions.get(arm, "")  # type: ignore[arg-type]
-                if arm == recipe.baseline:
-                    lines.append(f"| `{arm}` | {mean:.4f} | | | | {predicted} |")
-                    continue
-                pairs = [value - other for value, other in zip(values, base, strict=True)]  # type: ignore[operator]
-                difference, low, high = paired(pairs)
-                interval = f"{low:+.4f} to {high:+.4f}"
-                lines.append(
-                    f"| `{arm}` | {mean:.4f} | {difference:+.4f} | {interval} | {verdict(low, high)} | {predicted} |"
-                )
-            lines.append("")
+                lines += [f"### {', '.join(part for part in (name, condition) if part)}: {about}", ""]
+                lines += [
+                    f"| arm | {measure} | minus `{comparison.baseline}` | 95 % interval | | predicted |",
+                    "|---|---:|---:|---|---|---|",
+                ]
+                base = rows[comparison.baseline]
+                for arm, values in rows.items():
+                    if any(value is None for value in values):
+                        continue
+                    mean = sum(values) / len(values)  # type: ignore[arg-type]
+                    if arm == comparison.baseline:
+                        lines.append(f"| `{arm}` | {mean:.4f} | | | | |")
+                        continue
+                    pairs = [value - other for value, other in zip(values, base, strict=True)]  # type: ignore[operator]
+                    difference, low, high = paired(pairs)
+                    lines.append(
+                        f"| `{arm}` | {mean:.4f} | {difference:+.4f} | {low:+.4f} to {high:+.4f} | {verdict(low, high)} | {comparison.arms[arm]} |"
+                    )
+                lines.append("")
     count = len(next(iter(next(iter(found.values())).values())))
     if not lines:
         raise DataError("nothing was measured; there is no table")

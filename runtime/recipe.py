@@ -71,8 +71,11 @@ def build(kind: type[Recipe], values: dict[str, Any], prefix: str = "") -> Recip
             )
         if value is None and types.NoneType not in typing.get_args(hints[name]):
             raise RecipeError(f"{prefix}{name} is null; give it a value, or leave the key out for its default")
-        inner = _dataclass_in(hints[name])
-        arguments[name] = build(inner, value, f"{prefix}{name}.") if inner and isinstance(value, dict) else value
+        if isinstance(value, dict) and (inner := _dataclass_in(hints[name])):
+            value = build(inner, value, f"{prefix}{name}.")
+        elif isinstance(value, dict) and (named := _dataclass_in(typing.get_args(hints[name])[-1])):
+            value = {key: build(named, one, f"{prefix}{name}.{key}.") for key, one in value.items()}
+        arguments[name] = value
     return kind(**arguments)
 
 

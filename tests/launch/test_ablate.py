@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 
@@ -10,8 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from launch.ablate import ablate, options, paired, t_quantile, verdict
-from launch.ablation_config import AblateRecipe
+from launch.ablate import ablate, options, paired, verdict
+from launch.ablation_config import AblateRecipe, Comparison
 from launch.cli import main, read_stage
 from launch.codeword_information import corrected, information
 from runtime.errors import RecipeError
@@ -20,10 +19,13 @@ from runtime.files import write_json
 ARMS = {"a": {}, "b": {"objectives.contrastive.intra_modal": True}}
 
 
+def expected(**arms: str) -> dict[str, Comparison]:
+    return {"try": Comparison("a", arms or {"b": "better"})}
+
+
 def recipe(folder, **more) -> AblateRecipe:
-    return AblateRecipe(
-        name="try", runs=str(folder), base="pretrain/demo.yaml", data="shards", arms=ARMS, seeds=[0, 1, 2], **more
-    )
+    told = {"base": "pretrain/demo.yaml", "arms": ARMS, "seeds": [0, 1, 2], "comparisons": expected()} | more
+    return AblateRecipe(name="try", runs=str(folder), data="shards", **told)
 
 
 def fake(commands: list[list[str]], worth):
@@ -69,7 +71,7 @@ def test_a_difference_in_every_seed_is_resolved_and_one_within_the_noise_is_not(
         return lambda name: 0.5 + noise[name.split("-")[-1]] + gain(name)
 
     sure = ablate(
-        recipe(tmp_path / "1", predictions={"b": "better"}),
+        recipe(tmp_path / "1"),
         fake([], worth(lambda name: 0.02 + 0.001 * ("seed1" in name) if "b-" in name else 0)),
     )
     assert "| +0.0203 |" in sure and "| resolved | better |" in sure
@@ -82,12 +84,11 @@ def test_conditions_are_compared_within_themselves(tmp_path):
         recipe(tmp_path, conditions={"clean": {"data.train": "x"}, "wrong": {"data.train": "y"}}),
         fake([], lambda name: 0.9 if name.startswith("clean") else 0.4),
     )
-    assert "### clean" in text and "### wrong" in text and text.count("+0.0000") >= 2
+    assert "### try, clean" in text and "### try, wrong" in text and text.count("+0.0000") >= 2
 
 
 @pytest.mark.parametrize("count", [2, 5, 8, 30])
 def test_the_interval_is_students(count):
-    assert t_quantile(count - 1) == pytest.approx(stats.t.ppf(0.975, count - 1), abs=1e-5)
     values = [math.sin(7 * number) for number in range(count)]
     mean, low, high = paired(values)
     wanted = stats.ttest_1samp(values, 0).confidence_interval(0.95)
@@ -112,16 +113,27 @@ def test_information_is_counted_right_and_is_nothing_between_strangers():
 
 
 def test_recipes_that_cannot_be_compared_are_refused(tmp_path):
-    with pytest.raises(RecipeError, match="baseline 'c' is none of the arms"):
-        recipe(tmp_path, baseline="c")
+    with pytest.raises(RecipeError, match="comparison try names 'c', which is none of the arms: a, b"):
+        recipe(tmp_path, comparisons={"try": Comparison("c", {})})
+    with pytest.raises(RecipeError, match="comparison try names 'c'"):
+        recipe(tmp_path, comparisons=expected(c=""))
     with pytest.raises(RecipeError, match="paired differences need two"):
-        AblateRecipe(base="b", data="d", arms=ARMS, seeds=[1])
+        recipe(tmp_path, seeds=[1])
 
 
-@pytest.mark.parametrize("name", ["objectives", "codebook", "transport"])
-def test_shipped_ablations_are_recipes_whose_arms_are_recipes(name):
-    shipped = read_stage("ablate", ["--config", f"ablate/{name}.yaml"])
-    assert set(shipped.predictions) >= set(shipped.arms) - {shipped.baseline}, "a prediction is written for every arm"
+def test_an_arm_of_several_comparisons_runs_once(tmp_path):
+    commands: list[list[str]] = []
+    arms = ARMS | {"c": {"objectives.codebook.weight": 0.25}}
+    twice = {"one": Comparison("a", {"b": "above"}), "two": Comparison("b", {"c": "below", "a": ""})}
+    text = ablate(recipe(tmp_path, arms=arms, comparisons=twice), fake(commands, lambda name: 0.5))
+    assert sum(command[0] == "pretrain" for command in commands) == 9
+    assert "### one" in text and "### two" in text and text.count("minus `b`") == 1 and "| below |" in text
+
+
+def test_shipped_ablations_are_recipes_whose_arms_are_recipes():
+    shipped = read_stage("ablate", ["--config", "ablate/codis.yaml"])
+    assert {arm for one in shipped.comparisons.values() for arm in (one.baseline, *one.arms)} == set(shipped.arms)
+    assert all(all(one.arms.values()) for one in shipped.comparisons.values()), "a prediction is written for every arm"
     *_, shared = shipped.conditions.values()
     for changes in shipped.arms.values():
         read_stage("pretrain", ["--config", shipped.base, *options(shared | changes)])
@@ -129,7 +141,10 @@ def test_shipped_ablations_are_recipes_whose_arms_are_recipes(name):
 
 def test_an_arm_with_an_unknown_key_stops_before_anything_runs(tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text(
-        json.dumps({"base": "pretrain/demo.yaml", "data": "x", "arms": {"a": {"objectives.nothing": 1}}})
+        json.dumps(
+            {"base": "pretrain/demo.yaml", "data": "x", "arms": {"a": {"objectives.nothing": 1}}}
+            | {"comparisons": {"one": {"baseline": "a", "arms": {}}}}
+        )
     )
     assert main(["ablate", "--config", str(tmp_path / "bad.yaml"), "--runs", str(tmp_path / "runs")]) == 2
     assert "objectives.nothing" in capsys.readouterr().err and not (tmp_path / "runs").exists()
@@ -138,19 +153,20 @@ def test_an_arm_with_an_unknown_key_stops_before_anything_runs(tmp_path, capsys)
 def test_records_are_not_taken_for_another_recipes(tmp_path):
     commands: list[list[str]] = []
     start = fake(commands, lambda name: 0.5)
-    ablate(recipe(tmp_path, predictions={"b": "better"}), start)
+    ablate(recipe(tmp_path), start)
     for changed in (
         {"arms": ARMS | {"b": {"objectives.codebook.weight": 0.25}}},
         {"arms": {"b": ARMS["b"], "a": {"objectives.codebook.weight": 0.25}}},
-        {"predictions": {"b": "worse"}},
+        {"comparisons": expected(b="worse")},
+        {"comparisons": {"other": Comparison("a", {"b": "better"})}},
         {"base": "pretrain/shapes_ablation.yaml"},
         {"seeds": [0, 1]},
     ):
         with pytest.raises(RecipeError, match=f"records of another recipe \\({next(iter(changed))}: "):
-            ablate(dataclasses.replace(recipe(tmp_path, predictions={"b": "better"}), **changed), start)
+            ablate(recipe(tmp_path, **changed), start)
     commands.clear()
     more = {"arms": ARMS | {"c": {"objectives.codebook.weight": 0.25}}, "seeds": [0, 1, 2, 3]}
-    ablate(dataclasses.replace(recipe(tmp_path), predictions={"b": "better", "c": "worse"}, **more), start)
+    ablate(recipe(tmp_path, comparisons=expected(b="better", c="worse"), **more), start)
     assert (
         sum(command[0] == "pretrain" for command in commands) == 6
     )  # one arm of three seeds, and three of the new seed
