@@ -29,6 +29,7 @@ from torch.nn import functional
 from benchmarks.ratios import Ratios
 from finetune.heads.hat_scoring import CAPTIONS, blocks
 from finetune.heads.stacked_attention import Direction, context_gram, pair_scores
+from runtime.ranks import keep_freed_memory
 
 REGIONS = (784, 196, 49)
 AIMS = {"image_to_text": 6.0, "text_to_image": 3.0}
@@ -172,6 +173,7 @@ def main() -> int:
     parser.add_argument("--out", default="runs/hat_scoring")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as an evaluation on a CPU does; SCAN's side has it too
     with torch.no_grad():
         return 0 if (shortlists if options.shortlists else claim)(options) else 1
 
