@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         told.tell("device memory at the fullest moment, GB", torch.cuda.max_memory_allocated() / 1e9)
     if options.profile:
-        profile = StepProfile(1, step.task.student.model, step.task.teacher.model)
+        profile = StepProfile(1, step.task.student.model, step.task.teacher.model, step.device)
         step.ready()
         profile.start()
         step.take()

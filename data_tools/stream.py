@@ -227,6 +227,12 @@ class ShardStream:
         self.consumed, self.bad = state["samples"], set(state["bad"])
         self._iteration += 1
 
+    def count_bad(self) -> int:
+        """How many samples are known to be bad, those that other ranks met among them."""
+        if self.quarantine and self.quarantine.path.exists():
+            self.bad |= self.quarantine.add([])
+        return len(self.bad)
+
     def _note_failures(self, failures: list[dict[str, str]]) -> None:
         new = {sample_id(failure): failure for failure in failures if sample_id(failure) not in self.bad}
         if not new:

@@ -202,6 +202,12 @@ class FinetuneRecipe:
             raise RecipeError(
                 f"optimizer.schedule is {self.optimizer.schedule}, which pretraining knows; fine-tuning goes by `step`"
             )
+        if self.matching.weight != 1:
+            raise RecipeError("matching.weight is of pretraining; fine-tuning has matching_weight")
+        if self.matching.negatives != "nearby" or self.matching.same_codeword:
+            raise RecipeError(
+                "matching.negatives and matching.same_codeword are of pretraining: fine-tuning draws negatives nearby, and has no codebook"
+            )
         if self.exchanged.weight and (self.head != "dual" or not self.matching_weight):
             raise RecipeError(
                 "exchanged.weight trains the fusion head by matching: set head to dual and matching_weight above 0"
@@ -265,6 +271,12 @@ class EvaluateRecipe:
         for key in ("dataset", "split") if self.scores else ("data", "dataset", "split"):
             if not getattr(self, key):
                 raise RecipeError(f"{key} is not set; give --{key}")
+        if self.scores and (self.heads or self.shortlist_from or self.ensemble):
+            raise RecipeError(
+                "heads, shortlist_from and ensemble are a checkpoint's; scores of a file are ranked as they are"
+            )
+        if self.scores and not self.data and self.captions_per_image is not None:
+            raise RecipeError("captions_per_image is about data; give --data, or leave it to the file's caption_image")
         if self.heads is not None and (not self.heads or len(set(self.heads)) != len(self.heads)):
             raise RecipeError(f"heads is {self.heads}; name each head once: dual, fusion, vldeformer, or hat alone")
         if self.heads and "hat" in self.heads and len(self.heads) > 1:

@@ -83,10 +83,15 @@ def _finished(out: Path, hash: str, data: str) -> bool:
         return False
     about = Index(out).about
     made, place = about["checkpoint"], about["source"]["place"]
+    images = open_gallery(data).fingerprint
     if made != hash:
         raise DataError(f"{out} was made by checkpoint {made}, not by {hash}; give another --out, or remove it")
     if place != _place(data):
         raise DataError(f"{out} is of the images of {place}, not of {data}; give another --out, or remove it")
+    if about["source"]["fingerprint"] != images:
+        raise DataError(
+            f"{out} is of other images than {data} holds now; give another --out, or remove it to index them anew"
+        )
     return True
 
 

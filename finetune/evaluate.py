@@ -22,7 +22,7 @@ from finetune.own_scores import read_own_scores
 from finetune.shortlist import make_shortlists
 from pretrain.encode import encode_collection
 from pretrain.load import find_checkpoint, load_model
-from retrieval.extended import extended_positives
+from retrieval.extended import extended_positives, numbered_captions
 from retrieval.protocols import folds_of
 from retrieval.records import score, table, write_record
 from runtime.errors import RecipeError
@@ -59,6 +59,8 @@ def evaluate(recipe: EvaluateRecipe) -> list[dict[str, Any]]:
         raise RecipeError(f"{folder} holds a {kind} head; this command scores {', '.join(SCORERS)}")
     collection = open_collection(recipe.data, recipe.captions_per_image, recipe.images, recipe.split)
     folds_of(recipe.protocol, len(collection))  # before the work: is the protocol for so many images?
+    if recipe.extended:
+        numbered_captions(collection.caption_image, collection.keys)
     policy = "all" if recipe.captions_per_image is None else f"first {recipe.captions_per_image}"
     records = [
         _record(recipe, scored, collection.caption_image, collection.keys, policy)

@@ -6,13 +6,12 @@ import html
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from data_tools.collection import Collection, open_collection
 from data_tools.images import data_url
 from finetune.search_page import STYLE, THUMBNAIL
 from retrieval.protocols import folds_of
-from retrieval.records import read_record
+from retrieval.records import SETTING, read_outcome, read_record
 from runtime.errors import DataError, RecipeError
 from runtime.files import write_text
 
@@ -27,7 +26,7 @@ def write_flips(first: Path, second: Path, data: str, images: str, page: Path, c
     first, second: score records evaluated with `save_scores`, of the same data and one gallery. Raises RecipeError or DataError.
     """
     records = [read_record(path) for path in (first, second)]
-    for key in ("dataset", "split", "protocol", "captions_per_image", "images", "captions"):
+    for key in SETTING:
         if records[0][key] != records[1][key]:
             raise RecipeError(f"{first} and {second} differ in {key}: {records[0][key]} and {records[1][key]}")
     if len(np.unique(folds_of(records[0]["protocol"], records[0]["images"]))) > 1:
@@ -41,6 +40,11 @@ def write_flips(first: Path, second: Path, data: str, images: str, page: Path, c
     if scores[0].shape != scores[1].shape or scores[0].shape != (len(collection.captions), len(collection)):
         raise RecipeError(
             f"{data} holds {len(collection):,} images and {len(collection.captions):,} captions; the scores are of others"
+        )
+    keys = read_outcome(first, records[0])[1]
+    if policy != "as the file has them" and keys != collection.keys:
+        raise RecipeError(
+            f"{data} holds other images than those scored: its first is {collection.keys[0]}, theirs {keys[0]}"
         )
     beaten = [better_ones(one, collection.caption_image) for one in scores]
     flipped = np.flatnonzero((beaten[0] == 0) & (beaten[1] > 0))
@@ -109,8 +113,7 @@ def _cell(collection: Collection, number: int, rank: int, right: bool) -> str:
     picture = collection[number]
     if isinstance(picture, DataError):
         raise picture
-    small = Image.fromarray(np.asarray(picture)) if not isinstance(picture, Image.Image) else picture
-    source = data_url(small, THUMBNAIL)
+    source = data_url(picture, THUMBNAIL)
     said = html.escape(collection.captions[int(np.searchsorted(collection.caption_image, number))])
     return (
         f'<figure{" class=right" if right else ""}><img alt="" loading="lazy" src="{source}"><figcaption><div class=line>'

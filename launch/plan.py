@@ -125,7 +125,7 @@ def show(recipe: PretrainRecipe, cluster: Cluster, samples: int | None) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    training = recipe.training
+    training = recipe.training.in_world(cluster.world)
     micro_batch, accumulation = divide_batch(training.global_batch, training.micro_batch, cluster.world)
     budget = Budget(recipe, micro_batch)
     console.print(

@@ -100,13 +100,14 @@ class Budget:
         w, f, image, d = self.text.width, self.text.feed_forward, self.image.width, self.model.feature_dim
         layer = 4 * w * w + 4 * w + 2 * w + 2 * w * f + f + w + 2 * w
         cross = 2 * w * w + 2 * w + 2 * image * w + 2 * w + 2 * w
+        level = 2 * image + (image + 1) * d + (w + 1) * d
         return {
             "image encoder": self.image.parameters,
             "text encoder": (self.vocabulary + self.text.positions + 2 + 2) * w + self.text.layers * layer,
             "fusion encoder": (image + 1 + 2 + 2) * w + self.model.fusion.layers * layer
             if self.single_stream
             else self.model.fusion.layers * (layer + cross),
-            "projections": (image + 1) * d + (w + 1) * d,
+            "projections": (image + 1) * d + (w + 1) * d + len(self.model.levels) * level,
             "language head": w * w + w + 2 * w + self.vocabulary,
             "matching head and temperature": 2 * w + 2 + 1,
             "codebook": self.model.codewords * d,

@@ -75,6 +75,8 @@ class ModelConfig:
     """Pairs of [text layer, image layer], counted from 1, that `objectives.levels` aligns besides the last ones."""
 
     def __post_init__(self) -> None:
+        if not 0.001 < self.temperature < 0.5:
+            raise RecipeError(f"model.temperature is {self.temperature}; it lies between 0.001 and 0.5")
         for pair in self.levels:
             if len(pair) != 2 or min(pair) < 1 or pair[0] > self.text.layers:
                 raise RecipeError(
@@ -115,6 +117,12 @@ class MaskedLanguageConfig:
     """Share of the words to predict; of them 80 % are masked, 10 % replaced, 10 % kept."""
     separators: bool = False
     """[SEP] may be chosen too, as in ALBEF's code; it is predicted without reading anything."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise RecipeError(
+                f"objectives.masked_language.share is {self.share}; it is a share of the words, above 0 and at most 1"
+            )
 
 
 @dataclass
@@ -184,6 +192,12 @@ class TeacherConfig:
     second_view: bool = True
     """The teacher sees another augmentation of the image than the student (CODIS); off: the same one (ALBEF)."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema_momentum <= 1:
+            raise RecipeError(f"teacher.ema_momentum is {self.ema_momentum}; it lies between 0 and 1")
+        if self.queue < 0:
+            raise RecipeError(f"teacher.queue is {self.queue}; it is a number of pairs, 0 for none")
+
 
 @dataclass
 class OptimizerConfig:
@@ -201,6 +215,10 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     clip_norm: float = 0.0
     """Gradients are scaled down to this norm; 0 leaves them."""
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise RecipeError(f"optimizer.betas is {self.betas}; AdamW has two, each at least 0 and below 1")
 
     def lr_at(self, step: int, steps: int, epoch: float = 0.0, epochs: float = 1.0) -> float:
         """The rate of a step of a run of `steps`; `schedule: epoch` goes by the epochs consumed, of all `epochs`.

@@ -102,11 +102,11 @@ def run_loop(
                     continue
 
             if step % config.log_every == 0 or last:
-                figures |= {"epoch": torch.tensor(stream.epoch), "quarantined": torch.tensor(len(stream.bad))}
+                figures |= {"epoch": torch.tensor(stream.epoch)}
                 figures |= {"skipped_steps": torch.tensor(sick.skipped)}
                 shown = over_ranks(figures, device, ranks) | straggler.look(step, run.path)
                 shown |= {"samples_per_second": config.global_batch / shown["step_seconds"]}
-                shown |= {"checkpoint_stall": stalled}
+                shown |= {"checkpoint_stall": stalled, "quarantined": float(stream.count_bad())}
                 stalled = 0.0
                 bar.note = f"loss {shown['loss']:.3f}  {shown['samples_per_second']:.0f} samples/s"
                 if log:
@@ -143,7 +143,7 @@ def run_loop(
                 )
     if log:
         log.close()
-        run.finish({"steps": step, "best_rsum": best, "quarantined": len(stream.bad), "skipped_steps": sick.skipped})
+        run.finish({"steps": step, "best_rsum": best, "quarantined": stream.count_bad(), "skipped_steps": sick.skipped})
 
 
 def over_ranks(figures: dict[str, Tensor], device: torch.device, ranks: Ranks) -> dict[str, float]:

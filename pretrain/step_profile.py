@@ -34,8 +34,8 @@ def part(name: str) -> record_function:
 class StepProfile:
     """Profiles `steps` steps after the first ones, then prints the table, once."""
 
-    def __init__(self, steps: int, student: AlignmentModel, teacher: AlignmentModel) -> None:
-        self.steps, self._seen = steps, 0
+    def __init__(self, steps: int, student: AlignmentModel, teacher: AlignmentModel, device: torch.device) -> None:
+        self.steps, self._seen, self._on_gpu = steps, 0, device.type == "cuda"
         self._profile: Any = None
         self._models = (student, teacher)
         self._hooks: list[Any] = []
@@ -51,7 +51,7 @@ class StepProfile:
     def start(self) -> None:
         for model in self._models:
             self._mark(model)
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._on_gpu
         self._profile = profile(activities=activities)
         self._profile.__enter__()
 
@@ -60,7 +60,7 @@ class StepProfile:
         self._profile.__exit__(None, None, None)
         for hook in self._hooks:
             hook.remove()
-        times = by_part(self._profile.events(), torch.cuda.is_available())
+        times = by_part(self._profile.events(), self._on_gpu)
         self._profile = None
         return table(times, self.steps)
 

@@ -85,7 +85,7 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
         recipe.data, data, batch_size, ranks, recipe.training.seed, transform, tokenizer, run.quarantine
     )
     sick = SickSteps(recipe.training.sick_steps)
-    profile = StepProfile(recipe.profile if ranks.first else 0, task.student.model, task.teacher.model)
+    profile = StepProfile(recipe.profile if ranks.first else 0, task.student.model, task.teacher.model, device)
     step, best = 0, -1.0
     if resumed is not None:
         step, best = resume(resumed, task, engine, sick)
@@ -139,8 +139,9 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
 
 
 def prepare_tokenizer(recipe: PretrainRecipe, run: RunFolder, data: TrainingSet, ranks: Ranks) -> CaptionTokenizer:
-    """The run's tokenizer: trained or loaded once by the first rank, then read from the run's folder by all."""
-    if ranks.first and not (run.path / "tokenizer.json").exists():
+    """The run's tokenizer: trained or loaded once by the first rank, then read from the run's folder by all. Without a checkpoint
+    it is made anew: the recipe may be another one than that of a start which came to none."""
+    if ranks.first and not (run.checkpoints.steps() and (run.path / "tokenizer.json").exists()):
         if recipe.data.tokenizer == "train":
             captions = data.some_captions(TOKENIZER_CAPTIONS)
             made = train_tokenizer(captions, recipe.data.vocabulary, recipe.data.caption_tokens)

@@ -22,6 +22,26 @@ def extended_positives(
 
     Raises LigatureError where the package is not installed or the data is not that split.
     """
+    known, kept, images, captions = numbered_captions(caption_image, image_keys)
+    deepest = max(
+        len(fitting)
+        for truth in (known.cxc_gts, known.eccv_gts)
+        for side in truth.values()
+        for fitting in side.values()
+    )
+    depth = max(10, deepest)
+    to_text = _ranked(image_to_text[:, kept], images, captions, depth)
+    to_image = _ranked(text_to_image[kept], captions, images, depth)
+    wanted = ["cxc_recalls", "eccv_r1", "eccv_map_at_r", "eccv_rprecision"]
+    found = known.compute_all_metrics(to_text, to_image, wanted, Ks=[1, 5, 10])
+    return {name: {way: 100 * float(value) for way, value in ways.items()} for name, ways in found.items()}
+
+
+def numbered_captions(caption_image: np.ndarray, image_keys: list[str]) -> tuple[Any, np.ndarray, list[int], list[int]]:
+    """-> the package's metrics, the captions (rows) that it knows, its numbers of the images, and of those captions.
+
+    Raises LigatureError as `extended_positives` does: worth asking before anything is scored.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it would like a faster JSON
@@ -51,18 +71,7 @@ def extended_positives(
             "extended positives need five captions of each image; score with captions_per_image 5 or all"
         )
     captions = [by_image[images[caption_image[row]]][place[row]] for row in kept]
-    deepest = max(
-        len(fitting)
-        for truth in (known.cxc_gts, known.eccv_gts)
-        for side in truth.values()
-        for fitting in side.values()
-    )
-    depth = max(10, deepest)
-    to_text = _ranked(image_to_text[:, kept], images, captions, depth)
-    to_image = _ranked(text_to_image[kept], captions, images, depth)
-    wanted = ["cxc_recalls", "eccv_r1", "eccv_map_at_r", "eccv_rprecision"]
-    found = known.compute_all_metrics(to_text, to_image, wanted, Ks=[1, 5, 10])
-    return {name: {way: 100 * float(value) for way, value in ways.items()} for name, ways in found.items()}
+    return known, kept, images, captions
 
 
 def _coco_id(key: str) -> int:

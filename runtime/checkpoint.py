@@ -134,20 +134,25 @@ class CheckpointFolder:
         return sorted(int(path.name[5:]) for path in self.folder.glob("step-*") if path.name[5:].isdigit())
 
     def newest_valid(self, until: int | None = None) -> Path | None:
-        """The newest checkpoint that verifies; says on stderr why it passed over a newer one. Those after step `until` are
-        removed first: a run that goes back to `until` leaves them behind."""
+        """The newest checkpoint that verifies; says on stderr why it passed over a newer one. With `until`, one of that step or
+        before: a run goes back to it, so later ones are removed, unless there is none to go back to."""
         later = [step for step in self.steps() if until is not None and step > until]
-        if later:
-            with self._staging() as staging:
-                for step in later:
-                    _discard(self.path_of(step), staging)
         for step in reversed(self.steps()):
+            if step in later:
+                continue
             try:
                 verify_checkpoint(self.path_of(step))
             except CheckpointError as error:
                 print(f"passing over a checkpoint: {error}", file=sys.stderr)
-            else:
-                return self.path_of(step)
+                continue
+            if later:
+                with self._staging() as staging:
+                    for gone in later:
+                        _discard(self.path_of(gone), staging)
+                    write_text(self.folder / "latest", self.path_of(step).name + "\n", staging)
+                    if (self._named("best") or "") > self.path_of(step).name:
+                        _discard(self.folder / "best", staging)
+            return self.path_of(step)
         return None
 
     def commit(self, step: int, best: bool, write: Callable[[Path, Path], None]) -> Path:

@@ -60,8 +60,9 @@ class RunFolder:
         )
 
     def changes(self, recipe: Any) -> list[str]:
-        """`key: old -> new` where the folder's recipe and this one differ in what makes a run another run."""
-        if not self.config.exists():
+        """`key: old -> new` where the folder's recipe and this one differ in what makes a run another run. A start that came to no
+        checkpoint (a mistake in the recipe that only building the model shows) binds nobody."""
+        if not self.config.exists() or not self.checkpoints.steps():
             return []
         stored = load_recipe(type(recipe), self.config)
         return [line for line in changed_keys(stored, recipe) if line.split(":")[0] not in FREE_KEYS]

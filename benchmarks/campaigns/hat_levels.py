@@ -143,6 +143,17 @@ def run_arm(name: str, extra: list[str], seed: int, options: argparse.Namespace)
     return found
 
 
+def claim_folder(options: argparse.Namespace, free: tuple[str, ...] = ("out", "seeds", "jobs")) -> None:
+    """Make the folder of results and write down what they are results of; refuse one that holds results of other settings."""
+    settings = {key: str(value) for key, value in vars(options).items() if key not in free}
+    path = options.out / "settings.json"
+    options.out.mkdir(parents=True, exist_ok=True)
+    if path.exists() and (before := json.loads(path.read_text())) != settings:
+        changed = ", ".join(sorted(key for key in settings if settings[key] != before.get(key)))
+        raise SystemExit(f"{options.out} holds results of other settings ({changed}); give another --out, or remove it")
+    write_json(path, settings)
+
+
 def spell(differences: np.ndarray) -> str:
     """Mean, interval and verdict of differences within seeds."""
     mean = float(differences.mean())
@@ -172,7 +183,7 @@ def main() -> int:
         "--levels", default="[[1,1],[2,2],[2,3]]", help="the pairs of arm `levels`, the last one being the last level"
     )
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+    claim_folder(options)
     last = json.loads(options.levels)[-1]
     count = len(json.loads(options.levels))
     arms = {

@@ -42,7 +42,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.campaigns.hat_levels import spell
+from benchmarks.campaigns.hat_levels import claim_folder, spell
 from benchmarks.ratios import clock
 from data_tools.shapes import SHAPES, World, describe, draw, relation_pairs, scenes, write_source
 from finetune.encoders import load_encoder
@@ -284,7 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="*", help="some of them (default: all)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
+    claim_folder(options, free=("out", "seeds", "jobs", "arms"))
     options.train = draw_world(options)
     makers = arms(options)
     names = options.arms or list(makers)

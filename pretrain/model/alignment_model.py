@@ -17,6 +17,7 @@ from pretrain.model.fusion_encoder import FusionEncoder
 from pretrain.model.image_encoder import ImageEncoder
 from pretrain.model.single_stream import SingleStreamEncoder
 from pretrain.model.text_encoder import TextEncoder
+from runtime.errors import RecipeError
 
 
 class Temperature(nn.Module):
@@ -76,6 +77,10 @@ class AlignmentModel(nn.Module):
         self.image_projection = nn.Linear(self.image_encoder.width, config.feature_dim)
         self.text_projection = nn.Linear(width, config.feature_dim)
         self.masked_language_head = MaskedLanguageHead(width, vocabulary)
+        layers = len(self.image_encoder.vit.blocks)
+        for pair in config.levels:
+            if pair[1] > layers:
+                raise RecipeError(f"model.levels holds {pair}, but the image encoder has {layers} layers")
         self.level_projections = nn.ModuleList(
             nn.ModuleDict(
                 {

@@ -85,7 +85,7 @@ def test_keys_and_values_of_an_image_are_made_once_and_pairs_go_in_one_batch():
 
 def test_a_profile_tells_every_part():
     task = tiny.task(tiny.recipe())
-    profile = StepProfile(1, task.student.model, task.teacher.model)
+    profile = StepProfile(1, task.student.model, task.teacher.model, torch.device("cpu"))
     profile.start()
     (inputs,), _ = task.prepare(tiny.batch(8), 2.0, 8)
     loss, _ = task.student(inputs)
