@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.ratios import Ratios
+from benchmarks.ratios import Ratios, clock
 from finetune.heads.hat_scoring import CAPTIONS, blocks
 from finetune.heads.stacked_attention import Direction, context_gram, pair_scores
 from runtime.ranks import keep_freed_memory
@@ -67,7 +67,6 @@ def exact(regions: Tensor, words: Tensor, lengths: list[int], direction: Directi
 
 def least(work: Callable[[], object], repeats: int) -> float:
     """Seconds of the quickest run: of this thread where there is one, so that other work on the machine does not count."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times = []
     for _ in range(repeats):
         began = clock()

@@ -42,7 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import normalize, pad
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.ratios import Ratios
+from benchmarks.ratios import Ratios, seconds
 from finetune.heads.decomposed import Decomposed
 from finetune.heads.fusion import match_pairs
 from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
@@ -133,22 +133,6 @@ class Sides:
         image, text = (grid.flatten() for grid in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
         image, text = image.to(self.device), text.to(self.device)
         return lambda: match_pairs(self.model, encodings, image, text, self.device)
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Of one call; of this thread where there is one, so that other work on the machine does not count."""
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
-    settle(device)
-    began = clock()
-    work()
-    settle(device)
-    return clock() - began
-
-
-def settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def flops(work: Callable[[], object]) -> float:

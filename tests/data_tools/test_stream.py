@@ -337,6 +337,21 @@ def test_broken_images_do_not_all_have_the_same_stand_in(copy):
     assert len(stand_ins) == 16 and len(set(stand_ins)) > 8 and not set(stand_ins) & set(broken)
 
 
+def test_bad_samples_that_another_rank_met_are_counted(copy, tmp_path):
+    for key in ("k007", "k020", "k033", "k041"):
+        overwrite(copy, key)
+    told = {"quarantine": tmp_path / "quarantine.jsonl", "max_bad_share": 0.5}
+    ranks = [ShardStream(copy, 9, rank, 2, 0, **told) for rank in range(2)]
+    assert ranks[0].count_bad() == 0 and not (tmp_path / "quarantine.jsonl").exists()
+    for rank in ranks:
+        iterator = iter(rank)
+        for _ in range(4):
+            next(iterator)
+        iterator.close()
+    assert len(ranks[0].bad) < 4, "the first rank met some alone"
+    assert [rank.count_bad() for rank in ranks] == [4, 4]
+
+
 def test_a_broken_image_is_listed_once_with_shard_key_and_reason(copy, tmp_path):
     overwrite(copy, "k007")
     for world in (1, 2):  # and again in the next life of the run

@@ -166,6 +166,12 @@ def test_a_protocol_for_another_number_of_images_is_refused_before_the_work(pret
     assert "coco_5k is defined on 5,000 images, not on 24" in one_line(capfd)
 
 
+def test_extended_positives_of_other_data_are_refused_before_the_work(pretrained, drawn, tmp_path, capfd):
+    pytest.importorskip("eccv_caption")
+    assert main(small.evaluate(pretrained, drawn, tmp_path / "s.json", "--extended", "true")) == 1
+    assert "are for COCO's Karpathy test split" in capfd.readouterr().err and not (tmp_path / "s.json").exists()
+
+
 def test_selecting_on_a_test_split_is_refused_unless_insisted_on(pretrained, drawn, tmp_path, capfd):
     with pytest.raises(RecipeError, match=r"captions_test.json', a test split.*insist with --data.select_on_test true"):
         validation_collection(drawn / "test", False)

@@ -59,6 +59,8 @@ def test_what_it_needs_is_said_in_one_line(records, drawn, capsys):
     assert "go together" in capsys.readouterr().err
     assert main([*command, "--data", str(drawn / "train")]) == 2
     assert "the scores are of others" in capsys.readouterr().err
+    assert main([*command, "--data", str(drawn / "validation")]) == 2, "as many, but others"
+    assert "holds other images than those scored" in capsys.readouterr().err
     (folder / "second.scores.npz").unlink()
     assert main([*command, "--data", str(drawn / "test")]) == 1
     assert "--save_scores true" in capsys.readouterr().err and not (folder / "page.html").exists()

@@ -86,6 +86,13 @@ def test_without_data_the_page_says_so(run, tmp_path, capsys):
     assert "No data to look at" in text and "<h2>Codebook" not in text
 
 
+def test_before_the_first_checkpoint_there_are_curves(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "young", ignore=shutil.ignore_patterns("checkpoints"))
+    assert main(["report", str(tmp_path / "young"), "--out", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text()
+    assert "There is no checkpoint yet" in text and "<h2>Curves" in text and "<h2>Codebook" not in text
+
+
 def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 1
     assert "no run's folder" in capsys.readouterr().err

@@ -203,6 +203,10 @@ def test_what_cannot_be_indexed(answer, made, photos, pretrained, other, tmp_pat
     assert code == 1 and f"was made by checkpoint {Index(made).about['checkpoint']}" in line
     code, line = answer("index", *options(settings(pretrained, tmp_path / "photos", made)))
     assert code == 1 and f"is of the images of {photos}, not of" in line
+    (photos / "new.png").write_bytes(b"a photo that came later")
+    code, line = answer("index", *options(settings(pretrained, photos, made)))
+    (photos / "new.png").unlink()
+    assert code == 1 and f"is of other images than {photos} holds now" in line
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     code, line = answer("index", *options(settings(pretrained, photos, made) | {"queries": tmp_path / "latin.txt"}))
     assert code == 2 and "no text (UTF-8)" in line

@@ -12,6 +12,7 @@ from finetune.config import EvaluateRecipe, FinetuneRecipe
 from finetune.heads.dual import DualTask, at_resolution
 from launch.cli import main
 from launch.local import free_port
+from pretrain.config import MatchingConfig
 from pretrain.load import load_model
 from pretrain.model.alignment_model import TextBatch
 from pretrain.objectives.state import MicroBatch
@@ -80,6 +81,23 @@ def test_another_resolution_keeps_all_weights_but_the_positions(pretrained):
         (FinetuneRecipe, {"dataset": "x"}, "checkpoint"),
         (FinetuneRecipe, {"checkpoint": "x"}, "dataset"),
         (FinetuneRecipe, {"checkpoint": "x", "dataset": "x", "contrastive_weight": 0.0}, "contrastive_weight"),
+        (
+            FinetuneRecipe,
+            {"checkpoint": "x", "dataset": "x", "matching": MatchingConfig(weight=0.0)},
+            "matching_weight",
+        ),
+        (
+            FinetuneRecipe,
+            {"checkpoint": "x", "dataset": "x", "matching": MatchingConfig(same_codeword=True)},
+            "codebook",
+        ),
+        (
+            FinetuneRecipe,
+            {"checkpoint": "x", "dataset": "x", "matching": MatchingConfig(negatives="all_ranks")},
+            "nearby",
+        ),
+        (EvaluateRecipe, {"scores": "x", "dataset": "x", "split": "x", "captions_per_image": 5}, "give --data"),
+        (EvaluateRecipe, {"scores": "x", "dataset": "x", "split": "x", "ensemble": "y"}, "a checkpoint's"),
         (EvaluateRecipe, {"checkpoint": "x", "data": "x", "dataset": "x"}, "split"),
         (EvaluateRecipe, {"checkpoint": "x", "data": "x", "dataset": "x", "split": "x", "shortlist": 0}, "shortlist"),
         (EvaluateRecipe, {"checkpoint": "x", "data": "x", "dataset": "x", "split": "x", "heads": []}, "heads"),

@@ -167,6 +167,15 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_going_back_removes_what_came_later_but_not_the_only_one(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep_last=3)
+    for step in (3, 5):
+        folder.commit(step, step == 5, lambda path, staging: write(path))
+    assert folder.newest_valid(2) is None and folder.steps() == [3, 5], "nothing to go back to: nothing is thrown away"
+    assert folder.newest_valid(4) == folder.path_of(3) and folder.steps() == [3]
+    assert pointed_to(tmp_path, "latest") == folder.path_of(3) and pointed_to(tmp_path, "best") is None
+
+
 def test_a_writer_killed_in_the_middle_leaves_no_checkpoint(tmp_path):
     folder = CheckpointFolder(tmp_path, keep_last=2)
     child = os.fork()

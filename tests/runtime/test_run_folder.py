@@ -20,6 +20,7 @@ def recipe(tmp_path, *arguments: str) -> PretrainRecipe:
 def opened(tmp_path):
     run = RunFolder(recipe(tmp_path))
     run.open(recipe(tmp_path), Ranks())
+    run.checkpoints.path_of(1).mkdir(parents=True)
     yield run
     run.close()
 
@@ -52,6 +53,11 @@ def test_another_recipe_is_refused_and_every_key_that_differs_named(opened, tmp_
     message = str(error.value)
     assert "optimizer.lr: 0.0001 -> 0.5" in message and "training.seed: 0 -> 3" in message and "--name" in message
     assert "\n" not in message
+
+
+def test_a_start_that_came_to_no_checkpoint_binds_nobody(opened, tmp_path):
+    opened.checkpoints.path_of(1).rmdir()
+    opened.check(recipe(tmp_path, "--optimizer.lr", "0.5"))
 
 
 def test_what_does_not_change_the_run_may_change(opened, tmp_path):
