@@ -61,7 +61,9 @@ def train(recipe: FinetuneRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     task = make_task(recipe).train()
     told = recipe.data.validation
     validation = validation_collection(told, recipe.data.select_on_test) if told else None
+    watchdog.doing("taking the run", 0)
     run.open(recipe, ranks)
+    watchdog.doing("opening the data", 0)
     data, batch_size = open_training_set(recipe.data), recipe.training.global_batch // ranks.world
     transform = TrainTransform(task.image_size, recipe.data.augment, views=1)
     stream = open_stream(

@@ -283,8 +283,8 @@ class LoopConfig:
     """Checkpoints of steps that are multiples of this are kept for good; a multiple of `checkpoint_every`."""
     sick_steps: SickStepConfig = field(default_factory=SickStepConfig)
     rank_timeout: float = 600.0
-    """Seconds without progress after which a rank counts as hung and the run stops, naming it; more than the longest validation
-    or compilation takes. A rank that died is noticed within a twentieth of it, and 30 seconds at most."""
+    """Seconds without progress after which a rank counts as hung and the run stops, naming it; more than the longest validation,
+    compilation or part of the start takes (taking over from a process that vanished without a word is a minute of it). A rank that died is noticed within a twentieth of it, and 30 seconds at most."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -62,12 +62,16 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     data = open_training_set(recipe.data)
     told = recipe.data.validation
     validation = validation_collection(told, recipe.data.select_on_test) if told else None
+    watchdog.doing("taking the run", 0)
     run.open(recipe, ranks)
+    watchdog.doing("making the tokenizer", 0)
     tokenizer = prepare_tokenizer(recipe, run, data, ranks)
 
     torch.manual_seed(recipe.training.seed)
     model = AlignmentModel(recipe.model, tokenizer.vocabulary)
+    watchdog.doing("looking for a checkpoint", 0)
     resumed = find_resume(run, ranks)
+    watchdog.doing("loading weights", 0)
     if resumed is None:
         report = load_starting_weights(model)
         if ranks.first:
