@@ -48,6 +48,16 @@ class StepProfile:
         elif self.steps and self._seen == WARM_UP + self.steps:
             print(self.stop(), flush=True)
 
+    def finish(self) -> None:
+        """No more steps come: print what there is of a profile that they were too few for."""
+        covered = self._seen - WARM_UP
+        if not self.steps or covered >= self.steps:
+            return
+        self.steps = max(1, covered)
+        table = self.stop() if self._profile is not None else ""
+        few = f"no profile: it begins after {WARM_UP} steps, and {self._seen} were taken"
+        print(table if covered > 0 else few, flush=True)
+
     def start(self) -> None:
         for model in self._models:
             self._mark(model)

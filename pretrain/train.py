@@ -140,6 +140,7 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     steps = recipe.training.total_steps(len(data))
     stage = Stage(take_step, measure if validation else None, commit, go_back)
     run_loop(run, recipe.training, stream, stage, sick, watchdog, ranks, device, step, best)
+    profile.finish()
 
 
 def prepare_tokenizer(recipe: PretrainRecipe, run: RunFolder, data: TrainingSet, ranks: Ranks) -> CaptionTokenizer:

@@ -68,6 +68,7 @@ def build_lists(index: Index, queries: np.ndarray, kind: str, target: float) -> 
     about = {
         "lists": lists,
         "read": read,
+        "target": target,
         f"recall@{RECALL_AT}": tried[-1][1],
         "queries": len(queries),
         "measured_with": kind,

@@ -305,6 +305,10 @@ def test_inverted_lists_are_added_to_a_finished_index(made, pretrained, photos, 
     assert main(["index", *options(recipe)]) == 0
     said = capsys.readouterr().out
     assert "nothing to do" in said and "recall@10 against exact search" in said and "words may find less" in said
+    assert main(["index", *options(recipe)]) == 0
+    assert "has its inverted lists already; nothing to do" in capsys.readouterr().out
+    assert main(["index", *options(recipe | {"recall": 0.99})]) == 0
+    assert "has its inverted lists" not in capsys.readouterr().out, "another recall asks for others"
     assert main(["search", "a circle", "--index", str(out), "--approximate"]) == 0
     assert "approximate search of 112 images; inverted lists" in " ".join(capsys.readouterr().out.split())
 

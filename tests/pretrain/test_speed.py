@@ -100,6 +100,20 @@ def test_a_profile_tells_every_part():
     assert not task.student.model.image_encoder._forward_hooks
 
 
+@pytest.mark.parametrize(("steps", "told"), [(1, "no profile"), (2, "no profile"), (3, "student / images"), (5, "")])
+def test_a_profile_of_more_steps_than_come_prints_what_there_is(steps, told, capsys):
+    task = tiny.task(tiny.recipe())
+    profile = StepProfile(3, task.student.model, task.teacher.model, torch.device("cpu"))
+    (inputs,), _ = task.prepare(tiny.batch(8), 2.0, 8)
+    for _ in range(steps):
+        task.student(inputs)
+        profile.after_step()
+    capsys.readouterr()
+    profile.finish()
+    assert told in (out := capsys.readouterr().out) and bool(out) == bool(told)
+    assert not task.student.model.image_encoder._forward_hooks
+
+
 def test_layers_compile_without_a_graph_break():
     model = tiny.model()
     tokens, states, mask = torch.randn(2, 5, 32), torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool)
