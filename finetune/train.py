@@ -21,7 +21,7 @@ from data_tools.transforms import TrainTransform
 from finetune.config import FinetuneRecipe
 from finetune.task import RetrievalTask, make_task
 from pretrain.load import copy_weights
-from pretrain.loop import Stage, run_loop
+from pretrain.loop import Stage, hold_run, run_loop
 from pretrain.model.alignment_model import TextBatch
 from pretrain.objectives.state import Keys, MicroBatch
 from pretrain.sick_steps import SickSteps
@@ -32,24 +32,15 @@ from runtime.checkpoint import read_tensors, write_checkpoint
 from runtime.checkpoint_writer import Write, host_copies
 from runtime.errors import CheckpointError, LigatureError, RecipeError
 from runtime.files import read_json
-from runtime.ranks import Ranks, join, sum_over_ranks
+from runtime.ranks import Ranks, sum_over_ranks
 from runtime.recipe import write_recipe
 from runtime.run_folder import RunFolder
-from runtime.watchdog import Watchdog, watch_ranks
+from runtime.watchdog import Watchdog
 
 
 def finetune(recipe: FinetuneRecipe) -> Path:
     """Fine-tune by the recipe, or go on from its last checkpoint. -> the run's folder."""
-    run = RunFolder(recipe)
-    run.check(recipe)
-    if not run.finished():
-        ranks, device = join(recipe.training.device, recipe.training.rank_timeout)
-        try:
-            with watch_ranks(ranks, recipe.training.rank_timeout) as watchdog:
-                train(recipe, run, ranks, device, watchdog)
-        finally:
-            run.close()
-    return run.path
+    return hold_run(recipe, train)
 
 
 def train(recipe: FinetuneRecipe, run: RunFolder, ranks: Ranks, device: torch.device, watchdog: Watchdog) -> None:

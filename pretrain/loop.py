@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ from runtime.errors import Interrupted, LigatureError
 from runtime.interrupts import watch_interrupts
 from runtime.metrics import MetricsLog
 from runtime.progress import progress
-from runtime.ranks import Ranks, any_rank, sum_over_ranks
+from runtime.ranks import Ranks, any_rank, join, sum_over_ranks
 from runtime.run_folder import RunFolder
 from runtime.straggler import StragglerWatch
-from runtime.watchdog import Watchdog
+from runtime.watchdog import Watchdog, watch_ranks
 
 
 @dataclass
@@ -144,6 +145,20 @@ def run_loop(
     if log:
         log.close()
         run.finish({"steps": step, "best_rsum": best, "quarantined": stream.count_bad(), "skipped_steps": sick.skipped})
+
+
+def hold_run(recipe: Any, train: Callable[[Any, RunFolder, Ranks, torch.device, Watchdog], None]) -> Path:
+    """One rank's way through a run: meet the others, hold the run's folder, train, leave it. A finished run does nothing. -> the folder."""
+    run = RunFolder(recipe)
+    run.check(recipe)
+    if not run.finished():
+        ranks, device = join(recipe.training.device, recipe.training.rank_timeout)
+        try:
+            with watch_ranks(ranks, recipe.training.rank_timeout) as watchdog:
+                train(recipe, run, ranks, device, watchdog)
+        finally:
+            run.close()
+    return run.path
 
 
 def over_ranks(figures: dict[str, Tensor], device: torch.device, ranks: Ranks) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import timm
@@ -124,7 +125,7 @@ def _read_bert(config: TextEncoderConfig, key: str) -> dict[str, Tensor]:
     return from_bert(bert.state_dict(), config.layers)
 
 
-def _copy_bert(mine: dict[str, Tensor], theirs: dict[str, Tensor], config: TextEncoderConfig, key: str) -> list[str]:
+def _copy_bert(mine: Mapping[str, Tensor], theirs: dict[str, Tensor], config: TextEncoderConfig, key: str) -> list[str]:
     """Copy what has a place of its name. -> the names that were used."""
     used = [name for name in theirs if name in mine]
     for name in used:
@@ -140,7 +141,7 @@ def _copy_bert(mine: dict[str, Tensor], theirs: dict[str, Tensor], config: TextE
 def load_bert_encoder(encoder: TextEncoder, config: TextEncoderConfig, key: str) -> None:
     """Start a text encoder alone from a BERT, which must have every tensor of it. Raises CheckpointError."""
     mine = {f"text_encoder.{name}": parameter for name, parameter in encoder.named_parameters()}
-    used = _copy_bert(dict(mine), _read_bert(config, key), config, key)
+    used = _copy_bert(mine, _read_bert(config, key), config, key)
     if missing := sorted(mine.keys() - set(used)):
         raise CheckpointError(
             f"{key}.weights: {config.weights} lacks {missing[0]}; is {key}.layers {config.layers} right?"
@@ -149,7 +150,7 @@ def load_bert_encoder(encoder: TextEncoder, config: TextEncoderConfig, key: str)
 
 def _load_bert(model: AlignmentModel, config: TextEncoderConfig) -> list[str]:
     theirs, mine = _read_bert(config, "model.text"), dict(model.named_parameters())
-    used = _copy_bert(dict(mine), theirs, config, "model.text")
+    used = _copy_bert(mine, theirs, config, "model.text")
     text_side = [name for name in mine if name.startswith(("text_encoder", "fusion_encoder", "masked_language_head"))]
     fresh = [name for name in text_side if name not in used]
     unused = [name for name in theirs if name not in mine]

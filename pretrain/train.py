@@ -19,7 +19,7 @@ from pretrain.config import PretrainRecipe, divide_batch
 from pretrain.encode import encode_collection
 from pretrain.engine import Engine
 from pretrain.load import describe_model
-from pretrain.loop import Stage, mean_figures, run_loop
+from pretrain.loop import Stage, hold_run, mean_figures, run_loop
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.sick_steps import SickSteps
 from pretrain.starting_weights import load_starting_weights
@@ -30,10 +30,10 @@ from runtime.checkpoint import read_tensors, verify_checkpoint, write_checkpoint
 from runtime.checkpoint_writer import Write, host_copies
 from runtime.errors import SickRun
 from runtime.files import read_json
-from runtime.ranks import Ranks, barrier, from_first, join, sum_over_ranks
+from runtime.ranks import Ranks, barrier, from_first, sum_over_ranks
 from runtime.recipe import write_recipe
 from runtime.run_folder import RunFolder
-from runtime.watchdog import Watchdog, watch_ranks
+from runtime.watchdog import Watchdog
 
 TOKENIZER_CAPTIONS = 2_000_000
 """Captions the tokenizer is trained on, at most."""
@@ -44,16 +44,7 @@ def pretrain(recipe: PretrainRecipe) -> Path:
 
     Raises Interrupted when a signal asked it to stop (its state is saved), other LigatureErrors for mistakes.
     """
-    run = RunFolder(recipe)
-    run.check(recipe)
-    if not run.finished():
-        ranks, device = join(recipe.training.device, recipe.training.rank_timeout)
-        try:
-            with watch_ranks(ranks, recipe.training.rank_timeout) as watchdog:
-                train(recipe, run, ranks, device, watchdog)
-        finally:
-            run.close()
-    return run.path
+    return hold_run(recipe, train)
 
 
 def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.device, watchdog: Watchdog) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 import sys
 import time
@@ -40,7 +41,7 @@ class StragglerWatch:
         """Means since the last look -> figures to log; the slowest rank is named on stderr when it begins to fall behind, and the
         ranks' figures are in `ranks.json` of `folder`. A collective."""
         count = max(1, self._count)
-        rows = tell_all((self._waited / count, self._own / count, self._taken / count, _host()))
+        rows = tell_all((self._waited / count, self._own / count, self._taken / count, platform.node()))
         self._waited, self._own, self._taken, self._count = 0.0, 0.0, 0.0, 0
         own = [row[1] for row in rows]
         usual = statistics.median_low(own)
@@ -77,9 +78,3 @@ class StragglerWatch:
             write_json(folder / "ranks.json", {"step": step, "ranks": ranks})
         except LigatureError as error:
             print(f"ligature: {error}", file=sys.stderr)
-
-
-def _host() -> str:
-    import platform
-
-    return platform.node()
