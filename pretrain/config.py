@@ -119,10 +119,8 @@ class MaskedLanguageConfig:
     """[SEP] may be chosen too, as in ALBEF's code; it is predicted without reading anything."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise RecipeError(
-                f"objectives.masked_language.share is {self.share}; it is a share of the words, above 0 and at most 1"
-            )
+        if not 0 <= self.share <= 1:
+            raise RecipeError(f"objectives.masked_language.share is {self.share}; it is a share of the words, 0 to 1")
 
 
 @dataclass

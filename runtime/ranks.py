@@ -67,26 +67,10 @@ def choose_device(asked: str, ranks: Ranks) -> torch.device:
             "training.device is `cuda` but torch sees no GPU here; use a node with one, or --training.device cpu"
         )
     if asked == "cpu" or not torch.cuda.is_available():
-        keep_freed_memory()
         return torch.device("cpu")
     device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory that tensors give back, for the next ones. (Other C libraries have no such switch, and no such need.)
-
-    By default it returns the end of the heap to the system beyond twice the largest block freed, so that tensors of a few
-    megabytes are mapped and faulted in again at every operation: a quarter of the time of HAT's t-i scores.
-    """
-    import ctypes
-
-    trim_threshold, map_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(trim_threshold, 2**31 - 1)
-        library.mallopt(map_threshold, 32 << 20)  # the most it takes
 
 
 def join(asked_device: str = "auto", timeout: float = 600.0) -> tuple[Ranks, torch.device]:
