@@ -7,7 +7,8 @@ The first form is the claim: at least 6 x for i-t and 3 x for t-i over the three
 captions of 6 to 24 words). SCAN's formula goes caption by caption over a block of 128 images, as its public code does; both
 sides get the same random tokens and as many threads. Each is shown with its share of the rate of a plain matrix product. Times
 are the least of the repeats, taken in turn. The aims are of SCAN's own blocks, `--images 128` (2 minutes for t-i, a quarter of an hour
-for i-t); in smaller ones SCAN's temporaries stay in the cache and the ratio is lower. Exits 1 where a ratio falls short, or where the scores differ by more than 1e-4.
+for i-t); in smaller ones SCAN's temporaries stay in the cache and the ratio is lower. Exits 1 where a ratio falls short, or
+where the scores differ by more than 1e-4.
 
 The second form re-ranks a dual head's shortlist: time and R@K by its size, against all pairs.
 """

@@ -4,7 +4,7 @@
 
 It draws a small world, two objects of four colours, four shapes and two sizes: in the demo's large one relations are not learned at
 all (docs/shapes.md). Of each seed one single-stream model is pretrained, then tuned to match each caption against itself with place
-words exchanged, which teaches a fusion model who stands where. Every arm is of that joint model, with the same data in the same order:
+words exchanged, which can teach a fusion model who stands where (docs/retrieval.md says how far it did). Every arm is of that joint model, with the same data in the same order:
 
     dual         its projected features
     fusion       its fusion encoder on every pair
