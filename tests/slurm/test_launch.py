@@ -33,8 +33,9 @@ def test_what_the_cluster_cannot_do_is_refused_in_a_line(cluster, ligature):
 
 
 def test_a_run_of_another_recipe_is_refused_unless_one_insists(cluster, ligature):
-    first = ligature.submit("pretrain", *HELD)
-    cluster.run("scancel", str(first))
+    cluster.run("scancel", str(ligature.submit("pretrain", *HELD, "--optimizer.lr", "0.2")))
+    cluster.run("scancel", str(ligature.submit("pretrain", *HELD)))  # what came to no checkpoint binds nobody
+    (ligature.run_folder() / "checkpoints" / "step-20").mkdir(parents=True)
     said = ligature("launch", "slurm", *HELD, "--optimizer.lr", "0.5", code=2)
     assert "belongs to another recipe (optimizer.lr: 0.001 -> 0.5)" in said and said.count("\n") == 1
     assert cluster.run("squeue", "--noheader") == ""
