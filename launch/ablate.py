@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.ablation_config import AblateRecipe, Comparison
-from launch.demo import heading, run
+from launch.demo import heading
+from launch.workers import Workers
 from runtime.checkpoint import pointed_to
 from runtime.errors import DataError, RecipeError
 from runtime.files import read_json, write_json, write_text
@@ -23,11 +24,17 @@ Found = dict[str, dict[str, dict[int, dict[str, float]]]]
 """condition -> arm -> seed -> measure -> value"""
 
 
-def ablate(recipe: AblateRecipe, start: Callable[..., None] = run) -> str:
+def ablate(recipe: AblateRecipe) -> str:
     """Run what has not been run yet, arm by arm within a seed, and write `results.json` and `table.md`. -> the table.
 
     A run that was interrupted goes on; the same command again does only what is missing.
     """
+    with Workers(recipe.jobs) as start:
+        return run_arms(recipe, start)
+
+
+def run_arms(recipe: AblateRecipe, start: Callable[..., None]) -> str:
+    """`ablate`, its commands run by `start`."""
     from launch.cli import read_stage
 
     folder = Path(recipe.runs) / recipe.name

@@ -9,11 +9,12 @@ import pytest
 import torch
 from scipy import stats
 
-from launch.ablate import ablate, options, paired, verdict
+from launch.ablate import ablate, options, paired, run_arms, verdict
 from launch.ablation_config import AblateRecipe, Comparison
 from launch.cli import main, read_stage
 from launch.codeword_information import corrected, information
-from runtime.errors import RecipeError
+from launch.workers import Workers
+from runtime.errors import LigatureError, RecipeError
 from runtime.files import write_json
 
 ARMS = {"a": {}, "b": {"objectives.contrastive.intra_modal": True}}
@@ -44,14 +45,14 @@ def fake(commands: list[list[str]], worth):
 
 def test_arms_share_seeds_and_differ_in_their_keys_alone(tmp_path, capsys):
     commands: list[list[str]] = []
-    ablate(recipe(tmp_path), fake(commands, lambda name: 0.5))
+    run_arms(recipe(tmp_path), fake(commands, lambda name: 0.5))
     runs = [command for command in commands if command[0] == "pretrain"]
     assert len(runs) == 6 and len(commands) == 12
     for first, second in zip(runs[::2], runs[1::2], strict=True):
         assert first[first.index("--training.seed") + 1] == second[second.index("--training.seed") + 1]
         assert [part for part in second if part not in first][-2:] == ["--objectives.contrastive.intra_modal", "true"]
     commands.clear()
-    ablate(recipe(tmp_path), fake(commands, lambda name: 0.5))
+    run_arms(recipe(tmp_path), fake(commands, lambda name: 0.5))
     assert not commands, "what stands is not done again"
 
 
@@ -60,7 +61,7 @@ def test_several_at_a_time_come_to_the_same_table(tmp_path, capsys):
         name: number * 0.01
         for number, name in enumerate(("a-seed0", "b-seed0", "a-seed1", "b-seed1", "a-seed2", "b-seed2"))
     }
-    tables = [ablate(recipe(tmp_path / str(jobs), jobs=jobs), fake([], noise.__getitem__)) for jobs in (1, 3)]
+    tables = [run_arms(recipe(tmp_path / str(jobs), jobs=jobs), fake([], noise.__getitem__)) for jobs in (1, 3)]
     assert tables[0] == tables[1] and "6 of 6 runs, 0:00 left" in capsys.readouterr().out
 
 
@@ -70,17 +71,17 @@ def test_a_difference_in_every_seed_is_resolved_and_one_within_the_noise_is_not(
     def worth(gain):
         return lambda name: 0.5 + noise[name.split("-")[-1]] + gain(name)
 
-    sure = ablate(
+    sure = run_arms(
         recipe(tmp_path / "1"),
         fake([], worth(lambda name: 0.02 + 0.001 * ("seed1" in name) if "b-" in name else 0)),
     )
     assert "| +0.0203 |" in sure and "| resolved | better |" in sure
-    unsure = ablate(recipe(tmp_path / "2"), fake([], worth(lambda name: noise[name[-5:]] if "b-" in name else 0)))
+    unsure = run_arms(recipe(tmp_path / "2"), fake([], worth(lambda name: noise[name[-5:]] if "b-" in name else 0)))
     assert "| unresolved |" in unsure and (tmp_path / "2" / "try" / "table.md").read_text().startswith("### try")
 
 
 def test_conditions_are_compared_within_themselves(tmp_path):
-    text = ablate(
+    text = run_arms(
         recipe(tmp_path, conditions={"clean": {"data.train": "x"}, "wrong": {"data.train": "y"}}),
         fake([], lambda name: 0.9 if name.startswith("clean") else 0.4),
     )
@@ -125,7 +126,7 @@ def test_an_arm_of_several_comparisons_runs_once(tmp_path):
     commands: list[list[str]] = []
     arms = ARMS | {"c": {"objectives.codebook.weight": 0.25}}
     twice = {"one": Comparison("a", {"b": "above"}), "two": Comparison("b", {"c": "below", "a": ""})}
-    text = ablate(recipe(tmp_path, arms=arms, comparisons=twice), fake(commands, lambda name: 0.5))
+    text = run_arms(recipe(tmp_path, arms=arms, comparisons=twice), fake(commands, lambda name: 0.5))
     assert sum(command[0] == "pretrain" for command in commands) == 9
     assert "### one" in text and "### two" in text and text.count("minus `b`") == 1 and "| below |" in text
 
@@ -153,7 +154,7 @@ def test_an_arm_with_an_unknown_key_stops_before_anything_runs(tmp_path, capsys)
 def test_records_are_not_taken_for_another_recipes(tmp_path):
     commands: list[list[str]] = []
     start = fake(commands, lambda name: 0.5)
-    ablate(recipe(tmp_path), start)
+    run_arms(recipe(tmp_path), start)
     for changed in (
         {"arms": ARMS | {"b": {"objectives.codebook.weight": 0.25}}},
         {"arms": {"b": ARMS["b"], "a": {"objectives.codebook.weight": 0.25}}},
@@ -163,10 +164,49 @@ def test_records_are_not_taken_for_another_recipes(tmp_path):
         {"seeds": [0, 1]},
     ):
         with pytest.raises(RecipeError, match=f"records of another recipe \\({next(iter(changed))}: "):
-            ablate(recipe(tmp_path, **changed), start)
+            run_arms(recipe(tmp_path, **changed), start)
     commands.clear()
     more = {"arms": ARMS | {"c": {"objectives.codebook.weight": 0.25}}, "seeds": [0, 1, 2, 3]}
-    ablate(recipe(tmp_path, comparisons=expected(b="better", c="worse"), **more), start)
+    run_arms(recipe(tmp_path, comparisons=expected(b="better", c="worse"), **more), start)
     assert (
         sum(command[0] == "pretrain" for command in commands) == 6
     )  # one arm of three seeds, and three of the new seed
+
+
+def test_what_a_process_ran_before_does_not_show_in_a_run(drawn, tmp_path, capfd):
+    """Two arms of the same recipe, one after another in one process: they differ in nothing."""
+    (tmp_path / "base.yaml").write_text(
+        json.dumps(
+            {
+                "name": "base",
+                "data": {"train": str(drawn / "train"), "vocabulary": 400, "workers": 0},
+                "model": {
+                    "image": {"image_size": 32, "patch": 8, "width": 48, "depth": 2, "heads": 4},
+                    "text": {"width": 48, "layers": 1, "heads": 4, "feed_forward": 96, "positions": 48},
+                    "fusion": {"layers": 1},
+                    "feature_dim": 32,
+                    "codewords": 16,
+                },
+                "teacher": {"queue": 64},
+                "optimizer": {"lr": 1.0e-3, "min_lr": 1.0e-5, "warmup_steps": 2},
+                "training": {"global_batch": 16, "micro_batch": 16, "steps": 4, "precision": "fp32", "device": "cpu"},
+            }
+        )
+    )
+    told = {"base": str(tmp_path / "base.yaml"), "arms": {"a": {}, "b": {}}, "seeds": [0, 1], "runs": str(tmp_path)}
+    ablate(AblateRecipe(name="same", data=str(drawn / "test"), comparisons=expected(), **told))
+    found = json.loads((tmp_path / "same" / "results.json").read_text())[""]
+    assert found["a"] == found["b"] and found["a"]["0"]["MRR"] != found["a"]["1"]["MRR"]
+    weights = [
+        next((tmp_path / "same" / arm).glob("checkpoints/step-*/model.safetensors")) for arm in ("a-seed0", "b-seed0")
+    ]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_command_that_fails_in_a_worker_stops_the_ablation_with_its_code(tmp_path):
+    with (
+        Workers(1) as start,
+        pytest.raises(LigatureError, match="stopped in `ligature pretrain --config nothing.yaml`") as told,
+    ):
+        start("pretrain", "--config", "nothing.yaml")
+    assert told.value.exit_code == 2
