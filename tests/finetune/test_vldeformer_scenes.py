@@ -30,12 +30,12 @@ def test_a_bag_of_words_has_half_of_the_relations():
 
 def test_a_choice_is_one_name_of_a_shape_that_is_not_there_and_was_not_trained():
     told = campaign.choices(60)
-    drawn = scenes("test", 120, world=campaign.WORLD)
+    drawn = scenes("test", 240, world=campaign.WORLD)
     assert len(told) == 60
     for number, true, altered in told:
         (place,) = (i for i, (a, b) in enumerate(zip(true.split(), altered.split(), strict=True)) if a != b)
         old, new = (campaign.single(caption.split()[place]) for caption in (true, altered))
-        assert old in SHAPES and new in campaign.HELD_OUT and new not in campaign.TRAINED
+        assert {old, new} == set(campaign.HELD_OUT) and not {old, new} & set(campaign.TRAINED)
         shapes = [group.shape for group in drawn[number].groups]
         assert old in shapes and new not in shapes
         assert true.split()[place].endswith("s") in (
@@ -43,6 +43,14 @@ def test_a_choice_is_one_name_of_a_shape_that_is_not_there_and_was_not_trained()
             old == "cross",
             new == "cross",
         )
+
+
+def test_a_rule_over_words_has_half_of_the_choices():
+    told = campaign.choices(300)
+    assert len(told) == 300
+    for liked in SHAPES:
+        rule = torch.tensor([[float(liked in one), float(liked in other)] for _, one, other in told])
+        assert campaign.share_right(rule) == 50
 
 
 def test_ties_are_half():
