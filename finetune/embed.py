@@ -39,7 +39,7 @@ def index(recipe: IndexRecipe) -> None:
     out = Path(recipe.out)
     hash = checkpoint_hash(find_checkpoint(recipe.checkpoint))
     with claimed(out, ranks):
-        if from_first(ranks, lambda: _finished(out, hash, recipe.data)):
+        if from_first(ranks, lambda: _finished(out, hash, recipe)):
             if ranks.first:
                 tidy(out)
                 print(f"{out} is complete: {_told(Index(out))}; nothing to do, remove it to index again")
@@ -77,18 +77,22 @@ def claimed(out: Path, ranks: Ranks) -> Iterator[None]:
                 out.rmdir()
 
 
-def _finished(out: Path, hash: str, data: str) -> bool:
-    """Whether the index is there. Raises DataError where another checkpoint made it, or it is of other images."""
+def _finished(out: Path, hash: str, recipe: IndexRecipe) -> bool:
+    """Whether the index is there. Raises DataError where another checkpoint made it, or it is of other images; lists are added to
+    one whose folder has changed since, which is told."""
     if not (out / MANIFEST).is_file():
         return False
     about = Index(out).about
     made, place = about["checkpoint"], about["source"]["place"]
-    images = open_gallery(data).fingerprint
+    data = recipe.data
     if made != hash:
         raise DataError(f"{out} was made by checkpoint {made}, not by {hash}; give another --out, or remove it")
     if place != _place(data):
         raise DataError(f"{out} is of the images of {place}, not of {data}; give another --out, or remove it")
-    if about["source"]["fingerprint"] != images:
+    if about["source"]["fingerprint"] != open_gallery(data).fingerprint:
+        if recipe.approximate != "none":
+            print(f"{data} has changed since {out} was made; the lists are of what was indexed then")
+            return True
         raise DataError(
             f"{out} is of other images than {data} holds now; give another --out, or remove it to index them anew"
         )

@@ -74,13 +74,14 @@ def join_parts(folder: Path, parts: int, about: dict[str, Any]) -> dict[str, Any
     """
     remove_leftovers(folder)
     paths = [part_path(folder, part) for part in range(parts)]
-    arrays = [np.load(path / VECTORS, mmap_mode="r") for path in paths]
-    rows, width = sum(map(len, arrays)), arrays[0].shape[1]
+    rows = sum(pq.read_metadata(path / IMAGES).num_rows for path in paths)
+    width = np.load(paths[0] / VECTORS).shape[1]
     with replaced_file(folder / VECTORS) as temporary:
         # Not by name: numpy would append .npy to it.
         whole = np.lib.format.open_memmap(str(temporary), mode="w+", dtype=np.float32, shape=(rows, width))
         start = 0
-        for array in arrays:
+        for path in paths:  # one at a time: a million images are more parts than a process may have files open
+            array = np.load(path / VECTORS)
             whole[start : start + len(array)] = array
             start += len(array)
         whole.flush()

@@ -38,17 +38,14 @@ def fusion_scores(
     model: AlignmentModel, encodings: Encodings, lists: Shortlists, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
     """Matching logits of the shortlists' pairs: each image's captions (images, k) and each caption's images (captions, k)."""
-    found: list[np.ndarray] = []
-    with progress("re-ranking", lists.captions.size + lists.images.size, "pairs") as bar:
-        for best, by_image in ((lists.captions, True), (lists.images, False)):
-            logits = np.empty(best.shape, dtype=np.float32)
-            step = max(1, PAIRS // best.shape[1])
-            for start in range(0, len(best), step):
-                candidates = torch.from_numpy(best[start : start + step].copy())
-                queries = torch.arange(start, start + len(candidates))[:, None].expand_as(candidates)
-                image, text = (queries, candidates) if by_image else (candidates, queries)
-                scored = match_pairs(model, encodings, image.flatten(), text.flatten(), device)
-                logits[start : start + step] = scored.view(candidates.shape).numpy()
-                bar.advance(candidates.numel())
-            found.append(logits)
-    return found[0], found[1]
+    assert encodings.text_mask is not None
+    shortest = encodings.text_mask.sum(1).argsort().numpy()  # captions of a length go together: little padding
+    image, place = np.nonzero(lists.wanted()[:, shortest])
+    text = shortest[place]
+    scores = np.empty((len(lists.captions), len(lists.images)), dtype=np.float32)
+    with progress("re-ranking", len(image), "pairs") as bar:
+        for start in range(0, len(image), PAIRS):
+            pairs = image[start : start + PAIRS], text[start : start + PAIRS]
+            scores[pairs] = match_pairs(model, encodings, *map(torch.from_numpy, pairs), device).numpy()
+            bar.advance(len(pairs[0]))
+    return lists.of(scores)

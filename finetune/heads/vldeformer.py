@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -39,26 +40,30 @@ def contrastive_loss(
     altered_text: Tensor | None = None,
     usable_image: Tensor | None = None,
     usable_text: Tensor | None = None,
+    donor_ids: Tensor | None = None,
 ) -> Tensor:
     """Eq. 1-3: both directions summed; every altered sample of the global batch joins the other side's denominators.
 
     image, text and their altered forms: unit-norm (batch, width) of this rank; image_ids: (batch,); usable: (batch,) bool, which
-    altered forms differ from their originals. Other captions of an anchor's image are left out of its denominator. Candidates are
-    gathered with their gradient, so the mean over ranks is the loss of the global batch.
+    altered forms differ from their originals; donor_ids: (batch,) the image that an altered image's new patches are of. Left out of
+    an anchor's denominator: other captions of its image, and of a caption altered images that show patches of its own image.
+    Candidates are gathered with their gradient, so the mean over ranks is the loss of the global batch.
     """
     own = torch.arange(len(image), device=image.device) + len(image) * _rank()
     same = image_ids[:, None] == gather_rows(image_ids)[None]
     same = same & (own[:, None] != torch.arange(same.shape[1], device=same.device))
     total = torch.zeros((), dtype=image.dtype, device=image.device)
-    for anchor, matched, altered, usable in (
-        (text, image, altered_image, usable_image),
-        (image, text, altered_text, usable_text),
+    for anchor, matched, altered, usable, donors in (
+        (text, image, altered_image, usable_image, donor_ids),
+        (image, text, altered_text, usable_text, None),
     ):
         logits = (anchor @ GatherRows.apply(matched).T / temperature).masked_fill(same, -torch.inf)
         if altered is not None and usable is not None:
             harder = anchor @ GatherRows.apply(altered).T / temperature
-            out = ~gather_rows(usable.to(torch.uint8)).bool()
-            logits = torch.cat([logits, harder.masked_fill(out[None], -torch.inf)], 1)
+            out = ~gather_rows(usable.to(torch.uint8)).bool()[None]
+            if donors is not None:
+                out = out | (image_ids[:, None] == gather_rows(donors)[None])
+            logits = torch.cat([logits, harder.masked_fill(out, -torch.inf)], 1)
         total = total + functional.cross_entropy(logits, own)
     return total
 
@@ -96,7 +101,10 @@ class VLDeformerTask(RetrievalTask):
         if config.start == "unpretrained":
             network = AlignmentModel(network.config, self.tokenizer.vocabulary)
             load_starting_weights(network)
-        elif config.start == "fresh_joint":
+        guide = copy.deepcopy(
+            network
+        )  # before joint layers are made anew: where nouns are seen is not that ablation's question
+        if config.start == "fresh_joint":
             network.fusion_encoder = AlignmentModel(network.config, self.tokenizer.vocabulary).fusion_encoder
         self.source = dataclasses.replace(network.config, codewords=0, levels=[])
         self.captions: AlteredCaptions | None = None
@@ -107,11 +115,8 @@ class VLDeformerTask(RetrievalTask):
             self.captions = AlteredCaptions(negatives, opened, self.tokenizer)
             lexicon = f", words of {opened.name}"
             if negatives.image and negatives.attended:  # the model as it started knows where nouns are in a picture
-                self.guide = AlignmentModel(network.config, self.tokenizer.vocabulary)
-                self.guide.load_state_dict(network.state_dict())
-                self.guide.requires_grad_(False)
+                self.guide = guide.requires_grad_(False)
                 self.frozen = start.hash
-        torch.manual_seed(recipe.training.seed)  # whatever the guide drew
         self.model = Decomposed(network, config.pooling)
         before = {
             "unpretrained": "its sizes alone, not its weights",
@@ -135,16 +140,20 @@ class VLDeformerTask(RetrievalTask):
                 altered |= {"altered_text": self.model.encode_text(ids, new_mask), "usable_text": usable}
                 figures["unaltered_captions"] = (~usable).float().mean()
             if self.captions and config.negatives.image:
-                pixels, usable = self._altered_images(batch)
-                altered |= {"altered_image": self.model.encode_image(pixels), "usable_image": usable}
+                pixels, usable, donors = self._altered_images(batch)
+                altered |= {
+                    "altered_image": self.model.encode_image(pixels),
+                    "usable_image": usable,
+                    "donor_ids": donors,
+                }
             with torch.autocast(image.device.type, enabled=False):  # bf16 cannot hold a cosine divided by 0.005
                 loss = contrastive_loss(image, text, batch.image_ids, config.temperature, **altered)
             figures |= margins(image.detach(), text.detach(), altered)
         return loss, {"loss": loss.detach(), config.loss: loss.detach(), **figures}
 
     @torch.no_grad()
-    def _altered_images(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Images with patches of others of the micro-batch, and (batch,) bool: where there is another image to take from."""
+    def _altered_images(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Images with patches of others of the micro-batch; (batch,) bool, where there is another image to take from; its id."""
         negatives = self.recipe.vldeformer.negatives
         side = self.image_size // self.model.image_encoder.vit.patch_embed.patch_size[0]
         numbers = torch.from_numpy(self._numbers(batch, PATCHES, 1 + side * side)).to(batch.images.device)
@@ -159,7 +168,8 @@ class VLDeformerTask(RetrievalTask):
         chosen = choose_patches(attention, numbers[:, 1:], negatives.attended, negatives.rest)
         same = batch.image_ids[:, None] == batch.image_ids[None]
         donors, exists = draw_negatives(torch.zeros_like(same, dtype=torch.float64), same, numbers[:, 0])
-        return exchange_patches(batch.images, chosen.unflatten(1, (side, side)), donors), exists
+        altered = exchange_patches(batch.images, chosen.unflatten(1, (side, side)), donors)
+        return altered, exists, batch.image_ids[donors]
 
     def _numbers(self, batch: MicroBatch, purpose: int, count: int) -> np.ndarray:
         """(batch, count) uniform numbers that belong to the samples."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from finetune.heads import fusion
 from finetune.heads.fusion import fusion_scores, match_pairs
 from finetune.shortlist import make_shortlists
 from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
@@ -60,6 +61,21 @@ def test_a_shortlist_of_all_orders_by_matching_alone(model, encodings):
     matching = match_pairs(model, encodings, image, text, CPU).view(3, 9).numpy()
     assert np.array_equal(to_text.argsort(1), matching.argsort(1))
     assert np.array_equal(to_image.argsort(1), matching.T.argsort(1))
+
+
+def test_a_pair_is_scored_once_and_so_many_at_a_time_whatever_the_lists(model, encodings, monkeypatch):
+    similarity, seen = (encodings.image @ encodings.text.T).numpy(), []
+
+    def scored(model, encodings, image, text, device):
+        seen.append(list(zip(image.tolist(), text.tolist(), strict=True)))
+        return match_pairs(model, encodings, image, text, device)
+
+    monkeypatch.setattr(fusion, "PAIRS", 4)
+    wanted = in_new_order(model, encodings, similarity, 100)
+    monkeypatch.setattr(fusion, "match_pairs", scored)
+    found = in_new_order(model, encodings, similarity, 100)
+    assert [len(pairs) for pairs in seen] == [4] * 6 + [3] and len({pair for pairs in seen for pair in pairs}) == 27
+    assert all(np.array_equal(*both) for both in zip(wanted, found, strict=True))
 
 
 def test_what_is_not_on_the_shortlist_keeps_its_order_below_it(model, encodings):

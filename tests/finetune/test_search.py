@@ -309,6 +309,12 @@ def test_inverted_lists_are_added_to_a_finished_index(made, pretrained, photos, 
     assert "has its inverted lists already; nothing to do" in capsys.readouterr().out
     assert main(["index", *options(recipe | {"recall": 0.99})]) == 0
     assert "has its inverted lists" not in capsys.readouterr().out, "another recall asks for others"
+    (photos / "new.png").write_bytes(b"a photo that came later")
+    try:
+        assert main(["index", *options(recipe)]) == 0
+    finally:
+        (photos / "new.png").unlink()
+    assert "has changed since" in capsys.readouterr().out
     assert main(["search", "a circle", "--index", str(out), "--approximate"]) == 0
     assert "approximate search of 112 images; inverted lists" in " ".join(capsys.readouterr().out.split())
 

@@ -103,24 +103,24 @@ def test_an_embedding_is_the_tanh_of_the_mean_token_and_compares_by_cosine():
     torch.testing.assert_close(parts.encode_text(ids, mask), normalize(torch.tanh(states[:, 0]), dim=-1))
 
 
-def by_hand(image, text, altered_image, altered_text, usable_image, usable_text, same, tau):
-    """Eq. 1-3 for one batch, in plain Python."""
+def by_hand(image, text, altered_image, altered_text, usable_image, usable_text, same, tau, shown=None):
+    """Eq. 1-3 for one batch, in plain Python. shown[i][j]: altered image j shows patches of caption i's image."""
 
     def cos(one, other):
         dot = sum(a * b for a, b in zip(one, other, strict=True))
         return dot / math.sqrt(sum(a * a for a in one)) / math.sqrt(sum(b * b for b in other))
 
     total, count = 0.0, len(image)
-    for anchors, matched, altered, usable in (
-        (text, image, altered_image, usable_image),
-        (image, text, altered_text, usable_text),
+    for anchors, matched, altered, usable, left_out in (
+        (text, image, altered_image, usable_image, shown),
+        (image, text, altered_text, usable_text, None),
     ):
         for i in range(count):
             below = 0.0
             for j in range(count):
                 if i == j or not same[i][j]:
                     below += math.exp(cos(anchors[i], matched[j]) / tau)
-                if altered is not None and usable[j]:
+                if altered is not None and usable[j] and not (left_out and left_out[i][j]):
                     below += math.exp(cos(anchors[i], altered[j]) / tau)
             total -= math.log(math.exp(cos(anchors[i], matched[i]) / tau) / below) / count
     return total
@@ -146,6 +146,12 @@ def test_the_loss_is_the_papers_by_hand_for_three_pairs(ids, usable_image, usabl
     more = (unit[2], unit[3], torch.tensor(usable_image), torch.tensor(usable_text)) if hard else ()
     found = contrastive_loss(unit[0], unit[1], torch.tensor(ids), 0.05, *more)
     assert found.item() == pytest.approx(wanted, rel=1e-10)
+    if hard:
+        donors = [ids[1], ids[2], ids[0]]
+        shown = [[one == donor for donor in donors] for one in ids]
+        wanted = by_hand(*lists, usable_image, usable_text, same, 0.05, shown)
+        found = contrastive_loss(unit[0], unit[1], torch.tensor(ids), 0.05, *more, torch.tensor(donors))
+        assert found.item() == pytest.approx(wanted, rel=1e-10)
 
 
 def test_pairwise_cosine_draws_pairs_together_and_others_apart():
@@ -295,6 +301,13 @@ def test_a_cross_attention_checkpoint_goes_the_same_way_and_says_what_it_is(pret
     task(retrieval_batch(a_batch(task), 0, torch.device("cpu")))[0].backward()
     assert all(parameter.grad is not None for parameter in task.model.parameters())
     assert task.guide.fusion_encoder.layers[0].cross_attention is not None, "what shows where nouns look stays whole"
+
+
+def test_where_nouns_are_seen_does_not_depend_on_whether_the_joint_layers_are_made_anew(single):
+    tuned, fresh = task_of(single), task_of(single, start="fresh_joint")
+    torch.testing.assert_close(dict(tuned.guide.state_dict()), dict(fresh.guide.state_dict()), rtol=0, atol=0)
+    old, new = ([*task.model.joint.parameters()] for task in (tuned, fresh))
+    assert not all(torch.equal(*both) for both in zip(old, new, strict=True))
 
 
 def test_every_weight_learns_and_the_figures_count_what_could_not_be_altered(single):

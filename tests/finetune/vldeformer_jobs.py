@@ -36,7 +36,7 @@ def loss_and_gradients(kind, sides, ids, usable, rank=0, world=1):
     if kind == "cosine":
         loss = cosine_loss(image, text, ids[share])
     else:
-        ends = usable[share], ~usable[share]
+        ends = usable[share], ~usable[share], ids.roll(1)[share]
         loss = contrastive_loss(image, text, ids[share], 0.1, altered_image, altered_text, *ends)
     loss.backward()
     return loss.detach(), [row.grad for row in rows if row.grad is not None]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import resource
+
 import numpy as np
 import pytest
 
@@ -90,6 +93,20 @@ def made(tmp_path, monkeypatch):
         write_part(tmp_path / "index", number, content)
     join_parts(tmp_path / "index", 3, {"checkpoint": "abc"})
     return tmp_path / "index", vectors
+
+
+def test_an_index_may_have_more_parts_than_a_process_may_have_files_open(tmp_path):
+    vectors = unit(np.random.default_rng(1).normal(size=(80, 5)))
+    for number in range(80):
+        write_part(tmp_path / "index", number, part(number, vectors[number : number + 1]))
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 40, allowed[1]))
+    try:
+        join_parts(tmp_path / "index", 80, {"checkpoint": "abc"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
+    assert np.array_equal(Index(tmp_path / "index").vectors, vectors)
 
 
 def test_parts_become_one_index(made):
