@@ -52,6 +52,10 @@ class PackedImages:
             parts[0].image_size,
         )
 
+    def pin_memory(self) -> PackedImages:
+        """What torch's loader calls to copy it into memory that a GPU copies from while the host goes on."""
+        return replace(self, pixels=self.pixels.pin_memory())
+
     def render(self, device: torch.device | str) -> Tensor:
         """The views, made on the device: (views, images, 3, size, size) uint8.
 

@@ -129,11 +129,13 @@ class ShardStream:
         max_bad_share: float = 0.01,
         block: int | None = None,
         window: int = WINDOW,
+        pinned: bool = False,
     ) -> None:
         """folder: a shard folder, several read as one, folder -> weight, or a `TrainingSet` (filters, all captions, a cache);
         batch_size: samples per rank and step; transform: (pixels (height, width, 3) uint8, seed) -> (views, 3, size, size);
         quarantine: a file that lists samples that cannot be read, each once. Raises DataError when they are more than
-        `max_bad_share` of all. block, window: how the order is shuffled, see `SampleOrder`; a block left out is the cursor's, where one is loaded."""
+        `max_bad_share` of all. block, window: how the order is shuffled, see `SampleOrder`; a block left out is the cursor's, where
+        one is loaded. pinned: into memory that a GPU copies from while the host goes on."""
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"batch_size {batch_size} and rank {rank} of world_size {world_size} do not make a stream")
         self.data = folder if isinstance(folder, TrainingSet) else TrainingSet(folder)
@@ -141,7 +143,7 @@ class ShardStream:
         self.reader.read_ahead = True
         self.batch_size, self.rank, self.world_size, self.workers = batch_size, rank, world_size, workers
         self.quarantine, self.max_bad_share = Quarantine(quarantine) if quarantine else None, max_bad_share
-        self._block = block
+        self._block, self._pinned = block, pinned
         walk = Walk(self.data, seed, default_block(self.data) if block is None else block, window)
         self.examples = ExampleReader(walk, transform, tokenizer)
         self.consumed = 0
@@ -175,6 +177,7 @@ class ShardStream:
             worker_init_fn=begin_worker,
             multiprocessing_context="fork" if self.workers else None,
             prefetch_factor=2 if self.workers else None,
+            pin_memory=self._pinned,
             generator=torch.Generator(),  # else it would draw from the global one
         )
         for batch in raised(loader):
@@ -258,6 +261,7 @@ def open_stream(
     transform: Callable,
     tokenizer: CaptionTokenizer,
     quarantine: Path,
+    device: torch.device,
 ) -> ShardStream:
     """The stream of a run, as its recipe's `data` says, for one of its ranks."""
     return ShardStream(
@@ -273,6 +277,7 @@ def open_stream(
         config.max_bad_share,
         config.shuffle.block,
         config.shuffle.window,
+        pinned=device.type == "cuda",
     )
 
 

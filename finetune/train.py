@@ -58,7 +58,7 @@ def train(recipe: FinetuneRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     data, batch_size = open_training_set(recipe.data), recipe.training.global_batch // ranks.world
     transform = TrainTransform(task.image_size, recipe.data.augment, views=1)
     stream = open_stream(
-        recipe.data, data, batch_size, ranks, recipe.training.seed, transform, task.tokenizer, run.quarantine
+        recipe.data, data, batch_size, ranks, recipe.training.seed, transform, task.tokenizer, run.quarantine, device
     )
     mixed = "bf16" if recipe.training.precision == "bf16" else "no"
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=task.partial)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,11 +38,22 @@ def launch(arguments: list[str]) -> None:
     recipe = read_stage(options.stage, options.arguments)  # a mistake is answered before anything starts
     if options.stage == "pretrain":
         divide_batch(recipe.training.global_batch, recipe.training.micro_batch, options.nproc)
+    check_gpus(getattr(recipe, "device", "") or recipe.training.device, options.nproc)
     code = run_ranks([sys.executable, "-m", "launch.cli", options.stage, *options.arguments], options.nproc)
     if code:
         error = LigatureError(f"{options.stage} stopped with exit code {code}; its own line is above")
         error.exit_code = code
         raise error
+
+
+def check_gpus(device: str, count: int) -> None:
+    """Refuse more ranks than this machine has GPUs where they are to run on them."""
+    if device == "cpu" or not shutil.which("nvidia-smi"):
+        return
+    import torch  # two seconds
+
+    if 0 < (gpus := torch.cuda.device_count()) < count:
+        raise RecipeError(f"--nproc is {count}, but torch sees {gpus} GPUs here; start one rank a GPU, or on the CPU")
 
 
 def run_ranks(

@@ -12,6 +12,7 @@ stage 3         likewise, and the parameters themselves are empty but in a forwa
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -110,6 +111,7 @@ class Engine:
             "bf16": {"enabled": self.bf16},
             "gradient_clipping": optimizer.clip_norm,
             "wall_clock_breakdown": False,
+            "timers": {"throughput": {"enabled": False}},  # it would have the host wait for the GPU twice a micro-batch
         }
         # DeepSpeed makes the masters from weights it has cast already, and at stage 0 decays them once before the first step.
         shapes = {name: parameter.shape for name, parameter in named}
@@ -174,6 +176,9 @@ class Engine:
         elif self.stage == 0:
             halves = self._unfused_masters()
             yield from ((name, halves[id(self.parameters[name])]) for name in self.names)
+        elif self.stage < 3:
+            wholes = self._gathered_masters()
+            yield from ((name, wholes[id(self.parameters[name])]) for name in self.names)
         else:
             yield from ((name, self._fragments.safe_get_full_fp32_param(self.parameters[name])) for name in self.names)
 
@@ -247,6 +252,21 @@ class Engine:
         padded = torch.zeros(length * torch.distributed.get_world_size())
         padded[: whole.numel()] = whole.flatten()
         return padded.narrow(0, length * torch.distributed.get_rank(), length).to(self.device)
+
+    def _gathered_masters(self) -> dict[int, Tensor]:
+        """Stages 1 and 2: whole masters by the id of their parameter, in one collective for each of the optimizer's groups;
+        DeepSpeed's own function takes one for each parameter. At a world of one they are the masters themselves."""
+        optimizer, world, found = self.module.optimizer, torch.distributed.get_world_size(), dict[int, Tensor]()
+        groups = zip(optimizer.single_partition_of_fp32_groups, optimizer.round_robin_bit16_groups, strict=True)
+        for own, parameters in groups:
+            whole = own.detach().to(self.device)
+            if world > 1:
+                parts, whole = whole, whole.new_empty(world * own.numel())
+                torch.distributed.all_gather_into_tensor(whole, parts)
+            starts = [0, *itertools.accumulate(parameter.numel() for parameter in parameters)]
+            for start, parameter in zip(starts, parameters, strict=False):
+                found[id(parameter)] = whole[start : start + parameter.numel()].view(parameter.shape)
+        return found
 
     def _unfused_masters(self) -> dict[int, Tensor]:
         optimizer = self.module.optimizer

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from pretrain.model.bert_layers import CrossAttention
@@ -108,7 +109,8 @@ def by_part(events: Iterable[Any], gpu: bool) -> dict[tuple[str, str], float]:
     times: dict[tuple[str, str], float] = defaultdict(float)
     for event in events:
         spent = event.self_device_time_total if gpu else event.self_cpu_time_total
-        if spent <= 0 or event.is_async:
+        # A GPU's kernels are counted in the operations that launched them; as events of their own they would count again.
+        if spent <= 0 or event.is_async or event.device_type != DeviceType.CPU:
             continue
         where, way = _path(event), "forward"
         if (node := _backward_node(event)) is not None:

@@ -77,7 +77,7 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     transform = TrainTransform(recipe.model.image.image_size, recipe.data.augment, views)
     batch_size = micro_batch * accumulation
     stream = open_stream(
-        recipe.data, data, batch_size, ranks, recipe.training.seed, transform, tokenizer, run.quarantine
+        recipe.data, data, batch_size, ranks, recipe.training.seed, transform, tokenizer, run.quarantine, device
     )
     sick = SickSteps(recipe.training.sick_steps)
     profile = StepProfile(recipe.profile if ranks.first else 0, task.student.model, task.teacher.model, device)

@@ -68,8 +68,13 @@ def choose_device(asked: str, ranks: Ranks) -> torch.device:
         )
     if asked == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+    count = torch.cuda.device_count()
+    if 1 < count < ranks.local_world:  # one alone may be each rank's own, bound to it by SLURM
+        raise RecipeError(f"{ranks.local_world} ranks on this node, but torch sees {count} GPUs; start one rank a GPU")
+    device = torch.device("cuda", ranks.local_rank % count)
     torch.cuda.set_device(device)
+    # DeepSpeed and accelerate take it for the GPU's number, which it is not where a rank sees its own GPU alone.
+    os.environ["LOCAL_RANK"] = str(device.index)
     return device
 
 

@@ -45,7 +45,8 @@ def fusion_scores(
     scores = np.empty((len(lists.captions), len(lists.images)), dtype=np.float32)
     with progress("re-ranking", len(image), "pairs") as bar:
         for start in range(0, len(image), PAIRS):
-            pairs = image[start : start + PAIRS], text[start : start + PAIRS]
-            scores[pairs] = match_pairs(model, encodings, *map(torch.from_numpy, pairs), device).numpy()
-            bar.advance(len(pairs[0]))
+            own, asked = image[start : start + PAIRS], text[start : start + PAIRS]
+            logits = match_pairs(model, encodings, torch.from_numpy(own), torch.from_numpy(asked), device)
+            scores[own, asked] = logits.numpy()
+            bar.advance(len(own))
     return lists.of(scores)

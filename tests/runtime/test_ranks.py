@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
+from launch.local import check_gpus
 from runtime.errors import RecipeError
 from runtime.ranks import Ranks, choose_device, gather_rows, ranks_from_environment, sum_over_ranks
 
@@ -90,6 +93,29 @@ def test_without_a_gpu_the_cpu_is_chosen(monkeypatch, asked):
 def test_the_cpu_is_chosen_where_it_is_asked_for_beside_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("cpu", Ranks()) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("local_rank", "local_world", "seen", "number"), [(3, 8, 8, 3), (3, 8, 1, 0), (0, 1, 8, 0)])
+def test_a_rank_takes_the_gpu_it_sees_under_the_number_it_has_there(monkeypatch, local_rank, local_world, seen, number):
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    device = choose_device("auto", Ranks(local_rank, local_world, local_rank, local_world))
+    assert device == torch.device("cuda", number) and taken == [device] and os.environ["LOCAL_RANK"] == str(number)
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(RecipeError, match="8 ranks on this node, but torch sees 4 GPUs"):
+        choose_device("auto", Ranks(0, 8, 0, 8))
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    check_gpus("auto", 4)
+    check_gpus("cpu", 5)
+    with pytest.raises(RecipeError, match="--nproc is 5, but torch sees 4 GPUs"):
+        check_gpus("auto", 5)
 
 
 def test_collectives_of_one_rank_change_nothing():
