@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import configs
+from finetune.config import FinetuneRecipe
 from launch.cli import RECIPES, main
 from launch.slurm import split_arguments
 from pretrain.config import PretrainRecipe, divide_batch
@@ -255,6 +256,24 @@ def test_every_shipped_recipe_fits_its_stage(path):
         except RecipeError as error:
             mistakes[stage] = str(error)
     assert len(mistakes) < len(stages), mistakes
+
+
+@pytest.mark.parametrize("over", ["base", "flickr8k_cpu"])
+def test_vldeformers_ablations_change_what_they_say_and_nothing_else(over):
+    folder = Path(configs.__path__[0]) / "finetune" / "vldeformer"
+    ablations = [
+        path
+        for path in sorted(folder.glob("*.yaml"))
+        if path.stem not in ("base", "flickr8k_cpu", "not_tuned_evaluate")
+    ]
+    assert len(ablations) == 9
+    told = ["--dataset", "x", "--config", str(folder / f"{over}.yaml")]
+    plain = read_recipe(FinetuneRecipe, told, "finetune")
+    for path in ablations:
+        laid = read_recipe(FinetuneRecipe, [*told, "--config", str(path)], "finetune")
+        changed = {line.split(":")[0] for line in changed_keys(plain, laid)} - {"name"}
+        same = over == "flickr8k_cpu" and path.stem == "temperature_005"
+        assert changed and all(key.startswith("vldeformer.") for key in changed) or same, (path.stem, changed)
 
 
 @pytest.mark.parametrize(
