@@ -6,13 +6,12 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from launch.ablation_config import AblateRecipe, Comparison
 from launch.demo import heading
-from launch.workers import Workers
+from launch.workers import Workers, side_by_side
 from runtime.checkpoint import pointed_to
 from runtime.errors import DataError, RecipeError
 from runtime.files import read_json, write_json, write_text
@@ -65,19 +64,14 @@ def run_arms(recipe: AblateRecipe, start: Callable[..., None]) -> str:
     places = [(seed, condition, arm) for seed in recipe.seeds for condition in recipe.conditions for arm in recipe.arms]
     stand = {place for place in places if (folder / f"{name_of(place)}.json").is_file()}
     began, made, total = time.monotonic(), 0, len(places) - len(stand)
-    with ThreadPoolExecutor(recipe.jobs) as pool:
-        try:
-            for place, measured in zip(places, pool.map(run_one, places), strict=True):
-                seed, condition, arm = place
-                found[condition][arm][seed] = measured
-                write_json(folder / "results.json", found)
-                if place not in stand:
-                    made += 1
-                    left = (time.monotonic() - began) / made * (total - made)
-                    heading(f"{made} of {total} runs, {spell_duration(left)} left")
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    for place, measured in zip(places, side_by_side(run_one, places, recipe.jobs), strict=True):
+        seed, condition, arm = place
+        found[condition][arm][seed] = measured
+        write_json(folder / "results.json", found)
+        if place not in stand:
+            made += 1
+            left = (time.monotonic() - began) / made * (total - made)
+            heading(f"{made} of {total} runs, {spell_duration(left)} left")
     text = table(found, recipe)
     write_text(folder / "table.md", text + "\n")
     heading("the table")

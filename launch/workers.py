@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from typing import TypeVar
 
 from launch.local import end_with_parent
 from runtime.errors import LigatureError
+
+Place = TypeVar("Place")
+Found = TypeVar("Found")
 
 
 class Workers:
@@ -42,6 +48,16 @@ class Workers:
             )
             error.exit_code = code if code > 0 else 1
             raise error
+
+
+def side_by_side(run: Callable[[Place], Found], places: Iterable[Place], jobs: int) -> Iterator[Found]:
+    """`run` of each place, `jobs` at a time, results in order. After a failure nothing more is begun."""
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            yield from pool.map(run, places)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 class _Worker:

@@ -22,9 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -38,6 +36,7 @@ from torch import Tensor
 from data_tools.shapes import Caption, Group, Scene, World, describe, draw, fits, scenes
 from data_tools.transforms import EvaluationTransform
 from finetune.heads.hat import LoadedHat
+from launch.workers import Workers, side_by_side
 from runtime.files import write_json
 
 COUNT = {1: "a", 2: "two", 3: "three"}
@@ -124,15 +123,14 @@ def run_arm(name: str, extra: list[str], seed: int, options: argparse.Namespace)
     result = options.out / f"{name}-{seed}.json"
     if result.exists():
         return json.loads(result.read_text())
-    command = [sys.executable, "-m", "launch.cli", "finetune", "--config", "finetune/demo.yaml", "--head", "hat"]
+    command = ["finetune", "--config", "finetune/demo.yaml", "--head", "hat"]
     command += ["--name", f"{name}-{seed}", "--runs", str(options.out), "--checkpoint", str(options.checkpoint)]
     command += ["--data.train", str(options.train), "--data.validation", str(options.validation)]
     command += ["--training.seed", str(seed), "--training.steps", str(options.steps), "--hat.width", str(options.width)]
     command += ["--training.global_batch", str(options.batch)]
     command += ["--training.validate_every", str(options.steps), "--training.checkpoint_every", str(options.steps)]
     command += ["--hat.frozen_epochs", "1", "--hat.encoder_lr_share", "0.5", "--hat.direction", options.direction]
-    if subprocess.run([*command, *extra], check=False).returncode:
-        raise SystemExit(f"{name}, seed {seed}: fine-tuning failed; the same command goes on from there")
+    options.ligature(*command, *extra)
     hat = LoadedHat(options.out / f"{name}-{seed}")
     found = {
         "texture": accuracy(hat, texture_pairs(options.pairs), options.size),
@@ -193,8 +191,8 @@ def main() -> int:
         "mean": ["--hat.levels", options.levels, "--hat.attention", "mean"],
     }
     places = [(name, arms[name], seed, options) for seed in range(options.seeds) for name in arms]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        done = list(pool.map(lambda place: run_arm(*place), places))
+    with Workers(options.jobs) as options.ligature:
+        done = list(side_by_side(lambda place: run_arm(*place), places, options.jobs))
     found = {name: [one for place, one in zip(places, done, strict=True) if place[0] == name] for name in arms}
     cues = list(done[0])
     scores = {name: {cue: np.array([one[cue] for one in runs]) for cue in cues} for name, runs in found.items()}

@@ -32,10 +32,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +46,7 @@ from benchmarks.ratios import clock
 from data_tools.shapes import SHAPES, World, describe, draw, relation_pairs, scenes, write_source
 from finetune.encoders import load_encoder
 from finetune.heads.decomposed import LoadedVLDeformer
+from launch.workers import Workers, side_by_side
 from pretrain.load import ImageTextModel, load_model
 from runtime.files import write_json
 
@@ -187,24 +186,21 @@ def measure(scorer: Scorer, options: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def ligature(*command: str) -> None:
-    if subprocess.run([sys.executable, "-m", "launch.cli", *command], check=False).returncode:
-        sys.exit(f"`ligature {' '.join(command)}` failed; the same command goes on from there")
-
-
 def draw_world(options: argparse.Namespace) -> Path:
     """-> shards of the training scenes."""
     source, shards = options.out / "source", options.out / "train"
     if not source.exists():
         write_source(source, {"train": options.scenes}, options.size, world=WORLD)
-    ligature("shard", str(source / "captions_train.json"), "--images", str(source / "images"), "--out", str(shards))
+    options.ligature(
+        "shard", str(source / "captions_train.json"), "--images", str(source / "images"), "--out", str(shards)
+    )
     return shards
 
 
 def pretrain(seed: int, options: argparse.Namespace) -> Path:
     name = f"pretrain-{seed}"
     steps = str(options.pretrain_steps)
-    ligature(
+    options.ligature(
         "pretrain", "--config", "pretrain/demo.yaml", "--name", name, "--runs", str(options.out),
         "--model.fusion.kind", options.fusion, "--data.train", str(options.train), "--training.seed", str(seed),
         "--training.micro_batch", "64", "--training.steps", steps, "--training.checkpoint_every", steps,
@@ -217,7 +213,7 @@ def tune(
     name: str, seed: int, recipe: str, source: str, steps: int, extra: list[str], options: argparse.Namespace
 ) -> Path:
     """Fine-tune what run `source` of this seed left. A finished run does nothing."""
-    ligature(
+    options.ligature(
         "finetune", "--config", recipe, "--name", f"{name}-{seed}", "--runs", str(options.out),
         "--checkpoint", str(options.out / f"{source}-{seed}"), "--dataset", "shapes", "--data.train", str(options.train),
         "--training.seed", str(seed), "--training.steps", str(steps), "--training.checkpoint_every", str(steps),
@@ -302,6 +298,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     claim_folder(options, free=("out", "seeds", "jobs", "arms"))
+    with Workers(options.jobs) as options.ligature:
+        found = run_arms(options)
+    show(found, options)
+    return 0
+
+
+def run_arms(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Arm -> what was measured of each seed; what stands already is read."""
     options.train = draw_world(options)
     makers = arms(options)
     names = options.arms or list(makers)
@@ -316,9 +320,11 @@ def main(arguments: list[str] | None = None) -> int:
             measured.append(json.loads(result.read_text()))
         return measured
 
-    with ThreadPoolExecutor(options.jobs) as pool:
-        seeds = list(pool.map(run_seed, range(options.seeds)))
-    found = {name: [measured[place] for measured in seeds] for place, name in enumerate(names)}
+    seeds = list(side_by_side(run_seed, range(options.seeds), options.jobs))
+    return {name: [measured[place] for measured in seeds] for place, name in enumerate(names)}
+
+
+def show(found: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> None:
     print(
         f"\n{options.seeds} seeds, {options.pairs} pairs and choices; percent right (chance 50), a gallery of {options.gallery:,}"
     )
@@ -341,7 +347,6 @@ def main(arguments: list[str] | None = None) -> int:
             )
     plot(found, options.gallery, options.out / "accuracy_latency.png")
     print(f"{options.out / 'accuracy_latency.png'}")
-    return 0
 
 
 if __name__ == "__main__":

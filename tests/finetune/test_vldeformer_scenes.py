@@ -72,3 +72,18 @@ def test_the_arms_measure_what_the_model_scores(single, drawn):
             torch.testing.assert_close(torch.sigmoid(scores[row]), wanted, atol=1e-5, rtol=1e-4)
         wanted = embedded.encoder.encode_image(pictures) @ embedded.encoder.encode_text(words).T
         torch.testing.assert_close(embedded.score(campaign.look(embedded, pictures), words), wanted)
+
+
+def test_a_small_campaign_from_drawing_to_the_plot_and_again(tmp_path, capfd):
+    small = ["--seeds", "2", "--scenes", "300", "--pretrain_steps", "2", "--joint_steps", "2", "--steps", "2"]
+    small += ["--pairs", "12", "--gallery", "20", "--out", str(tmp_path / "campaign")]
+    told = [*small, "--arms", "dual", "fusion", "untuned", "hard"]
+    assert campaign.main(told) == 0
+    table = capfd.readouterr().out.split("\n2 seeds, 12 pairs")[1]
+    assert all(f"\n{arm}" in table for arm in ("dual", "fusion", "untuned", "hard"))
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "campaign").glob("*/checkpoints/step-*")}
+    assert len(made) == 6 and (tmp_path / "campaign" / "accuracy_latency.png").stat().st_size > 10_000
+    (tmp_path / "campaign" / "dual-0.json").unlink()
+    assert campaign.main(told) == 0, "what stands is not made again"
+    assert table.splitlines()[2:5] == capfd.readouterr().out.split("\n2 seeds, 12 pairs")[1].splitlines()[2:5]
+    assert {path: path.stat().st_mtime_ns for path in made} == made
