@@ -105,8 +105,6 @@ def score_dual(recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, dev
         silent=False,
     )
     first, by = first_stage(recipe, collection, ranks, device) if recipe.shortlist_from else (None, {})
-    if not ranks.first:
-        return
     similarity = dual_scores(encodings).numpy()
     for head in heads:
         if head == "dual":
@@ -117,7 +115,7 @@ def score_dual(recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, dev
         size = len(collection.captions) if featureless and first is None else recipe.shortlist
         before = similarity if first is None else first
         lists = make_shortlists(before, size, folds, collection.caption_image)
-        ways = lists.rerank(before, fusion_scores(model.network, encodings, lists, device))
+        ways = lists.rerank(before, fusion_scores(model.network, encodings, lists, ranks, device))
         everything = lists.captions.shape[1] == len(collection.captions) and lists.images.shape[1] == len(collection)
         about = "fusion of all pairs" if everything else f"fusion of the best {recipe.shortlist}"
         ceiling = {"shortlist": lists.ceiling(collection.caption_image) | by}

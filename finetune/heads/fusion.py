@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from finetune.shortlist import Shortlists
-from pretrain.encode import Encodings
+from pretrain.encode import Encodings, share, whole
 from pretrain.model.alignment_model import AlignmentModel
 from runtime.progress import progress
+from runtime.ranks import Ranks
 
 PAIRS = 512
 """Pairs that go through the fusion encoder at once."""
@@ -35,18 +36,23 @@ def match_pairs(
 
 
 def fusion_scores(
-    model: AlignmentModel, encodings: Encodings, lists: Shortlists, device: torch.device
+    model: AlignmentModel, encodings: Encodings, lists: Shortlists, ranks: Ranks, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Matching logits of the shortlists' pairs: each image's captions (images, k) and each caption's images (captions, k)."""
+    """Matching logits of the shortlists' pairs: each image's captions (images, k) and each caption's images (captions, k).
+
+    The ranks share the work, in whole runs of pairs: the same bits whatever their number.
+    """
     assert encodings.text_mask is not None
     shortest = encodings.text_mask.sum(1).argsort().numpy()  # captions of a length go together: little padding
     image, place = np.nonzero(lists.wanted()[:, shortest])
     text = shortest[place]
     scores = np.empty((len(lists.captions), len(lists.images)), dtype=np.float32)
-    with progress("re-ranking", len(image), "pairs") as bar:
-        for start in range(0, len(image), PAIRS):
-            own, asked = image[start : start + PAIRS], text[start : start + PAIRS]
-            logits = match_pairs(model, encodings, torch.from_numpy(own), torch.from_numpy(asked), device)
-            scores[own, asked] = logits.numpy()
-            bar.advance(len(own))
+    logits, own = list[Tensor](), share(len(image), PAIRS, ranks)
+    with progress("re-ranking", len(image), "pairs", silent=not ranks.first) as bar:
+        for start in range(own.start, own.stop, PAIRS):
+            run = slice(start, min(start + PAIRS, own.stop))
+            pairs = torch.from_numpy(image[run]), torch.from_numpy(text[run])
+            logits.append(match_pairs(model, encodings, *pairs, device))
+            bar.advance(len(logits[-1]) * ranks.world)
+    scores[image, text] = whole(logits, len(image), PAIRS, (), device).numpy()
     return lists.of(scores)

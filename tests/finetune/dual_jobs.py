@@ -43,3 +43,15 @@ def exchanged_on_this_rank(folder, captions, images, pairs):
     told = ExchangedWords(pairs, model.tokenizer)(state)
     told["exchanged"].backward()
     return told["exchanged"].detach(), told["exchanged_right"].detach(), next(head.parameters()).grad
+
+
+def fusion_on_this_rank(model, encodings, lists):
+    """Matching logits of the lists' pairs, four pairs at a time."""
+    from torch import distributed
+
+    from finetune.heads import fusion
+    from runtime.ranks import Ranks
+
+    fusion.PAIRS = 4
+    ranks = Ranks(distributed.get_rank(), distributed.get_world_size())
+    return fusion.fusion_scores(model, encodings, lists, ranks, torch.device("cpu"))

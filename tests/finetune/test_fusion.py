@@ -1,5 +1,6 @@
 """The fusion head's re-ranking of a shortlist."""
 
+import dual_jobs
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ from finetune.shortlist import make_shortlists
 from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from pretrain.encode import Encodings
 from pretrain.model.alignment_model import AlignmentModel
+from runtime.ranks import Ranks
 
 CPU = torch.device("cpu")
 
@@ -51,7 +53,7 @@ def test_a_pair_scores_what_the_model_gives_it_alone(model, encodings):
 
 def in_new_order(model, encodings, similarity, size):
     lists = make_shortlists(similarity, size, np.zeros(3, dtype=int), np.repeat(np.arange(3), 3))
-    return lists.rerank(similarity, fusion_scores(model, encodings, lists, CPU))
+    return lists.rerank(similarity, fusion_scores(model, encodings, lists, Ranks(), CPU))
 
 
 def test_a_shortlist_of_all_orders_by_matching_alone(model, encodings):
@@ -76,6 +78,14 @@ def test_a_pair_is_scored_once_and_so_many_at_a_time_whatever_the_lists(model, e
     found = in_new_order(model, encodings, similarity, 100)
     assert [len(pairs) for pairs in seen] == [4] * 6 + [3] and len({pair for pairs in seen for pair in pairs}) == 27
     assert all(np.array_equal(*both) for both in zip(wanted, found, strict=True))
+
+
+def test_two_ranks_come_to_the_bits_of_one(model, encodings, gloo_pool, lone_process):
+    similarity = (encodings.image @ encodings.text.T).numpy()
+    lists = make_shortlists(similarity, 4, np.zeros(3, dtype=int), np.repeat(np.arange(3), 3))
+    (alone,) = lone_process.run(dual_jobs.fusion_on_this_rank, model, encodings, lists)
+    for found in gloo_pool.run(dual_jobs.fusion_on_this_rank, model, encodings, lists):
+        assert all(np.array_equal(*both) for both in zip(alone, found, strict=True))
 
 
 def test_what_is_not_on_the_shortlist_keeps_its_order_below_it(model, encodings):
