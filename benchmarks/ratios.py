@@ -41,8 +41,10 @@ def clock() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def seconds(work: Callable[[], object], device: torch.device | None = None) -> float:
-    """How long `work` takes, once; on a GPU until it is done there."""
+def seconds(
+    work: Callable[[], object], device: torch.device | None = None, clock: Callable[[], float] = clock
+) -> float:
+    """How long `work` takes, once, by that clock; on a GPU, by the wall's, until it is done there."""
     on_gpu = device is not None and device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize(device)

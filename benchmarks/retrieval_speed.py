@@ -241,7 +241,10 @@ def one_query(sides: Sides, size: Size, queries: int, told: Ratios) -> None:
             )
         for batch in size.query_batches:
             work = sides.fuse(sides.encodings(batch, 1))
-            times = [wall(work, sides.device) * GALLERY / batch for _ in range(FUSION_WARM_UP + size.rounds)]
+            times = [
+                seconds(work, sides.device, time.perf_counter) * GALLERY / batch
+                for _ in range(FUSION_WARM_UP + size.rounds)
+            ]
             forget_peak(sides.device)
             work()
             kept = [1e3 * time for time in times[FUSION_WARM_UP:]]
@@ -250,15 +253,6 @@ def one_query(sides: Sides, size: Size, queries: int, told: Ratios) -> None:
             print(
                 f"{'fusion':12} {batch:6} {shown} {'':17} {peak(sides.device):>9}  extrapolated from {size.rounds} batches"
             )
-
-
-def wall(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the wall, a GPU waited for."""
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
 
 
 def line(name: str, batch: int, times: list[float], memory: str) -> None:

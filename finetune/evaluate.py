@@ -111,13 +111,12 @@ def score_dual(recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, dev
             yield Scored(head, head, similarity, similarity.T, model.hash, model.training, cut)
             continue
         folds = folds_of(recipe.protocol, len(collection))
-        # No features, no shortlist.
-        size = len(collection.captions) if featureless and first is None else recipe.shortlist
+        unlisted = featureless and first is None  # no features, no shortlist
+        size = len(collection.captions) if unlisted else recipe.shortlist
         before = similarity if first is None else first
         lists = make_shortlists(before, size, folds, collection.caption_image)
         ways = lists.rerank(before, fusion_scores(model.network, encodings, lists, ranks, device))
-        everything = lists.captions.shape[1] == len(collection.captions) and lists.images.shape[1] == len(collection)
-        about = "fusion of all pairs" if everything else f"fusion of the best {recipe.shortlist}"
+        about = "fusion of all pairs" if size >= len(collection.captions) else f"fusion of the best {recipe.shortlist}"
         ceiling = {"shortlist": lists.ceiling(collection.caption_image) | by}
         yield Scored(head, about, ways[0], ways[1], model.hash, model.training, cut | ceiling)
 

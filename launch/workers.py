@@ -73,7 +73,7 @@ class _Worker:
         try:
             self.commands.send(list(command))
             return int(self.commands.recv())
-        except (EOFError, BrokenPipeError):
+        except (EOFError, ConnectionError):
             self.process.join()
             return self.process.exitcode or 1
 
@@ -89,4 +89,8 @@ def _serve(commands: Connection, parent: int) -> None:
         except (EOFError, KeyboardInterrupt):
             return
         print(f"\n== ligature {' '.join(command)}", flush=True)
-        commands.send(main(command))
+        code = main(command)
+        try:
+            commands.send(code)
+        except ConnectionError:  # whoever asked has gone
+            return

@@ -37,6 +37,7 @@ from data_tools.shapes import Caption, Group, Scene, World, describe, draw, fits
 from data_tools.transforms import EvaluationTransform
 from finetune.heads.hat import LoadedHat
 from launch.workers import Workers, side_by_side
+from runtime.errors import LigatureError
 from runtime.files import write_json
 
 COUNT = {1: "a", 2: "two", 3: "three"}
@@ -209,4 +210,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except LigatureError as error:
+        sys.exit(f"{error}")

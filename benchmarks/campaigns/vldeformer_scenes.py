@@ -22,7 +22,8 @@ exchanged, told of an image; the words exchanged in are none that training excha
 the mean of all images: a model that looks has 50 %. And the milliseconds of one query in words over a gallery encoded before.
 
 The predictions, written before any run: untuned has 50 % on relations; fusion is above vldeformer, and vldeformer above the dual head
-(tuned as long) and above fresh_joint; mean tokens are above [CLS]; hard negatives raise `choice`, and `words alone` stays within 45 to 55 %.
+and above fresh_joint; mean tokens are above [CLS]; hard negatives raise `choice`, and `words alone` stays within 45 to 55 %. Made
+fairer later, before the arm it is about was run: the dual head that vldeformer is held against is tuned as long.
 
 Results are kept one file a seed and arm, so the same command goes on where it stopped. It prints each arm's mean, 95 % t intervals
 of differences within seeds (`unresolved` where they hold zero), and draws accuracy over latency.
@@ -48,6 +49,7 @@ from finetune.encoders import load_encoder
 from finetune.heads.decomposed import LoadedVLDeformer
 from launch.workers import Workers, side_by_side
 from pretrain.load import ImageTextModel, load_model
+from runtime.errors import LigatureError
 from runtime.files import write_json
 
 TRAINED, HELD_OUT = ("circle", "square"), ("star", "cross")
@@ -357,4 +359,7 @@ def show(found: dict[str, list[dict[str, float]]], options: argparse.Namespace) 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except LigatureError as error:
+        sys.exit(f"{error}")

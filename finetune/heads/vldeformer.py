@@ -101,22 +101,20 @@ class VLDeformerTask(RetrievalTask):
         if config.start == "unpretrained":
             network = AlignmentModel(network.config, self.tokenizer.vocabulary)
             load_starting_weights(network)
-        guide = copy.deepcopy(
-            network
-        )  # before joint layers are made anew: where nouns are seen is not that ablation's question
+        negatives, lexicon = config.negatives, ""
+        guided = config.loss == "contrastive" and negatives.image and negatives.attended
+        # It knows where nouns are in a picture; as it is before joint layers are made anew, which is not that ablation's question.
+        self.guide = copy.deepcopy(network).requires_grad_(False) if guided else None
         if config.start == "fresh_joint":
             network.fusion_encoder = AlignmentModel(network.config, self.tokenizer.vocabulary).fusion_encoder
         self.source = dataclasses.replace(network.config, codewords=0, levels=[])
         self.captions: AlteredCaptions | None = None
-        self.guide: AlignmentModel | None = None
-        negatives, lexicon = config.negatives, ""
         if config.loss == "contrastive" and (negatives.text or negatives.image):
             opened = open_lexicon(negatives.lexicon)
             self.captions = AlteredCaptions(negatives, opened, self.tokenizer)
             lexicon = f", words of {opened.name}"
-            if negatives.image and negatives.attended:  # the model as it started knows where nouns are in a picture
-                self.guide = guide.requires_grad_(False)
-                self.frozen = start.hash
+        if self.guide is not None:
+            self.frozen = start.hash
         self.model = Decomposed(network, config.pooling)
         before = {
             "unpretrained": "its sizes alone, not its weights",

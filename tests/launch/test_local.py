@@ -13,10 +13,12 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch import local
 from launch.cli import main
-from launch.local import free_port, run_ranks
+from launch.local import check_gpus, free_port, run_ranks
+from runtime.errors import RecipeError
 
 ROOT = Path(__file__).parents[2]
 
@@ -199,3 +201,12 @@ def test_ranks_end_with_a_launcher_that_is_killed_at_once():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.communicate()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    check_gpus("auto", 4)
+    check_gpus("cpu", 5)
+    with pytest.raises(RecipeError, match="--nproc is 5, but torch sees 4 GPUs"):
+        check_gpus("auto", 5)

@@ -3,12 +3,15 @@ without a break, and the profile tells every part."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
+from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.step_profile import StepProfile
+from pretrain.step_profile import StepProfile, by_part
 
 ASKS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique_dim", "_unique2", "item"}
 """Operations whose result, or whose result's shape, the host must wait for."""
@@ -112,6 +115,27 @@ def test_a_profile_of_more_steps_than_come_prints_what_there_is(steps, told, cap
     profile.finish()
     assert told in (out := capsys.readouterr().out) and bool(out) == bool(told)
     assert not task.student.model.image_encoder._forward_hooks
+
+
+def test_a_kernel_counts_once_in_its_operation():
+    """As torch's profiler tells a GPU's work: the operation with its kernels' time, and the kernel again as an event of its own."""
+    common = {
+        "scope": 0,
+        "sequence_nr": -1,
+        "thread": 1,
+        "is_async": False,
+        "cpu_parent": None,
+        "self_cpu_time_total": 5.0,
+    }
+    marked = SimpleNamespace(
+        **{**common, "name": "part: transport"}, self_device_time_total=0.0, device_type=DeviceType.CPU
+    )
+    launched = SimpleNamespace(
+        **{**common, "cpu_parent": marked}, name="aten::mm", self_device_time_total=7.0, device_type=DeviceType.CPU
+    )
+    kernel = SimpleNamespace(**common, name="gemm", self_device_time_total=7.0, device_type=DeviceType.CUDA)
+    span = SimpleNamespace(**common, name="part: transport", self_device_time_total=9.0, device_type=DeviceType.CUDA)
+    assert by_part([marked, launched, kernel, span], gpu=True) == {("transport", "forward"): pytest.approx(7e-6)}
 
 
 def test_layers_compile_without_a_graph_break():
