@@ -87,7 +87,10 @@ class PretrainTask:
             model.compile_layers()
             self.teacher.model.compile_layers()
         self.queue = FeatureQueue(recipe.teacher.queue, recipe.model.feature_dim, device)
+        self.potentials: Tensor | None = None
+        """(2, codewords): what the last step's plans left for the next to start from, where the recipe says so."""
         self._arrived: tuple[Tensor, Tensor, Tensor] | None = None
+        self._found: Tensor | None = None
         self._codewords: Tensor | None = None
         self.before_meeting: Callable[[], None] = lambda: None
         """Called in each step before this rank waits for the others, its own part (the teacher's forward) done."""
@@ -182,7 +185,8 @@ class PretrainTask:
             self.teacher.update(masters)
         with profiled("queue"):
             self.queue.enqueue(*self._arrived)
-        self._arrived = None
+        self.potentials = self._found
+        self._arrived = self._found = None
 
     def _mask(
         self,
@@ -244,7 +248,10 @@ class PretrainTask:
         assert model.codebook is not None, "a recipe whose codebook has a weight has codewords"
         with self.gathered([model.codebook]):
             codewords = model.codewords()
-        plans, figures = solve_plans(image_rows, text_rows, codewords, samples, self.recipe.transport)
+        plans, figures, potentials = solve_plans(
+            image_rows, text_rows, codewords, samples, self.recipe.transport, self.potentials
+        )
+        self._found = potentials if self.recipe.transport.warm_start else None
         if self._codewords is not None:  # the same features, named by the codewords of now and of the step before
             both = torch.stack([image_rows, text_rows])
             changed = (both @ codewords.T).argmax(-1) != (both @ self._codewords.T).argmax(-1)

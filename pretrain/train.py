@@ -201,6 +201,8 @@ def save(
         "teacher": host_copies(task.teacher.averages.items(), ranks.first),
         "queue": host_copies(task.queue.state_dict().items(), ranks.first),
     }
+    if task.potentials is not None:
+        tensors["transport"] = host_copies([("potentials", task.potentials)], ranks.first)
     if not ranks.first:
         return None
     state = {"step": step, "best_rsum": best, "stream": stream.state_dict(), "sick": sick.state_dict()}
@@ -239,4 +241,7 @@ def resume(folder: Path, task: PretrainTask, engine: Engine, sick: SickSteps) ->
     engine.load(read_tensors(folder, "model"), read_tensors(folder, "optimizer"), applied)
     task.teacher.load(read_tensors(folder, "teacher"))
     task.queue.load_state_dict(read_tensors(folder, "queue"))
+    task.potentials = None
+    if (folder / "transport.safetensors").exists():
+        task.potentials = read_tensors(folder, "transport")["potentials"].to(task.device)
     return state["step"], state["best_rsum"]

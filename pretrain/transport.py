@@ -60,7 +60,8 @@ def proximal_point(
     cost: (…, n, k), any float dtype, computed in float32 (float64 stays); a: (…, n) and b: (…, k), uniform unless given.
     inner_steps: None goes in strides, then sweeps on until the column error of every problem is within `tolerance` (None: no
     further). A number is the paper's loop, step by step, with so many sweeps in each, whatever the tolerance.
-    start: (…, k), the potential g of an earlier plan over the same codewords, instead of the strides.
+    start: (…, k), the potential g of an earlier plan over nearly the same codewords, instead of the strides; where a problem
+    has not settled from it after as many sweeps, they are taken all the same.
     """
     cost, log_a, log_b = _prepare(cost, a, b)
     if inner_steps is not None:
@@ -125,29 +126,52 @@ def _stride(
     sweep: Sweep,
 ) -> Potentials | None:
     """-> f, g; None where a number left its range."""
+    sharpness, warm = outer_steps / beta, None
+    if start is not None:  # settled already but for what has changed since
+        g = start.to(cost).expand_as(log_b)
+        f = log_a - _logsumexp(cost * -sharpness + g.unsqueeze(-2), dim=-1)
+        warm = _settle(cost, sharpness, f, g, log_a, log_b, tolerance, STRIDES, sweep)
+        if warm is None or bool(warm[2].all()):
+            return warm and warm[:2]
     f, g = torch.zeros_like(log_a), torch.zeros_like(log_b)
     f_way, g_way = f, g
-    if start is not None:  # settled already but for what has changed since: no way to go
-        g = start.to(cost).expand_as(log_b)
-        f = log_a - _logsumexp(cost * (-outer_steps / beta) + g.unsqueeze(-2), dim=-1)
     stride, step, before = outer_steps * (GROWTH - 1) / (GROWTH**STRIDES - 1), 0.0, 0.0
-    for _ in range(STRIDES if start is None else 0):
+    for _ in range(STRIDES):
         ahead = stride / before if before else 0.0
         step, before, stride = step + stride, stride, stride * GROWTH
         new_f, new_g = sweep(cost, step / beta, f + ahead * f_way, g + ahead * g_way, log_a, log_b, 1.0)
         f_way, g_way, f, g = new_f - f, new_g - g, new_f, new_g
-    for number in range(MORE_SWEEPS + 1):
+    if warm is not None:  # those that have settled stay as they are here too
+        f, g = (torch.where(warm[2][..., None], near, far) for near, far in zip(warm, (f, g), strict=False))
+    found = _settle(cost, sharpness, f, g, log_a, log_b, tolerance, MORE_SWEEPS, sweep)
+    return found and found[:2]
+
+
+def _settle(
+    cost: Tensor,
+    sharpness: float,
+    f: Tensor,
+    g: Tensor,
+    log_a: Tensor,
+    log_b: Tensor,
+    tolerance: float | None,
+    most: int,
+    sweep: Sweep,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """At most so many sweeps at the end of the way. -> f, g and which problems have settled; None where a number left its range."""
+    for number in range(most + 1):
         if number % CHECK_EVERY == 0:
-            error = _column_error(cost, outer_steps / beta, f, g, log_b)
+            error = _column_error(cost, sharpness, f, g, log_b)
             if not bool(error.isfinite().all()):
                 return None
-            if tolerance is None or bool((settled := error <= tolerance).all()):
+            settled = torch.ones_like(error, dtype=torch.bool) if tolerance is None else error <= tolerance
+            if bool(settled.all()):
                 break
         relaxation = 1.0 if number % CHECK_EVERY == CHECK_EVERY - 1 else RELAXATION
-        new_f, new_g = sweep(cost, outer_steps / beta, f, g, log_a, log_b, relaxation)
+        new_f, new_g = sweep(cost, sharpness, f, g, log_a, log_b, relaxation)
         # A problem that has settled stays as it is: its plan must not depend on those it was batched with.
         f, g = torch.where(settled[..., None], f, new_f), torch.where(settled[..., None], g, new_g)
-    return f, g
+    return f, g, settled
 
 
 def _sweep(

@@ -38,15 +38,16 @@ class Codebook:
 
 @torch.no_grad()
 def solve_plans(
-    image: Tensor, text: Tensor, codewords: Tensor, samples: int, config: TransportConfig
-) -> tuple[Plans, dict[str, Tensor]]:
-    """Plans of image and of text features with the codebook, and figures that tell their health.
+    image: Tensor, text: Tensor, codewords: Tensor, samples: int, config: TransportConfig, start: Tensor | None = None
+) -> tuple[Plans, dict[str, Tensor], Tensor | None]:
+    """Plans of image and of text features with the codebook, figures that tell their health, and where the next may start.
 
     image, text: (n, feature_dim) unit-norm, the first `samples` of which need a target; codewords: (codewords, feature_dim)
-    unit-norm. -> Plans with rows scaled to sum to 1 (a row of a plan sums to 1 / n: as a target it would be n times too weak).
+    unit-norm; start: (2, codewords), the potentials that an earlier call gave. -> Plans with rows scaled to sum to 1 (a row of a
+    plan sums to 1 / n: as a target it would be n times too weak), figures, potentials (None where `argmax` has none).
     """
     cost = 1 - torch.stack([image, text]) @ codewords.T
-    plan, row_error, column_error = _solve(cost, config)
+    plan, potentials, (row_error, column_error) = _solve(cost, config, start)
     targets = plan[:, :samples] / plan[:, :samples].sum(-1, keepdim=True)
     entropy = -torch.special.xlogy(targets, targets).sum(-1)
     chosen = cost.argmin(-1)
@@ -60,17 +61,21 @@ def solve_plans(
         "codebook/row_error": row_error.mean(),
         "codebook/column_error": column_error.mean(),
     }
-    return Plans(*targets), figures
+    return Plans(*targets), figures, potentials
 
 
-def _solve(cost: Tensor, config: TransportConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """-> plan (2, n, codewords), and the errors of its rows and of its columns, (2,) each."""
+def _solve(
+    cost: Tensor, config: TransportConfig, start: Tensor | None
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
+    """-> plan (2, n, codewords), the codewords' potentials (2, codewords), and the errors of rows and of columns, (2,) each."""
     if config.solver == "argmax":
         n, codewords = cost.shape[-2:]
         plan = torch.zeros_like(cost).scatter_(-1, cost.argmin(-1, keepdim=True), 1 / n)
-        return plan, torch.zeros_like(plan[:, 0, 0]), (plan.sum(-2) - 1 / codewords).abs().sum(-1)
+        return plan, None, (torch.zeros_like(plan[:, 0, 0]), (plan.sum(-2) - 1 / codewords).abs().sum(-1))
     if config.solver == "sinkhorn":
-        solved = sinkhorn(cost, None, None, config.regularisation, config.sinkhorn_steps, config.tolerance)
+        solved = sinkhorn(cost, None, None, config.regularisation, config.sinkhorn_steps, config.tolerance, start)
     else:
-        solved = proximal_point(cost, None, None, config.beta, config.outer_steps, config.inner_steps, config.tolerance)
-    return solved.plan, *solved.marginal_errors
+        solved = proximal_point(
+            cost, None, None, config.beta, config.outer_steps, config.inner_steps, config.tolerance, start
+        )
+    return solved.plan, solved.potentials[1], solved.marginal_errors

@@ -27,6 +27,8 @@ def recipe(drawn):
         "100",
         "--teacher.queue_from_epoch",
         "0",
+        "--transport.warm_start",
+        "true",
     ]
     small += ["--data.workers", "1", "--training.global_batch", "16"]
     return ["launch", "local", "--nproc", "2", "pretrain", "--config", "pretrain/demo.yaml", *data, *small]
@@ -93,7 +95,7 @@ def test_a_living_run_is_not_disturbed_and_a_killed_one_goes_on_from_its_last_ch
 
 
 def same_weights(first, second):
-    for name in ("model", "optimizer", "teacher", "queue"):
+    for name in ("model", "optimizer", "teacher", "queue", "transport"):
         one, other = (
             load_file(folder / "pretrain" / "checkpoints" / f"step-{STEPS:08}" / f"{name}.safetensors")
             for folder in (first, second)

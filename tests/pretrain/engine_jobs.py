@@ -34,6 +34,10 @@ class State:
     moments: Tensors
     teacher: Tensors
     queue: Tensors
+    transport: Tensors = field(default_factory=dict)
+
+
+PARTS = ("masters", "moments", "teacher", "queue", "transport")
 
 
 @dataclass
@@ -79,6 +83,7 @@ def train(
         engine.load(start.masters, start.moments, start.step)
         task.teacher.load(start.teacher)
         task.queue.load_state_dict(start.queue)
+        task.potentials = start.transport.get("potentials")
         first = start.step
         told.loaded = read(first, engine, task)
     for step in range(first, first + steps):
@@ -112,7 +117,7 @@ def save(recipe_changes: dict[str, Any], steps: int, folder: Path) -> dict[str, 
     state = train(recipe_changes, steps).state
     assert state is not None
     if ranks_from_environment().first:
-        tensors = {"masters": state.masters, "moments": state.moments, "teacher": state.teacher, "queue": state.queue}
+        tensors = {name: getattr(state, name) for name in PARTS}
         write_checkpoint(folder, tensors, {"state": {"step": state.step}}, lambda inside: None)
     distributed.barrier()
     return digests(state)
@@ -121,19 +126,18 @@ def save(recipe_changes: dict[str, Any], steps: int, folder: Path) -> dict[str, 
 def resume(recipe_changes: dict[str, Any], folder: Path, steps: int) -> Told:
     """Go on from such a checkpoint."""
     verify_checkpoint(folder)
-    parts = {name: read_tensors(folder, name) for name in ("masters", "moments", "teacher", "queue")}
+    parts = {name: read_tensors(folder, name) for name in PARTS}
     return train(recipe_changes, steps, State(read_json(folder / "state.json")["step"], **parts))
 
 
 def digests(state: State) -> dict[str, str]:
     """sha256 of type, shape and bytes of every tensor."""
-    parts = {"masters": state.masters, "moments": state.moments, "teacher": state.teacher, "queue": state.queue}
     return {
         f"{part}.{name}": hashlib.sha256(
             f"{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes()
         ).hexdigest()
-        for part, tensors in parts.items()
-        for name, tensor in tensors.items()
+        for part in PARTS
+        for name, tensor in getattr(state, part).items()
     }
 
 
@@ -155,6 +159,7 @@ def read(step: int, engine: Engine, task: PretrainTask) -> State:
         copied(dict(engine.moments())),
         copied(task.teacher.averages),
         copied(task.queue.state_dict()),
+        {} if task.potentials is None else copied({"potentials": task.potentials}),
     )
 
 

@@ -157,7 +157,7 @@ def test_teacher_and_queue_are_the_same_in_any_world(runs):
 def test_every_rank_ends_with_the_same_weights_teacher_and_queue(runs):
     runs(2, 3)
     first, second = runs.every_rank(2, 3, "fp32")
-    for part in ("masters", "moments", "teacher", "queue"):
+    for part in engine_jobs.PARTS:
         ours, theirs = getattr(first.state, part), getattr(second.state, part)
         assert all(torch.equal(ours[name], theirs[name]) for name in ours), part
     assert all(torch.equal(weight, second.parameters[name]) for name, weight in first.parameters.items())
@@ -229,7 +229,7 @@ def test_state_saved_at_zero_1_on_two_ranks_loads_anywhere_and_goes_on(
     state = saved[precision]
     told = pool.run(engine_jobs.train, changes(stage, precision), STEPS - state.step, state)
     for rank in told:
-        for part in ("masters", "moments", "teacher", "queue"):
+        for part in engine_jobs.PARTS:
             loaded, wanted = getattr(rank.loaded, part), getattr(state, part)
             assert loaded.keys() == wanted.keys()
             assert all(torch.equal(loaded[name], wanted[name]) for name in wanted), part
@@ -273,6 +273,17 @@ def test_a_checkpoint_of_two_ranks_loads_on_three_and_four(checkpoint, larger_po
         for told in larger_pool.run(engine_jobs.resume, changes(stage, precision, **WORLDS), folder, 2):
             assert engine_jobs.digests(told.loaded) == digests
         assert losses_of(told) == pytest.approx(after, rel=1e-5 if precision == "fp32" else 2e-2)
+
+
+def test_where_plans_start_is_in_the_checkpoint(lone_process, tmp_path):
+    warm = changes(1, transport__warm_start=True, **WORLDS)
+    whole, cold = (
+        losses_of(lone_process.run(engine_jobs.train, recipe, 4)[0]) for recipe in (warm, changes(1, **WORLDS))
+    )
+    digests = lone_process.run(engine_jobs.save, warm, 2, tmp_path / "step-00000002")[0]
+    (told,) = lone_process.run(engine_jobs.resume, warm, tmp_path / "step-00000002", 2)
+    assert engine_jobs.digests(told.loaded) == digests and "transport.potentials" in digests
+    assert losses_of(told) == whole[2:] != cold[2:]
 
 
 def test_a_checkpoint_of_two_ranks_loads_on_one(checkpoint, lone_process):

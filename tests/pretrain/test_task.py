@@ -10,6 +10,7 @@ import torch
 from data_tools.config import AugmentConfig
 from data_tools.packed import join_images
 from data_tools.transforms import TrainTransform
+from pretrain.objectives import codebook
 from pretrain.task import PretrainTask
 
 OBJECTIVES = ("contrastive", "matching", "masked_language", "codebook")
@@ -116,14 +117,14 @@ def test_the_queues_keys_join_from_the_epoch_that_the_recipe_says_though_it_fill
 
 
 def test_teacher_and_queue_move_only_when_a_step_is_finished():
-    task = tiny.task(tiny.recipe())
+    task = tiny.task(tiny.recipe(transport__warm_start=True))
     before = {name: average.clone() for name, average in task.teacher.averages.items()}
     (inputs,), _ = task.prepare(tiny.batch(8), 1.0, 8)
     task.student(inputs)[0].backward()
-    assert task.queue.filled == 0
+    assert task.queue.filled == 0 and task.potentials is None
     assert all(torch.equal(average, before[name]) for name, average in task.teacher.averages.items())
     task.finish((name, parameter.data + 1) for name, parameter in task.student.model.named_parameters())
-    assert task.queue.filled == 8
+    assert task.queue.filled == 8 and task.potentials.shape == (2, 16)
     torch.testing.assert_close(task.teacher.averages["image_projection.bias"], before["image_projection.bias"] + 0.1)
 
 
@@ -141,6 +142,25 @@ def test_what_is_prepared_is_a_function_of_the_batch_and_not_of_the_random_state
     assert torch.equal(first.plans.image, second.plans.image) and torch.equal(first.plans.text, second.plans.text)
     assert torch.equal(first.draws, second.draws) and torch.equal(first.masked.text.ids, second.masked.text.ids)
     assert task.student.model.training, "the student's mode is left as it was"
+
+
+@pytest.mark.parametrize("solver", ["ipot", "sinkhorn"])
+def test_a_plan_starts_where_the_step_before_ended_and_is_the_same_within_the_tolerance(solver, monkeypatch):
+    started = []
+    solve = {"ipot": "proximal_point", "sinkhorn": "sinkhorn"}[solver]
+    real = getattr(codebook, solve)
+    monkeypatch.setattr(codebook, solve, lambda *given: (started.append(given[-1]), real(*given))[1])
+    settings = {"transport__solver": solver, "transport__sinkhorn_steps": 5000}
+    warm, cold = tiny.task(tiny.recipe(**settings, transport__warm_start=True)), tiny.task(tiny.recipe(**settings))
+    for step in range(2):
+        pair = []
+        for task in (warm, cold):
+            (inputs,), figures = task.prepare(tiny.batch(8, step), 1.0, 8)
+            assert figures["codebook/column_error"] <= 1e-3
+            pair.append(inputs.plans.image)
+            task.finish((name, parameter.data) for name, parameter in task.student.model.named_parameters())
+        assert (pair[0] - pair[1]).abs().sum(-1).mean() <= 0.02
+    assert [start is not None for start in started] == [False, False, True, False]
 
 
 def test_plans_from_the_students_features_differ_once_teacher_and_student_do():

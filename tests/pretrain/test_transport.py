@@ -125,6 +125,16 @@ def test_a_start_from_an_earlier_plan_of_the_same_samples_saves_most_sweeps(monk
     assert sinkhorn(cost, regularisation=0.02, steps=10, start=start).marginal_errors[1] < cold.marginal_errors[1] / 2
 
 
+def test_a_start_from_which_a_problem_does_not_settle_costs_time_not_the_plan():
+    far = 40 * torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    costs = torch.stack([clustered_cost(48, 64, 8, seed) for seed in (0, 1)])
+    near = proximal_point(costs[0]).potentials[1]
+    solved = proximal_point(costs, start=torch.stack([near, far[1]]))
+    torch.testing.assert_close(solved.plan[1], proximal_point(costs[1]).plan)
+    torch.testing.assert_close(solved.plan[0], proximal_point(costs[0], start=near).plan, msg="as it is alone")
+    assert (solved.marginal_errors[1] <= 1e-3).all()
+
+
 def test_sinkhorn_stops_at_its_tolerance():
     cost = cosine_cost(13, 8)
     stopped = sinkhorn(cost, steps=10_000, tolerance=1e-6).marginal_errors[1]
