@@ -26,7 +26,8 @@ and above fresh_joint; mean tokens are above [CLS]; hard negatives raise `choice
 fairer later, before the arm it is about was run: the dual head that vldeformer is held against is tuned as long.
 
 Results are kept one file a seed and arm, so the same command goes on where it stopped. It prints each arm's mean, 95 % t intervals
-of differences within seeds (`unresolved` where they hold zero), and draws accuracy over latency.
+of differences within seeds (`unresolved` where they hold zero), draws accuracy over latency, and makes a page of captions that
+fusion answers right and VLDeformer wrong.
 """
 
 from __future__ import annotations
@@ -289,6 +290,23 @@ def plot(found: dict[str, list[dict[str, float]]], gallery: int, out: Path) -> N
     pyplot.close(figure)
 
 
+def page(options: argparse.Namespace) -> Path:
+    """Captions of new scenes whose image fusion finds and VLDeformer does not, by the first seed's models (the paper's figure 4)."""
+    shown, found = options.out / "shown", options.out / "flips.html"
+    if not shown.exists():
+        write_source(shown, {"test": min(100, options.gallery)}, options.size, world=WORLD)
+    data = ["--data", str(shown / "captions_test.json"), "--images", str(shown / "images")]
+    records = []
+    for run, head in (("joint-0", "fusion"), ("vldeformer-0", "vldeformer")):
+        records.append(str(options.out / f"flips-{head}.json"))
+        options.ligature(
+            "evaluate", "--checkpoint", str(options.out / run), *data, "--dataset", "shapes", "--split", "test",
+            "--protocol", "full", "--heads", f"[{head}]", "--shortlist", "500", "--save_scores", "true", "--out", records[-1],
+        )  # fmt: skip
+    options.ligature("compare", *records, "--page", str(found), *data)
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/vldeformer_scenes"))
@@ -309,7 +327,10 @@ def main(arguments: list[str] | None = None) -> int:
     claim_folder(options, free=("out", "seeds", "jobs", "arms"))
     with Workers(options.jobs) as options.ligature:
         found = run_arms(options)
+        flips = page(options) if {"fusion", "vldeformer"} <= set(found) else None
     show(found, options)
+    if flips:
+        print(flips)
     return 0
 
 

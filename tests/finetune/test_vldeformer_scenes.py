@@ -77,13 +77,14 @@ def test_the_arms_measure_what_the_model_scores(single, drawn):
 def test_a_small_campaign_from_drawing_to_the_plot_and_again(tmp_path, capfd):
     small = ["--seeds", "2", "--scenes", "300", "--pretrain_steps", "2", "--joint_steps", "2", "--steps", "2"]
     small += ["--pairs", "12", "--gallery", "20", "--out", str(tmp_path / "campaign")]
-    told = [*small, "--arms", "dual", "fusion", "untuned", "hard"]
+    told = [*small, "--arms", "dual", "fusion", "untuned", "vldeformer", "hard"]
     assert campaign.main(told) == 0
     table = capfd.readouterr().out.split("\n2 seeds, 12 pairs")[1]
-    assert all(f"\n{arm}" in table for arm in ("dual", "fusion", "untuned", "hard"))
+    assert all(f"\n{arm}" in table for arm in ("dual", "fusion", "untuned", "vldeformer", "hard"))
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "campaign").glob("*/checkpoints/step-*")}
-    assert len(made) == 6 and (tmp_path / "campaign" / "accuracy_latency.png").stat().st_size > 10_000
+    assert len(made) == 8 and (tmp_path / "campaign" / "accuracy_latency.png").stat().st_size > 10_000
+    assert "fusion of all pairs right, vldeformer" in (tmp_path / "campaign" / "flips.html").read_text()
     (tmp_path / "campaign" / "dual-0.json").unlink()
     assert campaign.main(told) == 0, "what stands is not made again"
-    assert table.splitlines()[2:5] == capfd.readouterr().out.split("\n2 seeds, 12 pairs")[1].splitlines()[2:5]
+    assert table.splitlines()[2:6] == capfd.readouterr().out.split("\n2 seeds, 12 pairs")[1].splitlines()[2:6]
     assert {path: path.stat().st_mtime_ns for path in made} == made
