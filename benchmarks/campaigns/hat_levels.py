@@ -158,9 +158,14 @@ def spell(differences: np.ndarray) -> str:
     mean = float(differences.mean())
     if len(differences) < 2:
         return f"{mean:+.2f} (one seed: no interval)"
-    half = student.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / len(differences) ** 0.5
+    half = half_interval(differences)
     verdict = "unresolved" if mean - half <= 0 <= mean + half else "higher" if mean > 0 else "lower"
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}] {verdict}"
+
+
+def half_interval(values: np.ndarray) -> float:
+    """Of the 95 % t interval of the mean of at least two values."""
+    return float(student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
 
 
 def main() -> int:

@@ -43,7 +43,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.campaigns.hat_levels import claim_folder, spell
+from benchmarks.campaigns.hat_levels import claim_folder, half_interval, spell
 from benchmarks.ratios import clock
 from data_tools.shapes import SHAPES, World, describe, draw, relation_pairs, scenes, write_source
 from finetune.encoders import load_encoder
@@ -269,22 +269,28 @@ def arms(options: argparse.Namespace) -> dict[str, Callable[[int], Scorer]]:
 
 
 def plot(found: dict[str, list[dict[str, float]]], gallery: int, out: Path) -> None:
-    """Accuracy on relations over milliseconds a query: a dot a seed, the arm's name at its mean."""
+    """Accuracy on relations over an arm's median milliseconds a query: a faint dot a seed, their mean with its 95 % t interval."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(7, 4.5))
-    for name, runs in found.items():
-        times, right = ([run[key] for run in runs] for key in ("milliseconds", "relation"))
-        axis.scatter(times, right, s=22, label=name)
-        axis.annotate(name, (float(np.mean(times)), float(np.mean(right))), xytext=(6, 4), textcoords="offset points")
+    figure, axis = pyplot.subplots(figsize=(8, 4.5))
+    place = 0.0
+    for name, runs in sorted(found.items(), key=lambda arm: np.median([run["milliseconds"] for run in arm[1]])):
+        milliseconds = float(np.median([run["milliseconds"] for run in runs]))
+        place = max(milliseconds, 1.09 * place)  # arms as fast as each other stand side by side
+        right = np.array([run["relation"] for run in runs])
+        interval = half_interval(right) if len(right) > 1 else 0.0
+        told = f"{name}: {right.mean():.1f} %, {milliseconds:.3g} ms"
+        colour = axis.errorbar(place, right.mean(), interval, fmt="o", capsize=3, label=told).lines[0].get_color()
+        axis.scatter([place] * len(right), right, s=14, alpha=0.35, color=colour)
     axis.axhline(50, color="grey", linestyle=":", linewidth=1)
     axis.set_xscale("log")
-    axis.margins(x=0.15)  # room for the names
+    axis.set_ylim(40, 100)
     axis.set_xlabel(f"milliseconds of a query over {gallery:,} images encoded before, one thread")
     axis.set_ylabel("relations right, % (a bag of words: 50)")
+    axis.legend(loc="center", bbox_to_anchor=(0.66, 0.3), fontsize="small")
     figure.tight_layout()
     figure.savefig(out, dpi=120)
     pyplot.close(figure)
