@@ -356,6 +356,9 @@ class PretrainRecipe:
     """Names the run folder: the same name is the same run, and goes on where it stopped."""
     runs: str = "runs"
     """Folder of run folders."""
+    checkpoint: str = ""
+    """What a fresh run begins from: another run's folder, a checkpoint's, an export or an import (ALBEF). Its weights take the
+    place of `model.image.weights` and `model.text.weights`, its tokenizer that of `data.tokenizer`; its teacher comes along."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
@@ -367,6 +370,9 @@ class PretrainRecipe:
     """Steps, after the first ones, of which the first rank prints where their time went, part by part."""
 
     def __post_init__(self) -> None:
+        if self.checkpoint:  # so that the run's config.yaml says what it began from
+            self.model.image.weights = self.model.text.weights = "none"
+            self.data.tokenizer = self.checkpoint
         if self.profile < 0:
             raise RecipeError(f"profile is {self.profile}; it is a number of steps, or 0 for none")
         if self.objectives.codebook.features == "student" and self.training.zero_stage == 3:

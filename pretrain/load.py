@@ -94,10 +94,11 @@ def find_checkpoint(source: str | Path) -> Path:
     raise CheckpointError(f"{source} is neither a run nor a checkpoint: {reason}")
 
 
-def load_model(source: str | Path, device: str | torch.device = "cpu") -> ImageTextModel:
+def load_model(source: str | Path, device: str | torch.device = "cpu", image_size: int | None = None) -> ImageTextModel:
     """Load a model from a run folder or a checkpoint, every file verified by its hash. Imports no DeepSpeed.
 
-    Raises CheckpointError where the folder is incomplete, altered or of another shape.
+    image_size: pixels a side, where another resolution is wanted than the model's own. Raises CheckpointError where the folder is
+    incomplete, altered or of another shape.
     """
     folder = find_checkpoint(source)
     verify_checkpoint(folder)
@@ -110,7 +111,22 @@ def load_model(source: str | Path, device: str | torch.device = "cpu") -> ImageT
     tokenizer = load_tokenizer(folder, about["caption_tokens"])
     network = AlignmentModel(build(ModelConfig, about["model"]), tokenizer.vocabulary)
     load_weights(network, read_tensors(folder, "model"), folder)
+    if image_size:
+        network = at_resolution(network, image_size)
     return ImageTextModel(network, tokenizer, folder, about["training"], torch.device(device))
+
+
+def at_resolution(network: AlignmentModel, image_size: int) -> AlignmentModel:
+    """The same model for images of another size, its position embeddings interpolated (bicubic, as ALBEF)."""
+    if image_size == network.config.image.image_size:
+        return network
+    image = dataclasses.replace(network.config.image, image_size=image_size)
+    resized = AlignmentModel(
+        dataclasses.replace(network.config, image=image), network.text_encoder.words.num_embeddings
+    )
+    network.image_encoder.vit.set_input_size(image_size)
+    resized.load_state_dict(network.state_dict())
+    return resized
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:

@@ -15,10 +15,11 @@ from data_tools.stream import ShardStream, open_stream
 from data_tools.tokenizer import CaptionTokenizer, load_tokenizer, train_tokenizer
 from data_tools.training_set import TrainingSet, open_training_set
 from data_tools.transforms import TrainTransform
+from pretrain.begin_from import begin_from
 from pretrain.config import PretrainRecipe, divide_batch
 from pretrain.encode import encode_collection
 from pretrain.engine import Engine
-from pretrain.load import describe_model
+from pretrain.load import describe_model, find_checkpoint
 from pretrain.loop import Stage, hold_run, mean_figures, run_loop
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.sick_steps import SickSteps
@@ -63,12 +64,17 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     watchdog.doing("looking for a checkpoint", 0)
     resumed = find_resume(run, ranks)
     watchdog.doing("loading weights", 0)
+    teacher = None
     if resumed is None:
         report = load_starting_weights(model)
+        if recipe.checkpoint:
+            report, teacher = begin_from(recipe.checkpoint, model)
         if ranks.first:
             print("\n".join([describe(model, recipe, ranks, device, micro_batch, accumulation), *report]), flush=True)
     model.to(device)
     task = PretrainTask(recipe, model, tokenizer, ranks, device)
+    if teacher:
+        task.teacher.load(task.teacher.averages | teacher)
     task.before_meeting = watchdog.meet
     training = recipe.training.in_world(ranks.world)
     engine = Engine(task.student, recipe.optimizer, training, micro_batch, accumulation, device)
@@ -142,7 +148,8 @@ def prepare_tokenizer(recipe: PretrainRecipe, run: RunFolder, data: TrainingSet,
             captions = data.some_captions(TOKENIZER_CAPTIONS)
             made = train_tokenizer(captions, recipe.data.vocabulary, recipe.data.caption_tokens)
         else:
-            made = load_tokenizer(recipe.data.tokenizer, recipe.data.caption_tokens)
+            source = find_checkpoint(recipe.checkpoint) if recipe.checkpoint else recipe.data.tokenizer
+            made = load_tokenizer(source, recipe.data.caption_tokens)
         made.save(run.path)
     barrier()
     return load_tokenizer(run.path, recipe.data.caption_tokens)

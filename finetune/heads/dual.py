@@ -14,8 +14,7 @@ from finetune.config import FinetuneRecipe
 from finetune.exchanged_words import ExchangedWords
 from finetune.task import RetrievalTask
 from pretrain.encode import Encodings, encode_collection
-from pretrain.load import ImageTextModel, describe_model, load_model
-from pretrain.model.alignment_model import AlignmentModel
+from pretrain.load import describe_model, load_model
 from pretrain.objectives.contrastive import soft_cross_entropy
 from pretrain.objectives.matching import Matching
 from pretrain.objectives.state import Keys, MicroBatch, StudentState
@@ -61,13 +60,11 @@ class DualTask(RetrievalTask):
 
     def __init__(self, recipe: FinetuneRecipe) -> None:
         super().__init__()
-        start = load_model(recipe.checkpoint)
+        start = load_model(recipe.checkpoint, image_size=recipe.image_size)
         if not start.network.config.text.layers:
             raise CheckpointError(
                 f"{start.folder} has no text layers, so no features for a dual head; fine-tune it with --head vldeformer"
             )
-        if recipe.image_size:
-            start = at_resolution(start, recipe.image_size)
         self.contrastive_weight, self.matching_weight = recipe.contrastive_weight, recipe.matching_weight
         self.model = start.network.requires_grad_(True)
         self.model.codebook = None  # retrieval does not read it
@@ -117,14 +114,3 @@ class DualTask(RetrievalTask):
 
     def extra_figures(self) -> dict[str, Tensor]:
         return {"temperature": self.model.temperature().detach()}
-
-
-def at_resolution(start: ImageTextModel, image_size: int) -> ImageTextModel:
-    """The same model for images of another size, its position embeddings interpolated (bicubic, as ALBEF)."""
-    config = dataclasses.replace(
-        start.network.config, image=dataclasses.replace(start.network.config.image, image_size=image_size)
-    )
-    start.network.image_encoder.vit.set_input_size(image_size)
-    network = AlignmentModel(config, start.tokenizer.vocabulary)
-    network.load_state_dict(start.network.state_dict())
-    return ImageTextModel(network, start.tokenizer, start.folder, start.training, start.device)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from data_tools.collection import Collection
 from data_tools.tokenizer import CaptionTokenizer, load_tokenizer
 from finetune.config import FinetuneRecipe, HatConfig
-from finetune.heads.dual import GatherRows, at_resolution
+from finetune.heads.dual import GatherRows
 from finetune.heads.levels import BackboneEncoders, CheckpointEncoders, LevelEncoders
 from finetune.heads.stacked_attention import context_gram, mean_scores, pair_scores
 from finetune.task import RetrievalTask
@@ -119,9 +119,7 @@ class HatTask(RetrievalTask):
         self.source: ModelConfig | None = None
         torch.manual_seed(recipe.training.seed)  # the projections start the same on every rank
         if config.encoders == "checkpoint":
-            start = load_model(recipe.checkpoint)
-            if recipe.image_size:
-                start = at_resolution(start, recipe.image_size)
+            start = load_model(recipe.checkpoint, image_size=recipe.image_size)
             self.tokenizer, self.source = start.tokenizer, dataclasses.replace(start.network.config, codewords=0)
             encoders: LevelEncoders = CheckpointEncoders(start.network.requires_grad_(True))
             torch.manual_seed(recipe.training.seed)  # whatever loading drew

@@ -16,7 +16,7 @@ from data_tools.order import derived_seed, uniforms
 from finetune.config import FinetuneRecipe
 from finetune.hard_negatives import AlteredCaptions, choose_patches, exchange_patches
 from finetune.heads.decomposed import Decomposed, encode_decomposed, need_fusion
-from finetune.heads.dual import GatherRows, at_resolution
+from finetune.heads.dual import GatherRows
 from finetune.task import RetrievalTask
 from finetune.wordnet import open_lexicon
 from pretrain.load import load_model
@@ -90,10 +90,8 @@ class VLDeformerTask(RetrievalTask):
 
     def __init__(self, recipe: FinetuneRecipe) -> None:
         super().__init__()
-        start = load_model(recipe.checkpoint)
+        start = load_model(recipe.checkpoint, image_size=recipe.image_size)
         need_fusion(start.network.config, start.folder)
-        if recipe.image_size:
-            start = at_resolution(start, recipe.image_size)
         self.recipe, config = recipe, recipe.vldeformer
         self.tokenizer, self.image_size = start.tokenizer, start.network.config.image.image_size
         network = start.network.requires_grad_(True)

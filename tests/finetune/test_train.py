@@ -9,7 +9,7 @@ import small
 import torch
 
 from finetune.config import EvaluateRecipe, FinetuneRecipe
-from finetune.heads.dual import DualTask, at_resolution
+from finetune.heads.dual import DualTask
 from launch.cli import main
 from launch.local import free_port
 from pretrain.config import MatchingConfig
@@ -65,9 +65,8 @@ def test_without_matching_the_fusion_head_stays_as_it_was(pretrained, drawn, tmp
 
 
 def test_another_resolution_keeps_all_weights_but_the_positions(pretrained):
-    start = load_model(pretrained)
-    before = {name: weight.clone() for name, weight in start.network.named_parameters()}
-    larger = at_resolution(start, 64)
+    before = dict(load_model(pretrained).network.named_parameters())
+    larger = load_model(pretrained, image_size=64)
     assert larger.transform.image_size == 64
     assert larger.encode_image(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 16)
     after = dict(larger.network.named_parameters())

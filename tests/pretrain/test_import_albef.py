@@ -16,6 +16,7 @@ from launch.cli import main
 from pretrain import load_model
 from pretrain.config import PretrainRecipe
 from pretrain.import_albef import import_albef, interpolate_positions, read_albef
+from pretrain.load import find_checkpoint
 from pretrain.task import PretrainTask
 from runtime.checkpoint import read_tensors
 from runtime.errors import CheckpointError
@@ -110,6 +111,36 @@ def test_it_encodes_matches_and_holds_teacher_and_queue(imported):
     task.queue.load_state_dict(queue)
     (inputs,), _ = task.prepare(tiny.batch(4), 1.0, 4)
     assert len(inputs.keys.image_ids) == 16
+
+
+def test_pretraining_goes_on_from_it(imported, drawn, tmp_path):
+    """At rate 0 and momentum 1 what a step saves is what the run began from; the codebook alone is new."""
+    sizes = [
+        f"--model.{key}={value}"
+        for key, value in {
+            "image.architecture": "vit_base_patch16_224", "image.image_size": 32, "image.patch": 16, "image.width": 64,
+            "image.depth": 2, "image.heads": 1, "text.width": 128, "text.layers": 3, "text.heads": 2,
+            "text.feed_forward": 384, "text.positions": 40, "fusion.layers": 1, "feature_dim": 20, "codewords": 8,
+        }.items()
+    ]  # fmt: skip
+    asked = ["--data.train", str(drawn / "train"), "--data.caption_tokens", "20", "--data.workers", "0"]
+    asked += ["--training.global_batch", "8", "--training.steps", "1", "--training.precision", "fp32"]
+    asked += [
+        "--training.device",
+        "cpu",
+        "--optimizer.lr",
+        "0",
+        "--optimizer.min_lr",
+        "0",
+        "--teacher.ema_momentum",
+        "1",
+    ]
+    start = ["--checkpoint", str(imported), "--runs", str(tmp_path), "--name", "further"]
+    assert main(["pretrain", *start, *sizes, *asked]) == 0
+    for name in ("model", "teacher"):
+        theirs, ours = read_tensors(imported, name), read_tensors(find_checkpoint(tmp_path / "further"), name)
+        assert ours.keys() - theirs.keys() == ({"codebook"} if name == "model" else set())
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 def test_the_joined_matrices_are_theirs_side_by_side(tmp_path):
