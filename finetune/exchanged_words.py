@@ -50,10 +50,8 @@ class ExchangedWords:
         has = (altered != text.ids).any(1)
         own = torch.arange(len(has), device=has.device)
         states = torch.cat([state.text_states, model.text_encoder(altered, text.mask)])
-        fused = model.fusion_encoder(
-            states, torch.cat([text.mask, text.mask]), state.images_read, torch.cat([own, own])
-        )
-        logits = model.matching_logits(fused).float()
+        mask = torch.cat([text.mask, text.mask])
+        logits = model.match(states, mask, state.images_read, torch.cat([own, own])).float()
         margin = torch.sub(*(logits[:, 1] - logits[:, 0]).chunk(2))
         # Of the global batch, as this rank's share: the mean over ranks is then the loss of all, however they lie.
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

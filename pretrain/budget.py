@@ -144,6 +144,18 @@ class Budget:
         return self.model.fusion.layers * (2 * n * (6 * w * w + 2 * w * f) + 4 * n * n * w + 4 * n * t * w)
 
     @property
+    def _matched_flops(self) -> int:
+        """The same where [CLS] alone is asked for: the last layer makes the keys and values of all tokens, and one token's state."""
+        if not self.model.fusion.layers:
+            return 0
+        w, f, n, t = self.text.width, self.text.feed_forward, self.words, self.image.tokens
+        if self.single_stream:
+            spared = 2 * (n + t - 1) * (w * w + 2 * w * f) + 4 * (n + t - 1) * (n + t) * w
+        else:
+            spared = (n - 1) * (2 * (3 * w * w + 2 * w * f) + 4 * (n + t) * w)
+        return self._pair_flops - spared
+
+    @property
     def _language_flops(self) -> float:
         """A masked caption through the text encoder, the fusion encoder and the head at its masked words."""
         w = self.text.width
@@ -158,7 +170,7 @@ class Budget:
         """Of one sample in one step, by what they are spent on."""
         d, codewords = self.model.feature_dim, self.model.codewords
         encoders = self.image.block_flops + self._text_flops(self.words) + self._feature_flops
-        fused = (self._read_flops if self.matching or self.language else 0) + 3 * self._pair_flops * self.matching
+        fused = (self._read_flops if self.matching or self.language else 0) + 3 * self._matched_flops * self.matching
         fused += 3 * 4 * self.text.width * self.matching
         language = self._language_flops * self.language
         pool = self.recipe.objectives.matching.pool or self.micro_batch
@@ -201,18 +213,18 @@ class Budget:
         image = 3 * self.image.image_size**2 + 16 * self.image.depth * t * self.image.width + 2 * t * self.image.width
         layer = (8 * w + 2 * f) * n
         layers, fusion = self.text.layers, self.model.fusion.layers
-        # Of a pair in a fusion layer: what is kept, the dropouts' masks, and the copy of its image's keys and values; of an image.
-        cross, dropouts, copied, read = layer + 4 * n * w, 3 * n * w, 2 * t * w, 2 * t * w
+        # Of a pair in a fusion layer: what a token keeps, its dropouts' masks, tokens, the copy of its image's keys and values; of an image.
+        token, dropouts, tokens, copied, read = 12 * w + 2 * f, 3 * w, n, 2 * t * w, 2 * t * w
         if self.single_stream:
-            cross, dropouts, copied, read = (8 * w + 2 * f) * (n + t), 2 * (n + t) * w, 0, 0
+            token, dropouts, tokens, copied, read = 8 * w + 2 * f, 2 * w, n + t, 0, 0
         elements: float = image + n * w * 2 + layers * layer
         masks = layers * 2 * n * w + n * w
-        if self.matching:  # three pairs
-            elements += 3 * fusion * (cross + copied) + 3 * n * w
-            masks += 3 * fusion * dropouts
+        if self.matching:  # three pairs; the last layer has queries, keys and values of all tokens, and the rest of [CLS] alone
+            elements += 3 * (fusion * copied + (fusion - 1) * tokens * token + tokens * 4 * w + token)
+            masks += 3 * ((fusion - 1) * tokens + 1) * dropouts
         if self.language:
-            elements += n * w * 2 + layers * layer + fusion * cross + n * w
-            masks += layers * 2 * n * w + n * w + fusion * dropouts
+            elements += n * w * 2 + layers * layer + fusion * tokens * token + n * w
+            masks += layers * 2 * n * w + n * w + fusion * tokens * dropouts
         if self.matching or self.language:
             elements += fusion * read + 3 * t * w * self.single_stream
         # Logits are float32: the similarity, its log-softmax and the target of each.

@@ -61,8 +61,7 @@ class ImageTextModel:
             )
         ids, mask = (part.to(self.device) for part in self.tokenizer(list(texts)))
         read = self.network.fusion_encoder.read_images(self.network.image_encoder(self._pixels(images)))
-        fused = self.network.fusion_encoder(self.network.text_encoder(ids, mask), mask, read)
-        return torch.softmax(self.network.matching_logits(fused), -1)[:, 1]
+        return torch.softmax(self.network.match(self.network.text_encoder(ids, mask), mask, read), -1)[:, 1]
 
     def _need_features(self) -> None:
         if not self.network.config.text.layers:

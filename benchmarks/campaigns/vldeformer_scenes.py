@@ -79,8 +79,7 @@ class Matched:
         states, read = network.text_encoder(ids, mask), network.fusion_encoder.read_images(tokens)
         image, text = torch.meshgrid(torch.arange(len(tokens)), torch.arange(len(captions)), indexing="ij")
         chosen = text.flatten()
-        fused = network.fusion_encoder(states[chosen], mask[chosen], read, image.flatten())
-        logits = network.matching_logits(fused)
+        logits = network.match(states[chosen], mask[chosen], read, image.flatten())
         return (logits[:, 1] - logits[:, 0]).view(len(tokens), len(captions))
 
 

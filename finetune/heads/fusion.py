@@ -30,8 +30,7 @@ def match_pairs(
     words = int(mask.sum(-1).max())
     read = model.fusion_encoder.read_images(encodings.image_tokens[images].to(device))
     states = encodings.text_states[text, :words].to(device)
-    fused = model.fusion_encoder(states, mask[:, :words].to(device), read, rows.to(device))
-    logits = model.matching_logits(fused)
+    logits = model.match(states, mask[:, :words].to(device), read, rows.to(device))
     return (logits[:, 1] - logits[:, 0]).cpu()
 
 

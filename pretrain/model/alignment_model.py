@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ModelConfig
-from pretrain.model.bert_layers import start_weights
+from pretrain.model.bert_layers import ReadImages, start_weights
 from pretrain.model.fusion_encoder import FusionEncoder
 from pretrain.model.image_encoder import ImageEncoder
 from pretrain.model.single_stream import SingleStreamEncoder
@@ -137,6 +137,10 @@ class AlignmentModel(nn.Module):
     def text_features(self, text_states: Tensor) -> Tensor:
         """(texts, words, width) -> unit-norm features (texts, feature_dim), float32, from [CLS]."""
         return _unit(self.text_projection(text_states[:, 0]))
+
+    def match(self, states: Tensor, mask: Tensor, images: ReadImages, image_of_text: Tensor | None = None) -> Tensor:
+        """Each text fused with one image and judged, arguments as the fusion encoder's -> (texts, 2): no match, match."""
+        return self.matching_logits(self.fusion_encoder(states, mask, images, image_of_text, first_alone=True))
 
     def matching_logits(self, fused_states: Tensor) -> Tensor:
         """(pairs, words, width) -> (pairs, 2): no match, match."""

@@ -28,8 +28,10 @@ class SelfAttention(nn.Module):
         self.output = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
 
-    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, states: Tensor, mask: Tensor, first_alone: bool = False) -> Tensor:
         query, key, value = (split_heads(part, self.heads) for part in self.query_key_value(states).chunk(3, dim=-1))
+        if first_alone:
+            query, states = query[:, :, :1], states[:, :1]
         attended = attend(query, key, value, mask[:, None, None, :], self.dropout if self.training else 0.0)
         return self.norm(states + functional.dropout(self.output(attended), self.dropout, self.training))
 
@@ -69,9 +71,14 @@ class BertLayer(nn.Module):
         self.output = nn.Linear(feed_forward, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
 
-    def forward(self, states: Tensor, mask: Tensor, image: KeysValues | None = None) -> Tensor:
-        """states: (texts, words, width); mask: (texts, words) bool, True where a word is; image: keys and values per text."""
-        states = self.self_attention(states, mask)
+    def forward(
+        self, states: Tensor, mask: Tensor, image: KeysValues | None = None, first_alone: bool = False
+    ) -> Tensor:
+        """states: (texts, words, width); mask: (texts, words) bool, True where a word is; image: keys and values per text.
+
+        -> the new states; `first_alone`: the first word's, which has read all of them, (texts, 1, width).
+        """
+        states = self.self_attention(states, mask, first_alone)
         if self.cross_attention is not None:
             assert image is not None, "a layer with cross-attention needs image tokens"
             states = self.cross_attention(states, image)

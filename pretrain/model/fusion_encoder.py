@@ -28,14 +28,20 @@ class FusionEncoder(nn.Module):
         return read
 
     def forward(
-        self, states: Tensor, mask: Tensor, images: list[KeysValues], image_of_text: Tensor | None = None
+        self,
+        states: Tensor,
+        mask: Tensor,
+        images: list[KeysValues],
+        image_of_text: Tensor | None = None,
+        first_alone: bool = False,
     ) -> Tensor:
         """Fuse each text with one image.
 
         states: (texts, words, width), mask: (texts, words) bool; images: `read_images` of all the images there are;
-        image_of_text: (texts,) the row of each text's image, or None where text i has image i. -> (texts, words, width)
+        image_of_text: (texts,) the row of each text's image, or None where text i has image i. -> (texts, words, width);
+        first_alone: [CLS] alone, (texts, 1, width), for which the last layer computes no other word.
         """
         for layer, (key, value) in zip(self.layers, images, strict=True):
             chosen = (key, value) if image_of_text is None else (key[image_of_text], value[image_of_text])
-            states = layer(states, mask, chosen)
+            states = layer(states, mask, chosen, first_alone and layer is self.layers[-1])
         return states

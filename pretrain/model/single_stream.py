@@ -43,10 +43,10 @@ class SingleStreamEncoder(nn.Module):
         """(images, tokens, image width) -> one tensor (images, tokens, width) marked [V], in the form `forward` takes."""
         return [(self._enter(self.entry(image_tokens), IMAGE),)]
 
-    def alone(self, states: Tensor, mask: Tensor) -> Tensor:
+    def alone(self, states: Tensor, mask: Tensor, first_alone: bool = False) -> Tensor:
         """The layers on one modality that has entered, or on both joined. states: (batch, tokens, width); mask: (batch, tokens)."""
         for layer in self.layers:
-            states = layer(states, mask)
+            states = layer(states, mask, first_alone=first_alone and layer is self.layers[-1])
         return states
 
     def join(
@@ -59,13 +59,22 @@ class SingleStreamEncoder(nn.Module):
         joined = torch.cat([self.enter_text(states), tokens], 1)
         return joined, functional.pad(mask, (0, tokens.shape[1]), value=True)
 
-    def forward(self, states: Tensor, mask: Tensor, images: ReadImages, image_of_text: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        states: Tensor,
+        mask: Tensor,
+        images: ReadImages,
+        image_of_text: Tensor | None = None,
+        first_alone: bool = False,
+    ) -> Tensor:
         """Fuse each text with one image.
 
         states: (texts, words, width), mask: (texts, words) bool; images: `read_images` of all the images there are;
-        image_of_text: (texts,) the row of each text's image, or None where text i has image i. -> (texts, words, width)
+        image_of_text: (texts,) the row of each text's image, or None where text i has image i. -> (texts, words, width);
+        first_alone: [CLS] alone, (texts, 1, width), for which the last layer computes no other token.
         """
-        return self.alone(*self.join(states, mask, images, image_of_text))[:, : states.shape[1]]
+        joined = self.join(states, mask, images, image_of_text)
+        return self.alone(*joined, first_alone)[:, : states.shape[1]]
 
     def _enter(self, states: Tensor, segment: int) -> Tensor:
         return functional.dropout(self.norm(states + self.segments.weight[segment]), self.dropout, self.training)

@@ -69,8 +69,7 @@ class Matching:
             wrong_states, wrong_mask = own_states[wrong_text], own_mask[wrong_text]
         states = torch.cat([own_states, own_states, wrong_states])
         mask = torch.cat([own_mask, own_mask, wrong_mask])
-        fused = model.fusion_encoder(states, mask, images, torch.cat([own, wrong_image, own]))
-        logits = model.matching_logits(fused)
+        logits = model.match(states, mask, images, torch.cat([own, wrong_image, own]))
         labels = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
         exists = torch.cat([torch.ones_like(has_image), has_image, has_text]).to(logits.dtype)
         loss = (functional.cross_entropy(logits, labels, reduction="none") * exists).sum() / exists.sum()

@@ -111,6 +111,27 @@ def test_fusing_with_chosen_images_is_fusing_with_their_tokens_repeated(model):
     torch.testing.assert_close(shared, repeated, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["cross_attention", "single_stream"])
+def test_a_match_is_judged_by_cls_as_if_all_words_had_been_computed(kind):
+    """Logits, and gradients of all weights, of the last layer among them."""
+    model = tiny.model(tiny.recipe(model__fusion={"kind": kind, "layers": 2}))
+    batch = tiny.batch(6)
+    mask, chosen = batch["mask"], torch.tensor([3, 3, 0, 5, 1, 3])
+    found = []
+    for first_alone in (True, False):
+        states = model.text_encoder(batch["ids"], mask)
+        read = model.fusion_encoder.read_images(model.image_encoder(batch["images"][0]))
+        fused = model.fusion_encoder(states, mask, read, chosen, first_alone)
+        assert fused.shape[1] == (1 if first_alone else tiny.CAPTION_WORDS)
+        logits = model.match(states, mask, read, chosen) if first_alone else model.matching_logits(fused)
+        used = [
+            weight for name, weight in model.named_parameters() if name.startswith(("fusion", "text_enc", "image_enc"))
+        ]
+        found.append([logits, *torch.autograd.grad(logits[:, 1].sum(), used)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
 def test_gradients_through_shared_images_are_those_of_repeated_ones(model):
     batch = tiny.batch(4)
     mask, chosen = batch["mask"], torch.tensor([1, 1, 0, 1])
