@@ -219,7 +219,7 @@ class Budget:
             token, dropouts, tokens, copied, read = 8 * w + 2 * f, 2 * w, n + t, 0, 0
         elements: float = image + n * w * 2 + layers * layer
         masks = layers * 2 * n * w + n * w
-        if self.matching:  # three pairs; the last layer has queries, keys and values of all tokens, and the rest of [CLS] alone
+        if self.matching:  # three pairs; the last layer makes keys and values of all tokens, the rest of [CLS] alone
             elements += 3 * (fusion * copied + (fusion - 1) * tokens * token + tokens * 4 * w + token)
             masks += 3 * ((fusion - 1) * tokens + 1) * dropouts
         if self.language:
