@@ -197,6 +197,10 @@ class FinetuneRecipe:
                 raise RecipeError(f"{key} is not set; give --{key}")
         if without_checkpoint and self.image_size:
             raise RecipeError("image_size is for a checkpoint's encoders; backbones have hat.image.image_size")
+        if without_checkpoint and self.training.checkpoint_activations:
+            raise RecipeError(
+                "training.checkpoint_activations is for a checkpoint's encoders, and hat.encoders is `backbones`; set it to false"
+            )
         check_name("name", self.name)
         if self.optimizer.schedule != "step":
             raise RecipeError(

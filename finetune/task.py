@@ -32,6 +32,10 @@ class RetrievalTask(nn.Module):
         """-> the loss of the global batch (the same on every rank after averaging), and its figures, `loss` among them."""
         raise NotImplementedError
 
+    def layers(self) -> list[nn.Module]:
+        """The transformer layers that learn, for `training.checkpoint_activations`."""
+        raise NotImplementedError
+
     def begin_step(self, epoch: float) -> None:
         """Called before each step with the epochs consumed so far: a schedule is a function of this alone, so that a resumed
         run follows it."""

@@ -22,6 +22,7 @@ from finetune.config import FinetuneRecipe
 from finetune.task import RetrievalTask, make_task
 from pretrain.load import copy_weights
 from pretrain.loop import Stage, hold_run, run_loop
+from pretrain.model.activations import checkpoint_activations
 from pretrain.model.alignment_model import TextBatch
 from pretrain.objectives.state import Keys, MicroBatch
 from pretrain.sick_steps import SickSteps
@@ -50,6 +51,8 @@ def train(recipe: FinetuneRecipe, run: RunFolder, ranks: Ranks, device: torch.de
             f"training.global_batch {recipe.training.global_batch} does not divide over {ranks.world} ranks"
         )
     task = make_task(recipe).train()
+    if recipe.training.checkpoint_activations:
+        checkpoint_activations(task.layers())
     told = recipe.data.validation
     validation = validation_collection(told, recipe.data.select_on_test) if told else None
     watchdog.doing("taking the run", 0)

@@ -139,7 +139,8 @@ def import_weights(arguments: list[str]) -> None:
 
     parser = OptionParser(
         "ligature import",
-        description="Turn a published checkpoint into one of ours. (Weights of BERT and timm are named in a recipe: model.text.weights, model.image.weights.)",
+        description="Turn a published checkpoint into one of ours, to pretrain, fine-tune or evaluate with --checkpoint. (Weights of BERT "
+        "and timm are named in a recipe: model.text.weights, model.image.weights.)",
     )
     parser.add_argument("kind", choices=["albef"])
     parser.add_argument("checkpoint", type=Path, help="the published .pth file")

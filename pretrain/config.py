@@ -283,6 +283,8 @@ class LoopConfig:
     """Newest checkpoints to keep; the best by validation is kept beside them."""
     milestone_every: int | None = None
     """Checkpoints of steps that are multiples of this are kept for good; a multiple of `checkpoint_every`."""
+    checkpoint_activations: bool = False
+    """Compute each layer's activations again in the backward pass instead of keeping them: room for larger batches and images."""
     sick_steps: SickStepConfig = field(default_factory=SickStepConfig)
     rank_timeout: float = 600.0
     """Seconds without progress after which a rank counts as hung and the run stops, naming it; more than the longest validation,
@@ -326,8 +328,6 @@ class TrainingConfig(LoopConfig):
     """What DeepSpeed divides among the ranks: 1 masters and moments, 2 gradients too, 3 parameters too, 0 nothing."""
     offload_optimizer: bool = False
     """Keep masters and moments in host memory and step there: slower, and room for a larger model."""
-    checkpoint_activations: bool = False
-    """Compute each layer's activations again in the backward pass instead of keeping them."""
     compile: bool = False
     """torch.compile of each layer: a faster step, and a slow first one."""
 

@@ -18,6 +18,7 @@ from data_tools.packed import views_on
 from data_tools.tokenizer import CaptionTokenizer
 from pretrain.config import PretrainRecipe
 from pretrain.feature_queue import FeatureQueue
+from pretrain.model.activations import checkpoint_activations
 from pretrain.model.alignment_model import AlignmentModel, TextBatch
 from pretrain.objectives.codebook import Codebook, solve_plans
 from pretrain.objectives.contrastive import Contrastive
@@ -82,7 +83,7 @@ class PretrainTask:
         precision = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
         self.teacher = Teacher(model, recipe.teacher.ema_momentum, precision)
         if recipe.training.checkpoint_activations:  # of the student: the teacher keeps none
-            model.checkpoint_activations()
+            checkpoint_activations(model.layers())
         if recipe.training.compile:
             model.compile_layers()
             self.teacher.model.compile_layers()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from data_tools.collection import Collection
 from finetune.config import FinetuneRecipe
@@ -98,6 +98,9 @@ class DualTask(RetrievalTask):
             losses |= self.exchanged(state)
             total = total + self.exchanged_weight * losses["exchanged"]
         return total, {"loss": total.detach(), **{name: value.detach() for name, value in losses.items()}}
+
+    def layers(self) -> list[nn.Module]:
+        return self.model.layers()
 
     def stored(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters())

@@ -162,6 +162,11 @@ class HatTask(RetrievalTask):
         scores = self.model.score(image_levels, text_levels, mask)
         return GatherRows.apply(scores), gather_rows(batch.image_ids)
 
+    def layers(self) -> list[nn.Module]:
+        encoders = self.model.encoders
+        assert isinstance(encoders, CheckpointEncoders), "the recipe refuses it for other encoders"
+        return [*encoders.image_encoder.vit.blocks, *encoders.text_encoder.layers]
+
     def stored(self) -> dict[str, Tensor]:
         return self.model.state_dict()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from data_tools.collection import Collection
@@ -171,6 +171,9 @@ class VLDeformerTask(RetrievalTask):
         """(batch, count) uniform numbers that belong to the samples."""
         assert batch.positions is not None
         return uniforms(derived_seed(self.recipe.training.seed, purpose), batch.positions.cpu().numpy(), count)
+
+    def layers(self) -> list[nn.Module]:
+        return [*self.model.image_encoder.vit.blocks, *self.model.text_encoder.layers, *self.model.joint.layers]
 
     def stored(self) -> dict[str, Tensor]:
         return self.model.state_dict()

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ModelConfig
 from pretrain.model.bert_layers import ReadImages, start_weights
@@ -102,14 +100,6 @@ class AlignmentModel(nn.Module):
     def layers(self) -> list[nn.Module]:
         """The transformer layers of all three encoders."""
         return [*self.image_encoder.vit.blocks, *self.text_encoder.layers, *self.fusion_encoder.layers]
-
-    def checkpoint_activations(self) -> None:
-        """Each layer's activations are computed again in the backward pass instead of kept (Chen et al. 2016).
-
-        The re-entrant form of torch fails under ZeRO 2 and 3, and so does DeepSpeed's own under ZeRO 3.
-        """
-        for layer in self.layers():
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
 
     def compile_layers(self) -> None:
         """torch.compile, a layer at a time: one compilation for all layers of a kind."""

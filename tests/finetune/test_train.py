@@ -7,15 +7,17 @@ import sys
 import pytest
 import small
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from finetune.config import EvaluateRecipe, FinetuneRecipe
 from finetune.heads.dual import DualTask
 from launch.cli import main
 from launch.local import free_port
 from pretrain.config import MatchingConfig
-from pretrain.load import load_model
+from pretrain.load import find_checkpoint, load_model
 from pretrain.model.alignment_model import TextBatch
 from pretrain.objectives.state import MicroBatch
+from runtime.checkpoint import read_tensors
 from runtime.errors import RecipeError
 from runtime.metrics import read_metrics
 
@@ -62,6 +64,29 @@ def test_without_matching_the_fusion_head_stays_as_it_was(pretrained, drawn, tmp
     moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
     assert "fusion_encoder" not in moved and "matching_head" not in moved and "masked_language_head" not in moved
     assert {"image_encoder", "text_encoder", "image_projection", "text_projection", "temperature"} <= moved
+
+
+@pytest.mark.parametrize("head", ["dual", "hat", "vldeformer"])
+def test_activations_computed_again_train_the_same_model(head, pretrained, drawn, tmp_path, monkeypatch):
+    """With dropout, which must draw the same again."""
+    from pretrain.model import activations
+
+    again = []
+
+    def counted(layer, *inputs, **options):
+        again.append(layer)
+        return checkpoint(layer, *inputs, **options)
+
+    monkeypatch.setattr(activations, "checkpoint", counted)
+    more = {"dual": [], "hat": [*small.HAT, "--hat.frozen_epochs", "0"], "vldeformer": ["--head", "vldeformer"]}[head]
+    found = []
+    for kept in ("false", "true"):
+        command = small.finetune(pretrained, drawn, tmp_path / kept, *more, steps=2)
+        assert main([*command, "--training.checkpoint_activations", kept]) == 0
+        found.append(read_tensors(find_checkpoint(tmp_path / kept / "finetune"), "model"))
+        assert bool(again) == (kept == "true")
+    for name, one in found[0].items():
+        torch.testing.assert_close(one, found[1][name], atol=1e-6, rtol=1e-5)
 
 
 def test_another_resolution_keeps_all_weights_but_the_positions(pretrained):
