@@ -187,9 +187,13 @@ class Budget:
         teacher: float = self.image.patch_flops + encoders
         if self.language and self.distils:
             teacher += self._read_flops + self._language_flops
+        again = 0
+        if self.recipe.training.checkpoint_activations:
+            again = self.image.block_flops + (1 + self.language) * self._text_flops(self.words)
+            again += 3 * self._matched_flops * self.matching + self._pair_flops * self.language
         return {
             # The patch embedding needs no gradient of its input.
-            "student": 3 * (encoders + fused + language) + 2 * self.image.patch_flops,
+            "student": 3 * (encoders + fused + language) + 2 * self.image.patch_flops + again,
             "teacher": teacher,
             "contrast with keys": contrastive + draws,
             "codebook": prediction + transport,
@@ -207,30 +211,38 @@ class Budget:
 
     @cached_property
     def activation_bytes(self) -> float:
-        """What autograd keeps of one sample's forward pass until its backward pass."""
+        """What autograd keeps of one sample's forward pass until its backward pass. Where layers are computed again it is what goes
+        into each of them, and all of the largest, whose turn it is."""
         w, f, n, t, e = self.text.width, self.text.feed_forward, self.words, self.image.tokens, self.bytes
-        mask = bool(self.text.dropout)  # a byte for each of the two dropouts of a layer
-        image = 3 * self.image.image_size**2 + 16 * self.image.depth * t * self.image.width + 2 * t * self.image.width
-        layer = (8 * w + 2 * f) * n
-        layers, fusion = self.text.layers, self.model.fusion.layers
         # Of a pair in a fusion layer: what a token keeps, its dropouts' masks, tokens, the copy of its image's keys and values; of an image.
         token, dropouts, tokens, copied, read = 12 * w + 2 * f, 3 * w, n, 2 * t * w, 2 * t * w
         if self.single_stream:
             token, dropouts, tokens, copied, read = 8 * w + 2 * f, 2 * w, n + t, 0, 0
-        elements: float = image + n * w * 2 + layers * layer
-        masks = layers * 2 * n * w + n * w
+        fusion = self.model.fusion.layers
+        # How many layers, and of each the elements kept, the elements that go in, the bytes of dropouts' masks.
+        words = (self.text.layers, (8 * w + 2 * f) * n, n * w, 2 * n * w)
+        layers = [(self.image.depth, 16 * t * self.image.width, t * self.image.width, 0), words]
+        elements: float = 3 * self.image.image_size**2 + 2 * t * self.image.width + 2 * n * w
+        masks = n * w
         if self.matching:  # three pairs; the last layer makes keys and values of all tokens, the rest of [CLS] alone
-            elements += 3 * (fusion * copied + (fusion - 1) * tokens * token + tokens * 4 * w + token)
-            masks += 3 * ((fusion - 1) * tokens + 1) * dropouts
+            layers.append((fusion - 1, 3 * tokens * token, 3 * tokens * w, 3 * tokens * dropouts))
+            layers.append((1, 3 * (4 * tokens * w + token), 3 * tokens * w, 3 * dropouts))
+            elements += 3 * fusion * copied
         if self.language:
-            elements += n * w * 2 + layers * layer + fusion * tokens * token + n * w
-            masks += layers * 2 * n * w + n * w + fusion * tokens * dropouts
+            layers += [words, (fusion, tokens * token, tokens * w, tokens * dropouts)]
+            elements += 3 * n * w
+            masks += n * w
         if self.matching or self.language:
             elements += fusion * read + 3 * t * w * self.single_stream
         # Logits are float32: the similarity, its log-softmax and the target of each.
         logits: float = self.terms * 12 * self.keys + 2 * 16 * self.model.codewords * self.codebook
         logits += 12 * self.masked_words * self.vocabulary * self.language
-        return elements * e + masks * mask + logits
+        mask = bool(self.text.dropout)  # a byte for each dropout of a layer
+        outside = elements * e + masks * mask + logits
+        if self.recipe.training.checkpoint_activations:
+            largest = max(kept * e + dropped * mask for _, kept, _, dropped in layers)
+            return outside + sum(count * entering * e for count, _, entering, _ in layers) + largest
+        return outside + sum(count * (kept * e + dropped * mask) for count, kept, _, dropped in layers)
 
     def memory(self, stage: int, world: int, gpu: bool = True) -> dict[str, float]:
         """Bytes on one device by what holds them, under a ZeRO stage and a number of ranks; `fullest moment` adds to what is always
