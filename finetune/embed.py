@@ -26,7 +26,7 @@ from runtime.checkpoint import checkpoint_hash
 from runtime.errors import DataError, RecipeError
 from runtime.files import read_json, write_json, write_text
 from runtime.progress import progress, spell_duration
-from runtime.ranks import Ranks, barrier, from_first, join
+from runtime.ranks import Ranks, barrier, from_first, join, use_precision
 
 PLAN, LISTED = "plan.json", "files.json"
 CAPTIONS = 5
@@ -36,6 +36,7 @@ CAPTIONS = 5
 def index(recipe: IndexRecipe) -> None:
     """Make the index, or go on with it; on a finished one say so. Prints what it came to."""
     ranks, device = join(recipe.device)
+    use_precision(recipe.precision, device)
     out = Path(recipe.out)
     hash = checkpoint_hash(find_checkpoint(recipe.checkpoint))
     with claimed(out, ranks):
@@ -159,6 +160,7 @@ def _agree(out: Path, recipe: IndexRecipe, encoder: Encoder, gallery: Gallery) -
         "source": {"kind": gallery.kind, "place": _place(recipe.data), "fingerprint": gallery.fingerprint},
         "images": len(gallery),
         "batch_size": recipe.batch_size,
+        "precision": recipe.precision,
         "part_images": recipe.part_images,
     }
     path = out / "parts" / PLAN
@@ -169,7 +171,7 @@ def _agree(out: Path, recipe: IndexRecipe, encoder: Encoder, gallery: Gallery) -
         write_json(path, plan)
         return
     begun = read_json(path)
-    for key in ("checkpoint", "training", "batch_size", "part_images"):
+    for key in ("checkpoint", "training", "batch_size", "precision", "part_images"):
         if begun.get(key) != plan[key]:
             raise RecipeError(f"{out} cannot go on: {key} is {plan[key]}, it was begun with {begun.get(key)}; {_ANEW}")
     if begun.get("source") != plan["source"]:

@@ -27,7 +27,7 @@ from retrieval.protocols import folds_of
 from retrieval.records import score, table, write_record
 from runtime.errors import RecipeError
 from runtime.files import read_json, replaced_file
-from runtime.ranks import Ranks, join
+from runtime.ranks import Ranks, join, use_precision
 
 
 @dataclass
@@ -53,6 +53,7 @@ def evaluate(recipe: EvaluateRecipe) -> list[dict[str, Any]]:
         print(table([record]))
         return [record]
     ranks, device = join(recipe.device)
+    use_precision(recipe.precision, device)
     folder = find_checkpoint(recipe.checkpoint)
     kind = read_json(folder / "model.json").get("head", "dual")
     if kind not in SCORERS:
@@ -215,6 +216,8 @@ def _record(
 ) -> dict[str, Any]:
     """Score, write the record and what belongs beside it, and say where a re-ranker's ceiling is."""
     more = dict(scored.more)
+    if recipe.precision != "fp32":
+        more["precision"] = recipe.precision
     if recipe.extended:
         more["extended"] = extended_positives(scored.image_to_text, scored.text_to_image, caption_image, keys)
     record, outcome = score(

@@ -78,6 +78,18 @@ def choose_device(asked: str, ranks: Ranks) -> torch.device:
     return device
 
 
+def use_precision(asked: str, device: torch.device) -> None:
+    """Of float32 matrix products in this process from now on: `fp32` to the last bit, or `tf32` on a GPU's tensor cores.
+
+    Tensors stay float32, so scores are not rounded into ties. Raises RecipeError for `tf32` where there is no GPU.
+    """
+    import torch
+
+    if asked == "tf32" and device.type != "cuda":
+        raise RecipeError(f"precision is tf32, which a GPU computes in, and this runs on the {device.type}; use fp32")
+    torch.set_float32_matmul_precision("high" if asked == "tf32" else "highest")
+
+
 def join(asked_device: str = "auto", timeout: float = 600.0) -> tuple[Ranks, torch.device]:
     """Join (or, alone, make) the process group of this run: NCCL on GPUs, gloo on CPUs. Divides the cores among local ranks.
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from runtime.errors import RecipeError
-from runtime.ranks import Ranks, choose_device, gather_rows, ranks_from_environment, sum_over_ranks
+from runtime.ranks import Ranks, choose_device, gather_rows, ranks_from_environment, sum_over_ranks, use_precision
 
 NAMES = [
     "RANK",
@@ -117,3 +117,16 @@ def test_collectives_of_one_rank_change_nothing():
     assert torch.equal(gather_rows(rows), rows)
     summed = sum_over_ranks(rows)
     assert torch.equal(summed, rows) and summed is not rows
+
+
+def test_tf32_is_a_gpus_and_float32_whole_elsewhere():
+    before = torch.get_float32_matmul_precision()
+    try:
+        use_precision("tf32", torch.device("cuda"))
+        assert torch.get_float32_matmul_precision() == "high"
+        use_precision("fp32", torch.device("cuda"))
+        assert torch.get_float32_matmul_precision() == "highest"
+        with pytest.raises(RecipeError, match="precision is tf32, which a GPU computes in, and this runs on the cpu"):
+            use_precision("tf32", torch.device("cpu"))
+    finally:
+        torch.set_float32_matmul_precision(before)
