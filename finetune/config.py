@@ -281,6 +281,8 @@ class EvaluateRecipe:
             raise RecipeError(
                 "heads, shortlist_from and ensemble are a checkpoint's; scores of a file are ranked as they are"
             )
+        if self.scores and self.precision != "fp32":
+            raise RecipeError("precision is of a checkpoint's encoders; scores of a file are ranked as they are")
         if self.scores and not self.data and self.captions_per_image is not None:
             raise RecipeError("captions_per_image is about data; give --data, or leave it to the file's caption_image")
         if self.heads is not None and (not self.heads or len(set(self.heads)) != len(self.heads)):

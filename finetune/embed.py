@@ -88,6 +88,8 @@ def _finished(out: Path, hash: str, recipe: IndexRecipe) -> bool:
     data = recipe.data
     if made != hash:
         raise DataError(f"{out} was made by checkpoint {made}, not by {hash}; give another --out, or remove it")
+    if (precision := about.get("precision", "fp32")) != recipe.precision:
+        raise DataError(f"{out} was made in {precision}, not in {recipe.precision}; give another --out, or remove it")
     if place != _place(data):
         raise DataError(f"{out} is of the images of {place}, not of {data}; give another --out, or remove it")
     if about["source"]["fingerprint"] != open_gallery(data).fingerprint:
@@ -172,8 +174,9 @@ def _agree(out: Path, recipe: IndexRecipe, encoder: Encoder, gallery: Gallery) -
         return
     begun = read_json(path)
     for key in ("checkpoint", "training", "batch_size", "precision", "part_images"):
-        if begun.get(key) != plan[key]:
-            raise RecipeError(f"{out} cannot go on: {key} is {plan[key]}, it was begun with {begun.get(key)}; {_ANEW}")
+        before = begun.get(key, "fp32" if key == "precision" else None)  # an older index does not say
+        if before != plan[key]:
+            raise RecipeError(f"{out} cannot go on: {key} is {plan[key]}, it was begun with {before}; {_ANEW}")
     if begun.get("source") != plan["source"]:
         raise RecipeError(
             f"{out} cannot go on: it was begun on {begun['source']['place']}, whose images were others than those of "

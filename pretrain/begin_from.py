@@ -17,7 +17,7 @@ ENCODERS = ("image_encoder.", "text_encoder.")
 """What must be there whole; heads, fusion layers and codebook may be new, or left behind."""
 
 
-def begin_from(source: str, model: AlignmentModel) -> tuple[list[str], dict[str, Tensor] | None]:
+def begin_from(source: Path, model: AlignmentModel) -> tuple[list[str], dict[str, Tensor] | None]:
     """Copy the weights of `source` into `model`, position embeddings interpolated to its resolution.
 
     -> lines that report what was and was not used, and the averages of the teacher, where `source` has one. Its queue stays
@@ -51,24 +51,26 @@ def begin_from(source: str, model: AlignmentModel) -> tuple[list[str], dict[str,
 
 
 def _check(model: AlignmentModel, network: AlignmentModel, folder: Path) -> None:
-    """Raise CheckpointError where the recipe's sizes are not those of the folder's network."""
-    fix = "give the recipe the sizes in its model.json"
-    mine, theirs = dict(model.named_parameters()), dict(network.named_parameters())
+    """Raise CheckpointError where the recipe's model is not of the folder's kind and sizes."""
+    mine, theirs = _kind(model), _kind(network)
     for name in sorted(mine.keys() | theirs.keys()):
-        one, other = (list(weights[name].shape) if name in weights else "missing" for weights in (mine, theirs))
+        one, other = (kind.get(name, "missing") for kind in (mine, theirs))
         if one != other and ("missing" not in (one, other) or name.startswith(ENCODERS)):
-            raise CheckpointError(f"checkpoint: {name} is {other} in {folder} and {one} in the recipe; {fix}")
-    heads, their_heads = _heads(model), _heads(network)
-    if heads != their_heads:
-        raise CheckpointError(
-            f"checkpoint: image and text have {their_heads} attention heads in {folder} and {heads} in the recipe; {fix}"
-        )
+            raise CheckpointError(
+                f"checkpoint: {name} is {other} in {folder} and {one} in the recipe; give the recipe the sizes in its model.json"
+            )
 
 
-def _heads(model: AlignmentModel) -> list[int]:
-    """Attention heads of image and text, which leave no trace in the weights' shapes."""
-    attention = model.image_encoder.vit.blocks[0].attn
-    return [attention.num_heads, model.config.text.heads]
+def _kind(model: AlignmentModel) -> dict[str, object]:
+    """What must agree where both have it: the weights' shapes, and what leaves no trace in names and shapes."""
+    config = model.config
+    kind: dict[str, object] = {name: list(weight.shape) for name, weight in model.named_parameters()}
+    kind["attention heads of image and text"] = [model.image_encoder.vit.blocks[0].attn.num_heads, config.text.heads]
+    if config.fusion.layers:
+        kind["fusion.kind"] = config.fusion.kind
+    if config.levels:
+        kind["levels"] = config.levels
+    return kind
 
 
 def _parts(names: set[str]) -> str:

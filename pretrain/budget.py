@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from pretrain.config import ImageEncoderConfig, PretrainRecipe, divide_batch
 from runtime.errors import RecipeError
+from runtime.files import read_json
 
 VIT_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 """Width, depth, heads of timm's ViTs by their name."""
@@ -70,6 +72,19 @@ class ImageSizes:
         return self.depth * (24 * self.tokens * self.width**2 + 4 * self.tokens**2 * self.width)
 
 
+def count_words(tokenizer: str) -> int | None:
+    """The vocabulary of a tokenizer's folder; of one that is not at hand, BERT's; None where one is to be trained."""
+    if tokenizer == "train":
+        return None
+    folder = Path(tokenizer)
+    if (folder / "tokenizer.json").is_file():
+        told = read_json(folder / "tokenizer.json")
+        return len({*told["model"]["vocab"], *(added["content"] for added in told.get("added_tokens", ()))})
+    if (folder / "vocab.txt").is_file():
+        return len((folder / "vocab.txt").read_text(encoding="utf-8").split())
+    return BERT_VOCABULARY
+
+
 class Budget:
     """The cost of one recipe. FLOPs are of one sample; `micro_batch` samples are in a device at once."""
 
@@ -79,8 +94,7 @@ class Budget:
         self.micro_batch = micro_batch or recipe.training.micro_batch
         self.image, self.text = ImageSizes.of(recipe.model.image), recipe.model.text
         self.words = recipe.data.caption_tokens
-        own = recipe.data.tokenizer == "train"
-        self.vocabulary = recipe.data.vocabulary if own else BERT_VOCABULARY
+        self.vocabulary = count_words(recipe.data.tokenizer) or recipe.data.vocabulary
         self.masked_words = recipe.objectives.masked_language.share * (self.words - 2)
         """Words to predict in a caption; [CLS] and [SEP] are never chosen."""
         self.bytes = 2 if recipe.training.precision == "bf16" else 4
@@ -190,6 +204,10 @@ class Budget:
         again = 0
         if self.recipe.training.checkpoint_activations:
             again = self.image.block_flops + (1 + self.language) * self._text_flops(self.words)
+            if (
+                not self.model.image.drop_path
+            ):  # a ViT block's last product is of no use to its backward pass, and left out
+                again -= 8 * self.image.depth * self.image.tokens * self.image.width**2
             again += 3 * self._matched_flops * self.matching + self._pair_flops * self.language
         return {
             # The patch embedding needs no gradient of its input.
@@ -240,7 +258,7 @@ class Budget:
         mask = bool(self.text.dropout)  # a byte for each dropout of a layer
         outside = elements * e + masks * mask + logits
         if self.recipe.training.checkpoint_activations:
-            largest = max(kept * e + dropped * mask for _, kept, _, dropped in layers)
+            largest = max(kept * e + dropped * mask for count, kept, _, dropped in layers if count)
             return outside + sum(count * entering * e for count, _, entering, _ in layers) + largest
         return outside + sum(count * (kept * e + dropped * mask) for count, kept, _, dropped in layers)
 

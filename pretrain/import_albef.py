@@ -1,4 +1,4 @@
-"""ALBEF's published checkpoints (salesforce/ALBEF, `.pth`) -> a checkpoint of ours that evaluates and fine-tunes.
+"""ALBEF's published checkpoints (salesforce/ALBEF, `.pth`) -> a checkpoint of ours to pretrain, fine-tune or evaluate.
 
 Their names become ours: the ViT is timm's already (fused query, key and value); BERT's first layers are the text encoder,
 those with cross-attention the fusion encoder; query, key and value are joined; the decoder of the MLM head is tied to the word

@@ -82,11 +82,13 @@ class PretrainTask:
         self.student = Student(model, recipe)
         precision = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
         self.teacher = Teacher(model, recipe.teacher.ema_momentum, precision)
-        if recipe.training.checkpoint_activations:  # of the student: the teacher keeps none
-            checkpoint_activations(model.layers())
         if recipe.training.compile:
             model.compile_layers()
             self.teacher.model.compile_layers()
+        if (
+            recipe.training.checkpoint_activations
+        ):  # of the student: the teacher keeps none. After compiling: dynamo stops at it
+            checkpoint_activations(model.layers())
         self.queue = FeatureQueue(recipe.teacher.queue, recipe.model.feature_dim, device)
         self.potentials: Tensor | None = None
         """(2, codewords): what the last step's plans left for the next to start from, where the recipe says so."""

@@ -27,7 +27,7 @@ from pretrain.starting_weights import load_starting_weights
 from pretrain.step_profile import StepProfile
 from pretrain.task import PretrainTask
 from retrieval.protocols import recalls
-from runtime.checkpoint import read_tensors, verify_checkpoint, write_checkpoint
+from runtime.checkpoint import checkpoint_hash, read_tensors, verify_checkpoint, write_checkpoint
 from runtime.checkpoint_writer import Write, host_copies
 from runtime.errors import SickRun
 from runtime.files import read_json
@@ -56,20 +56,26 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     validation = validation_collection(told, recipe.data.select_on_test) if told else None
     watchdog.doing("taking the run", 0)
     run.open(recipe, ranks)
+    watchdog.doing("looking for checkpoints", 0)
+    resumed = find_resume(run, ranks)
+    # The first rank's word: another may see a run that has gone on meanwhile.
+    source = (
+        from_first(ranks, lambda: find_checkpoint(recipe.checkpoint)) if recipe.checkpoint and not resumed else None
+    )
     watchdog.doing("making the tokenizer", 0)
-    tokenizer = prepare_tokenizer(recipe, run, data, ranks)
+    tokenizer = prepare_tokenizer(recipe, run, data, ranks, source)
 
     torch.manual_seed(recipe.training.seed)
     model = AlignmentModel(recipe.model, tokenizer.vocabulary)
-    watchdog.doing("looking for a checkpoint", 0)
-    resumed = find_resume(run, ranks)
     watchdog.doing("loading weights", 0)
     teacher = None
     if resumed is None:
         report = load_starting_weights(model)
-        if recipe.checkpoint:
-            report, teacher = begin_from(recipe.checkpoint, model)
+        if source:
+            report, teacher = begin_from(source, model)
         if ranks.first:
+            if source:
+                run.write("begun_from.json", {"checkpoint": str(source), "hash": checkpoint_hash(source)})
             print("\n".join([describe(model, recipe, ranks, device, micro_batch, accumulation), *report]), flush=True)
     model.to(device)
     task = PretrainTask(recipe, model, tokenizer, ranks, device)
@@ -140,16 +146,17 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     profile.finish()
 
 
-def prepare_tokenizer(recipe: PretrainRecipe, run: RunFolder, data: TrainingSet, ranks: Ranks) -> CaptionTokenizer:
+def prepare_tokenizer(
+    recipe: PretrainRecipe, run: RunFolder, data: TrainingSet, ranks: Ranks, source: Path | None
+) -> CaptionTokenizer:
     """The run's tokenizer: trained or loaded once by the first rank, then read from the run's folder by all. Without a checkpoint
-    it is made anew: the recipe may be another one than that of a start which came to none."""
+    it is made anew: the recipe may be another one than that of a start which came to none. source: what the run begins from."""
     if ranks.first and not (run.checkpoints.steps() and (run.path / "tokenizer.json").exists()):
         if recipe.data.tokenizer == "train":
             captions = data.some_captions(TOKENIZER_CAPTIONS)
             made = train_tokenizer(captions, recipe.data.vocabulary, recipe.data.caption_tokens)
         else:
-            source = find_checkpoint(recipe.checkpoint) if recipe.checkpoint else recipe.data.tokenizer
-            made = load_tokenizer(source, recipe.data.caption_tokens)
+            made = load_tokenizer(source or recipe.data.tokenizer, recipe.data.caption_tokens)
         made.save(run.path)
     barrier()
     return load_tokenizer(run.path, recipe.data.caption_tokens)

@@ -79,7 +79,7 @@ def choose_device(asked: str, ranks: Ranks) -> torch.device:
 
 
 def use_precision(asked: str, device: torch.device) -> None:
-    """Of float32 matrix products in this process from now on: `fp32` to the last bit, or `tf32` on a GPU's tensor cores.
+    """Of float32 products and convolutions in this process from now on: `fp32`, or `tf32` on a GPU's tensor cores.
 
     Tensors stay float32, so scores are not rounded into ties. Raises RecipeError for `tf32` where there is no GPU.
     """
@@ -88,6 +88,7 @@ def use_precision(asked: str, device: torch.device) -> None:
     if asked == "tf32" and device.type != "cuda":
         raise RecipeError(f"precision is tf32, which a GPU computes in, and this runs on the {device.type}; use fp32")
     torch.set_float32_matmul_precision("high" if asked == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = asked == "tf32"  # torch allows it of itself
 
 
 def join(asked_device: str = "auto", timeout: float = 600.0) -> tuple[Ranks, torch.device]:

@@ -100,9 +100,13 @@ class RunFolder:
         return path.exists()
 
     def finish(self, summary: dict[str, Any]) -> None:
-        assert self.lease, "only the process that holds the run ends it"
+        self.write("finished.json", summary)
+
+    def write(self, name: str, value: Any) -> None:
+        """Put a JSON file into the folder."""
+        assert self.lease, "only the process that holds the run writes into it"
         with self.lease.guarded() as staging:
-            write_json(self.path / "finished.json", summary, staging)
+            write_json(self.path / name, value, staging)
 
 
 def environment() -> dict[str, Any]:

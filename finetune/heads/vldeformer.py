@@ -19,13 +19,16 @@ from finetune.heads.decomposed import Decomposed, encode_decomposed, need_fusion
 from finetune.heads.dual import GatherRows
 from finetune.task import RetrievalTask
 from finetune.wordnet import open_lexicon
+from pretrain.config import PretrainRecipe
 from pretrain.load import load_model
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.objectives.matching import draw_negatives
 from pretrain.objectives.state import MicroBatch
 from pretrain.starting_weights import load_starting_weights
 from pretrain.word_maps import attention_maps
+from runtime.errors import RecipeError
 from runtime.ranks import Ranks, gather_rows, sum_over_ranks
+from runtime.recipe import load_recipe
 
 # What the draws of one sample are for; pretraining's purposes are 1 and 2.
 WORDS, PATCHES = 3, 4
@@ -99,6 +102,11 @@ class VLDeformerTask(RetrievalTask):
         if config.start == "unpretrained":
             network = AlignmentModel(network.config, self.tokenizer.vocabulary)
             load_starting_weights(network)
+            told = start.folder / "config.yaml"
+            if told.is_file() and (begun := load_recipe(PretrainRecipe, told).checkpoint):
+                raise RecipeError(
+                    f"vldeformer.start is unpretrained, but {start.folder} began from {begun}, not from nothing; take that apart instead"
+                )
         negatives, lexicon = config.negatives, ""
         guided = config.loss == "contrastive" and negatives.image and negatives.attended
         # It knows where nouns are in a picture; as it is before joint layers are made anew, which is not that ablation's question.

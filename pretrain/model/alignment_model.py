@@ -102,9 +102,11 @@ class AlignmentModel(nn.Module):
         return [*self.image_encoder.vit.blocks, *self.text_encoder.layers, *self.fusion_encoder.layers]
 
     def compile_layers(self) -> None:
-        """torch.compile, a layer at a time: one compilation for all layers of a kind."""
+        """torch.compile of each layer's forward: one compilation for all layers of a kind, and for each way they are called."""
+        # Text and fusion layers are one class: with and without gradients, images, or [CLS] alone, of fixed and of varying lengths.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for layer in self.layers():
-            layer.compile()
+            layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
 
     def encode(self, images: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
         """-> image tokens, text states, and the unit-norm image and text features of each level."""

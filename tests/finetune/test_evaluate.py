@@ -166,6 +166,11 @@ def test_a_protocol_for_another_number_of_images_is_refused_before_the_work(pret
     assert "coco_5k is defined on 5,000 images, not on 24" in one_line(capfd)
 
 
+def test_a_gpus_precision_is_refused_on_a_cpu(pretrained, drawn, tmp_path, capfd):
+    assert main(small.evaluate(pretrained, drawn, tmp_path / "scores.json", "--precision", "tf32")) == 2
+    assert "precision is tf32, which a GPU computes in, and this runs on the cpu" in capfd.readouterr().err
+
+
 def test_extended_positives_of_other_data_are_refused_before_the_work(pretrained, drawn, tmp_path, capfd):
     pytest.importorskip("eccv_caption")
     assert main(small.evaluate(pretrained, drawn, tmp_path / "s.json", "--extended", "true")) == 1

@@ -169,6 +169,8 @@ def test_what_was_begun_otherwise_does_not_go_on(answer, photos, pretrained, dra
     killed_at("after part", 1, recipe)
     code, line = answer("index", *options(recipe | {"batch_size": 4}))
     assert code == 2 and "batch_size is 4, it was begun with 8" in line
+    code, line = answer("index", *options(recipe | {"precision": "tf32"}))
+    assert code == 2 and "precision is tf32, which a GPU computes in, and this runs on the cpu" in line
     code, line = answer("index", *options(recipe | {"data": drawn / "test"}))
     assert code == 2 and f"begun on {photos}" in line
     assert answer("search", "a", "--index", tmp_path / "index") == (

@@ -122,6 +122,7 @@ def test_another_resolution_keeps_all_weights_but_the_positions(pretrained):
         ),
         (EvaluateRecipe, {"scores": "x", "dataset": "x", "split": "x", "captions_per_image": 5}, "give --data"),
         (EvaluateRecipe, {"scores": "x", "dataset": "x", "split": "x", "ensemble": "y"}, "a checkpoint's"),
+        (EvaluateRecipe, {"scores": "x", "data": "x", "dataset": "x", "split": "x", "precision": "tf32"}, "precision"),
         (EvaluateRecipe, {"checkpoint": "x", "data": "x", "dataset": "x"}, "split"),
         (EvaluateRecipe, {"checkpoint": "x", "data": "x", "dataset": "x", "split": "x", "shortlist": 0}, "shortlist"),
         (EvaluateRecipe, {"checkpoint": "x", "data": "x", "dataset": "x", "split": "x", "heads": []}, "heads"),

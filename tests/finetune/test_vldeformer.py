@@ -352,6 +352,12 @@ def test_without_pretraining_the_sizes_stay_and_the_weights_do_not(single):
     assert all(torch.equal(weight, again[key]) for key, weight in theirs.items()), "the seed decides"
 
 
+def test_pretraining_that_began_from_a_model_has_no_unpretrained_start(single, drawn, tmp_path):
+    further = small.pretrain(tmp_path, drawn, *small.SINGLE, "--checkpoint", str(single))
+    with pytest.raises(RecipeError, match=f"began from {single}, not from nothing"):
+        task_of(further, start="unpretrained")
+
+
 def test_a_batch_of_one_has_no_image_to_take_patches_from(single):
     task = task_of(single)
     loss, _ = task(retrieval_batch(a_batch(task, 1), 0, torch.device("cpu")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from pretrain.config import PretrainRecipe
 from pretrain.load import describe_model, find_checkpoint
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.teacher import Teacher
-from runtime.checkpoint import write_checkpoint
+from runtime.checkpoint import checkpoint_hash, write_checkpoint
 from runtime.errors import CheckpointError
+from runtime.files import read_json
 from runtime.recipe import build
 
 
@@ -38,7 +40,7 @@ def fresh(**changes) -> AlignmentModel:
 
 def test_weights_are_the_students_and_averages_the_teachers(tmp_path):
     model = fresh()
-    report, teacher = begin_from(str(saved(tmp_path / "source")), model)
+    report, teacher = begin_from(saved(tmp_path / "source"), model)
     weights, averages = (load_file(tmp_path / "source" / f"{name}.safetensors") for name in ("model", "teacher"))
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
     assert teacher.keys() == averages.keys() and all(torch.equal(teacher[name], averages[name]) for name in averages)
@@ -50,14 +52,14 @@ def test_weights_are_the_students_and_averages_the_teachers(tmp_path):
 
 
 def test_without_a_teacher_the_student_is_it(tmp_path):
-    report, teacher = begin_from(str(saved(tmp_path / "source", teacher=False)), fresh())
+    report, teacher = begin_from(saved(tmp_path / "source", teacher=False), fresh())
     assert teacher is None and report[0].endswith("the teacher begins as the student: it has none")
 
 
 def test_what_is_new_stays_random_and_what_has_no_place_is_left_and_both_are_told(tmp_path):
     model = fresh(model__codewords=0, objectives__codebook__weight=0.0, model__levels=[[1, 1]])
     before = copy.deepcopy(model)
-    report, teacher = begin_from(str(saved(tmp_path / "source")), model)
+    report, teacher = begin_from(saved(tmp_path / "source"), model)
     assert report[1:] == ["random, because it has none: level_projections (6)", "not used of it: codebook (1)"]
     for name, parameter in model.level_projections.named_parameters():
         assert torch.equal(parameter, before.level_projections.get_parameter(name))
@@ -66,7 +68,7 @@ def test_what_is_new_stays_random_and_what_has_no_place_is_left_and_both_are_tol
 
 def test_positions_are_interpolated_in_both(tmp_path):
     model = fresh(model__image__image_size=64)
-    _, teacher = begin_from(str(saved(tmp_path / "source")), model)
+    _, teacher = begin_from(saved(tmp_path / "source"), model)
     found = model.image_encoder.vit.pos_embed, teacher["image_encoder.vit.pos_embed"]
     for name, positions in zip(("model", "teacher"), found, strict=True):
         theirs = load_file(tmp_path / "source" / f"{name}.safetensors")["image_encoder.vit.pos_embed"]
@@ -80,18 +82,22 @@ def test_positions_are_interpolated_in_both(tmp_path):
         ({"model__text__width": 64}, r"is \[\d+.*\] in .* and \[\d+.*\] in the recipe"),
         ({"model__image__depth": 3}, r"image_encoder.vit.blocks.2\S+ is missing in .* and \[32\] in the recipe"),
         ({"model__codewords": 8}, r"codebook is \[16, 16\] in .* and \[8, 16\] in the recipe"),
-        ({"model__image__heads": 4}, r"have \[2, 2\] attention heads in .* and \[4, 2\] in the recipe"),
+        ({"model__image__heads": 4}, r"heads of image and text is \[2, 2\] in .* and \[4, 2\] in the recipe"),
+        (
+            {"model__fusion__kind": "single_stream"},
+            "fusion.kind is cross_attention in .* and single_stream in the recipe",
+        ),
     ],
 )
 def test_other_sizes_are_one_clear_line(tmp_path, changes, told):
     with pytest.raises(CheckpointError, match=told) as caught:
-        begin_from(str(saved(tmp_path / "source")), fresh(**changes))
+        begin_from(saved(tmp_path / "source"), fresh(**changes))
     assert "\n" not in str(caught.value) and str(caught.value).endswith("model.json")
 
 
 def test_a_fine_tuned_model_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="is fine-tuned-on shapes, so"):
-        begin_from(str(saved(tmp_path / "source", training="fine-tuned-on shapes")), fresh())
+        begin_from(saved(tmp_path / "source", training="fine-tuned-on shapes"), fresh())
 
 
 def test_the_recipe_says_what_the_run_began_from():
@@ -114,23 +120,60 @@ training: {global_batch: 8, micro_batch: 8, steps: 3, precision: fp32, device: c
 """
 
 
-def test_a_run_begins_from_a_run(drawn, tmp_path, capfd):
-    """At rate 0 and momentum 1 a step changes nothing: what it saves is what it began from."""
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    command = ["pretrain", "--config", str(tmp_path / "recipe.yaml"), "--runs", str(tmp_path)]
-    command += ["--data.train", str(drawn / "train")]
-    assert main([*command, "--name", "first"]) == 0
-    still = ["--optimizer.lr", "0", "--optimizer.min_lr", "0", "--teacher.ema_momentum", "1"]
-    again = [*command, "--name", "second", "--checkpoint", str(tmp_path / "first"), "--training.seed", "9", *still]
-    assert main(again) == 0
+STILL = ["--optimizer.lr", "0", "--optimizer.min_lr", "0", "--teacher.ema_momentum", "1", "--training.seed", "9"]
+"""At rate 0 and momentum 1 a step changes nothing: what such a run saves is what it began from."""
+
+
+@pytest.fixture(scope="module")
+def first(drawn, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A short run, and the command that made it but for its name."""
+    folder = tmp_path_factory.mktemp("first")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    command = ["pretrain", "--config", str(folder / "recipe.yaml"), "--data.train", str(drawn / "train")]
+    assert main([*command, "--runs", str(folder), "--name", "first"]) == 0
+    return folder / "first", command
+
+
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--training.precision", "bf16", "--training.zero_stage", "3"]],
+    ids=["one process", "two, ZeRO 3 in bf16"],
+)
+def test_a_run_begins_from_a_run(first, more, tmp_path, capfd):
+    source, command = first
+    launcher = ["launch", "local", "--nproc", "2"] if more else []
+    again = [*command, "--runs", str(tmp_path), "--name", "second", "--checkpoint", str(source), *STILL, *more]
+    assert main([*launcher, *again]) == 0
     assert "tokenizer from" in capfd.readouterr().out
-    first, second = (find_checkpoint(tmp_path / name) for name in ("first", "second"))
+    begun, ended = (find_checkpoint(folder) for folder in (source, tmp_path / "second"))
     for name in ("model", "teacher"):
-        one, other = (load_file(folder / f"{name}.safetensors") for folder in (first, second))
+        one, other = (load_file(folder / f"{name}.safetensors") for folder in (begun, ended))
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    assert (first / "tokenizer.json").read_bytes() == (second / "tokenizer.json").read_bytes()
-    teacher, model = load_file(second / "teacher.safetensors"), load_file(second / "model.safetensors")
+    assert (begun / "tokenizer.json").read_bytes() == (ended / "tokenizer.json").read_bytes()
+    teacher, model = load_file(ended / "teacher.safetensors"), load_file(ended / "model.safetensors")
     assert any(not torch.equal(teacher[key], model[key]) for key in teacher)
+    assert read_json(tmp_path / "second" / "begun_from.json") == {
+        "checkpoint": str(begun),
+        "hash": checkpoint_hash(begun),
+    }
+
+
+def test_a_run_that_has_begun_needs_its_source_no_more(first, tmp_path, capfd):
+    source, command = first
+    shutil.copytree(source, tmp_path / "source")
+    again = [*command, "--runs", str(tmp_path), "--name", "second", "--checkpoint", str(tmp_path / "source")]
+    assert main(again) == 0
+    shutil.rmtree(tmp_path / "source")
+    (tmp_path / "second" / "finished.json").unlink()
+    capfd.readouterr()
+    assert main(again) == 0
+    assert "going on from" in capfd.readouterr().out
+
+
+def test_level_projections_are_of_their_levels(tmp_path):
+    source = saved(tmp_path / "source", model__levels=[[1, 1]])
+    with pytest.raises(CheckpointError, match=r"levels is \[\[1, 1\]\] in .* and \[\[1, 2\]\] in the recipe"):
+        begin_from(source, fresh(model__levels=[[1, 2]]))
 
 
 def test_a_checkpoint_that_is_not_there_is_one_clear_line(drawn, tmp_path, capfd):

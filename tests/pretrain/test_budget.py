@@ -7,7 +7,7 @@ import pytest
 import tiny
 from gloo_pool import GlooPool
 
-from pretrain.budget import Budget
+from pretrain.budget import Budget, count_words
 
 SHAPES = [
     {},
@@ -30,7 +30,11 @@ def test_parameters_are_the_models(changes):
     assert (planned.total, planned.teacher) == counted
 
 
-@pytest.mark.parametrize("changes", [*SHAPES, AGAIN])
+DEEP = {"model__image__patch": 8, "model__image__width": 192, "model__image__depth": 8}
+"""Most of the work is the image encoder's."""
+
+
+@pytest.mark.parametrize("changes", [*SHAPES, AGAIN, AGAIN | DEEP, AGAIN | DEEP | {"model__image__drop_path": 0.1}])
 def test_flops_are_torchs_count_within_2_percent(lone_process, changes):
     counted = lone_process.run(budget_jobs.count_flops, changes)[0]
     planned = budget(**changes).flops_per_sample
@@ -42,6 +46,20 @@ def test_activations_are_what_autograd_keeps(lone_process, changes):
     """Within 15 %: softmaxes of attention, norms' statistics and the like are left out."""
     kept = lone_process.run(budget_jobs.saved_bytes, changes)[0]
     assert budget(**changes).activation_bytes == pytest.approx(kept, rel=0.15)
+
+
+def test_a_layer_that_is_not_there_is_not_the_largest():
+    one = {"model__fusion": {"kind": "single_stream", "layers": 1}}
+    kept, again = budget(**one).activation_bytes, budget(**one, **AGAIN).activation_bytes
+    assert again < kept
+
+
+def test_words_are_counted_where_the_tokenizer_is_at_hand(tmp_path):
+    tiny.tokenizer().save(tmp_path / "folder")
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "vocab.txt").write_text("[PAD]\n[UNK]\na\n")
+    counted = [count_words(str(tmp_path / name)) for name in ("folder", "words", "bert-base-uncased")]
+    assert counted == [tiny.tokenizer().vocabulary, 3, 30522] and count_words("train") is None
 
 
 LARGER = {

@@ -11,6 +11,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pretrain.model.activations import checkpoint_activations
 from pretrain.step_profile import StepProfile, by_part
 
 ASKS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique_dim", "_unique2", "item"}
@@ -149,3 +150,40 @@ def test_layers_compile_without_a_graph_break():
     ):
         compiled = torch.compile(layer, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(*inputs), layer(*inputs))
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
+def test_compiled_layers_are_compiled_once_for_each_way_they_are_called(monkeypatch, again):
+    """With dropout and captions of several lengths; activations computed again run what was compiled, and the same gradients."""
+    graphs = []
+
+    def counted(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: whole(function, backend=counted))
+    torch._dynamo.reset()
+    sizes = tiny.recipe(
+        model__text={"layers": 3, "dropout": 0.1, "width": 32, "heads": 2, "feed_forward": 64}, model__fusion__layers=2
+    )
+    plain, compiled = tiny.model(sizes).train(), tiny.model(sizes).train()
+    compiled.compile_layers()
+    if again:
+        checkpoint_activations(compiled.layers())
+    batch, after = tiny.batch(4), []
+    for words in (10, 9, 8, 7):
+        ids, mask = batch["ids"][:, :words], batch["mask"][:, :words]
+        found = []
+        for model in (plain, compiled):
+            torch.manual_seed(0)
+            states, read = (
+                model.text_encoder(ids, mask),
+                model.fusion_encoder.read_images(model.image_encoder(batch["images"][0])),
+            )
+            loss = model.match(states, mask, read).sum() + model.fusion_encoder(states, mask, read).sum()
+            used = [*model.fusion_encoder.parameters(), *model.text_encoder.layers.parameters()]
+            found.append(torch.autograd.grad(loss, used))
+        torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+        after.append(len(graphs))
+    assert after[0] > 0 and after[1] == after[3] <= 16, after
