@@ -10,21 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from launch.ablation_config import AblateRecipe, Comparison
+from launch.ablation_table import Found, draw, table
 from launch.demo import heading
 from launch.workers import Workers, side_by_side
 from runtime.checkpoint import pointed_to
-from runtime.errors import DataError, RecipeError
+from runtime.errors import RecipeError
 from runtime.files import read_json, write_json, write_text
 from runtime.progress import spell_duration
 from runtime.recipe import load_recipe, write_recipe
 
-MEASURES = {"MRR": "mean reciprocal rank, mean of both ways", "MI": "mutual information of codewords and scenes, bits"}
-Found = dict[str, dict[str, dict[int, dict[str, float]]]]
-"""condition -> arm -> seed -> measure -> value"""
-
 
 def ablate(recipe: AblateRecipe) -> str:
-    """Run what has not been run yet, arm by arm within a seed, and write `results.json` and `table.md`. -> the table.
+    """Run what has not been run yet, arm by arm within a seed, and write `results.json`, `table.md` and `differences.png`. -> the table.
 
     A run that was interrupted goes on; the same command again does only what is missing.
     """
@@ -74,6 +71,7 @@ def run_arms(recipe: AblateRecipe, start: Callable[..., None]) -> str:
             heading(f"{made} of {total} runs, {spell_duration(left)} left")
     text = table(found, recipe)
     write_text(folder / "table.md", text + "\n")
+    draw(found, recipe, folder / "differences.png")
     heading("the table")
     return text
 
@@ -136,53 +134,3 @@ def measures(record: Path, run_folder: Path, recipe: AblateRecipe) -> dict[str, 
             found["MI"] = sum(bits.values())
             found |= {f"MI {name}": value for name, value in bits.items()}
     return found
-
-
-def paired(differences: list[float]) -> tuple[float, float, float]:
-    """Mean of paired differences and its 95 % interval by Student's t."""
-    from scipy import stats  # half a second to import
-
-    mean = sum(differences) / len(differences)
-    reach = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
-    return mean, mean - reach, mean + reach
-
-
-def verdict(low: float, high: float) -> str:
-    return "unresolved" if low <= 0 <= high else "resolved"
-
-
-def table(found: Found, recipe: AblateRecipe) -> str:
-    """One table a comparison, condition and measure: each arm's mean, its paired difference from the baseline, and whether that is resolved."""
-    lines = []
-    for name, comparison in recipe.comparisons.items():
-        for condition, arms in found.items():
-            for measure, about in MEASURES.items():
-                rows = {
-                    arm: [one.get(measure) for one in arms[arm].values()]
-                    for arm in (comparison.baseline, *comparison.arms)
-                }
-                if any(value is None for value in rows[comparison.baseline]):
-                    continue
-                lines += [f"### {', '.join(part for part in (name, condition) if part)}: {about}", ""]
-                lines += [
-                    f"| arm | {measure} | minus `{comparison.baseline}` | 95 % interval | | predicted |",
-                    "|---|---:|---:|---|---|---|",
-                ]
-                base = rows[comparison.baseline]
-                for arm, values in rows.items():
-                    if any(value is None for value in values):
-                        continue
-                    mean = sum(values) / len(values)  # type: ignore[arg-type]
-                    if arm == comparison.baseline:
-                        lines.append(f"| `{arm}` | {mean:.4f} | | | | |")
-                        continue
-                    pairs = [value - other for value, other in zip(values, base, strict=True)]  # type: ignore[operator]
-                    difference, low, high = paired(pairs)
-                    lines.append(
-                        f"| `{arm}` | {mean:.4f} | {difference:+.4f} | {low:+.4f} to {high:+.4f} | {verdict(low, high)} | {comparison.arms[arm]} |"
-                    )
-                lines.append("")
-    count = len(next(iter(next(iter(found.values())).values())))
-    if not lines:
-        raise DataError("nothing was measured; there is no table")
-    return "\n".join([*lines, f"Seeds: {count}. Arms of a seed share starting weights, data order and draws."])

@@ -9,8 +9,9 @@ import pytest
 import torch
 from scipy import stats
 
-from launch.ablate import ablate, options, paired, run_arms, verdict
+from launch.ablate import ablate, options, run_arms
 from launch.ablation_config import AblateRecipe, Comparison
+from launch.ablation_table import paired, verdict
 from launch.cli import main, read_stage
 from launch.codeword_information import corrected, information
 from launch.workers import Workers
@@ -86,6 +87,21 @@ def test_conditions_are_compared_within_themselves(tmp_path):
         fake([], lambda name: 0.9 if name.startswith("clean") else 0.4),
     )
     assert "### try, clean" in text and "### try, wrong" in text and text.count("+0.0000") >= 2
+    assert (tmp_path / "try" / "differences.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_one_condition_adds_to_a_difference_is_paired_too(tmp_path):
+    """b is above a by 0.1 with clean captions and by 0.3 with wrong ones, whatever the seed's level: 0.2 more."""
+    level = {"seed0": 0.1, "seed1": 0.3, "seed2": 0.2}
+
+    def worth(name):
+        condition, arm, seed = name.split("-")
+        return level[seed] + (arm == "b") * (0.1 if condition == "clean" else 0.3)
+
+    conditions = {"clean": {"data.train": "x"}, "wrong": {"data.train": "y"}}
+    text = run_arms(recipe(tmp_path, conditions=conditions), fake([], worth))
+    section = text.split("### try: MRR above `a`, in wrong more than in clean")[1]
+    assert "| `b` | +0.2000 | +0.2000 to +0.2000 | resolved |" in section
 
 
 @pytest.mark.parametrize("count", [2, 5, 8, 30])
