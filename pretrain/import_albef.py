@@ -58,7 +58,8 @@ def import_albef(
 
     tokenizer: folder or name; bert_config: ALBEF's `config_bert.json`, for the number of heads (else one for 64 of width);
     image_size: pixels a side to interpolate position embeddings to; training: what score records say of the model.
-    Raises CheckpointError where the file is no ALBEF checkpoint, or does not fit tokenizer or configuration.
+    Raises CheckpointError where the file is no ALBEF checkpoint, does not fit tokenizer or configuration, or is fine-tuned and
+    `training` does not say so.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists; choose another folder, or remove it")
@@ -68,6 +69,11 @@ def import_albef(
         raise CheckpointError(
             f"{checkpoint} has {albef.vocabulary} words and the tokenizer {tokenizer} {words.vocabulary}; "
             "give the tokenizer it was trained with (--tokenizer)"
+        )
+    if training == "pretrained" and not any(name.startswith("masked_language_head.") for name in albef.student):
+        raise CheckpointError(
+            f"{checkpoint} has no head for masked words, as ALBEF's checkpoints fine-tuned for retrieval have none; say on what with "
+            "--fine-tuned-on, or its scores would pass for zero-shot"
         )
     if image_size:
         resize(albef, image_size)

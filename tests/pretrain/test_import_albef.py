@@ -182,6 +182,8 @@ def test_a_retrieval_checkpoint_without_mlm_head_and_teacher_is_read_and_says_so
         if "_m." not in name and ".cls." not in name and "queue" not in name
     }
     torch.save(kept, path)
+    with pytest.raises(CheckpointError, match="has no head for masked words.*say on what with --fine-tuned-on"):
+        import_albef(path, tmp_path / "out", str(tmp_path), caption_tokens=10)
     report = import_albef(path, tmp_path / "out", str(tmp_path), caption_tokens=10, training="fine-tuned-on coco")
     assert "no teacher, no queue" in report[0] and "masked_language_head.dense.weight" in report[1]
     assert load_model(tmp_path / "out").training == "fine-tuned-on coco"
