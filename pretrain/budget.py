@@ -204,9 +204,8 @@ class Budget:
         again = 0
         if self.recipe.training.checkpoint_activations:
             again = self.image.block_flops + (1 + self.language) * self._text_flops(self.words)
-            if (
-                not self.model.image.drop_path
-            ):  # a ViT block's last product is of no use to its backward pass, and left out
+            if not self.model.image.drop_path:
+                # A ViT block's last product is of no use to its backward pass, and left out.
                 again -= 8 * self.image.depth * self.image.tokens * self.image.width**2
             again += 3 * self._matched_flops * self.matching + self._pair_flops * self.language
         return {

@@ -85,9 +85,8 @@ class PretrainTask:
         if recipe.training.compile:
             model.compile_layers()
             self.teacher.model.compile_layers()
-        if (
-            recipe.training.checkpoint_activations
-        ):  # of the student: the teacher keeps none. After compiling: dynamo stops at it
+        if recipe.training.checkpoint_activations:
+            # Of the student: the teacher keeps none. After compiling: dynamo does not look behind it.
             checkpoint_activations(model.layers())
         self.queue = FeatureQueue(recipe.teacher.queue, recipe.model.feature_dim, device)
         self.potentials: Tensor | None = None

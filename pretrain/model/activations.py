@@ -1,4 +1,4 @@
-"""Activations computed again in the backward pass instead of kept (Chen et al. 2016): less memory for a fifth to a third more time."""
+"""Activations computed again in the backward pass instead of kept (Chen et al. 2016): less memory for up to a third more arithmetic."""
 
 from __future__ import annotations
 
