@@ -23,7 +23,8 @@ from runtime.recipe import load_recipe, write_recipe
 def ablate(recipe: AblateRecipe) -> str:
     """Run what has not been run yet, arm by arm within a seed, and write `results.json`, `table.md` and `differences.png`. -> the table.
 
-    A run that was interrupted goes on; the same command again does only what is missing.
+    A run that was interrupted goes on; the same command again does only what is missing. What `results.json` holds is not run again,
+    so that file, with the `config.yaml` beside it, takes a comparison to another machine.
     """
     with Workers(recipe.jobs) as start:
         return run_arms(recipe, start)
@@ -40,13 +41,9 @@ def run_arms(recipe: AblateRecipe, start: Callable[..., None]) -> str:
     check_records(folder, recipe)
     write_recipe(folder / "config.yaml", recipe)  # with its predictions, before anything runs
 
-    def name_of(place: tuple[int, str, str]) -> str:
-        seed, condition, arm = place
-        return "-".join(part for part in (condition, arm, f"seed{seed}") if part)
-
     def run_one(place: tuple[int, str, str]) -> dict[str, float]:
         seed, condition, arm = place
-        name = name_of(place)
+        name = "-".join(part for part in (condition, arm, f"seed{seed}") if part)
         record = folder / f"{name}.json"
         if not record.is_file():
             launcher = ("launch", "local", "--nproc", str(recipe.processes)) if recipe.processes > 1 else ()
@@ -57,18 +54,25 @@ def run_arms(recipe: AblateRecipe, start: Callable[..., None]) -> str:
             start("evaluate", *options(scored | {"dataset": recipe.name, "split": "test", "out": record}))
         return measures(record, folder / name, recipe)
 
-    found: Found = {condition: {arm: {} for arm in recipe.arms} for condition in recipe.conditions}
-    places = [(seed, condition, arm) for seed in recipe.seeds for condition in recipe.conditions for arm in recipe.arms]
-    stand = {place for place in places if (folder / f"{name_of(place)}.json").is_file()}
-    began, made, total = time.monotonic(), 0, len(places) - len(stand)
-    for place, measured in zip(places, side_by_side(run_one, places, recipe.jobs), strict=True):
+    results = folder / "results.json"
+    found = read_results(results, recipe)
+    missing = [
+        (seed, condition, arm)
+        for seed in recipe.seeds
+        for condition in recipe.conditions
+        for arm in recipe.arms
+        if seed not in found[condition][arm]
+    ]
+    began = time.monotonic()
+    for made, (place, measured) in enumerate(
+        zip(missing, side_by_side(run_one, missing, recipe.jobs), strict=True), start=1
+    ):
         seed, condition, arm = place
         found[condition][arm][seed] = measured
-        write_json(folder / "results.json", found)
-        if place not in stand:
-            made += 1
-            left = (time.monotonic() - began) / made * (total - made)
-            heading(f"{made} of {total} runs, {spell_duration(left)} left")
+        write_json(results, found)
+        left = (time.monotonic() - began) / made * (len(missing) - made)
+        heading(f"{made} of {len(missing)} runs, {spell_duration(left)} left")
+    found = read_results(results, recipe)
     text = table(found, recipe)
     write_text(folder / "table.md", text + "\n")
     draw(found, recipe, folder / "differences.png")
@@ -76,9 +80,25 @@ def run_arms(recipe: AblateRecipe, start: Callable[..., None]) -> str:
     return text
 
 
+def read_results(results: Path, recipe: AblateRecipe) -> Found:
+    """What has been measured, its seeds in the recipe's order, whatever the order in which they were run."""
+    stored = read_json(results) if results.is_file() else {}
+    found: Found = {}
+    for condition in recipe.conditions:
+        found[condition] = {}
+        for arm in recipe.arms:
+            measured = stored.get(condition, {}).get(arm, {})
+            found[condition][arm] = {seed: measured[str(seed)] for seed in recipe.seeds if str(seed) in measured}
+    return found
+
+
 def check_records(folder: Path, recipe: AblateRecipe) -> None:
     """Refuse a folder whose records were made, or predicted, otherwise: arms, comparisons, conditions and seeds may only be added."""
     if not (folder / "config.yaml").is_file():
+        if (folder / "results.json").is_file():
+            raise RecipeError(
+                f"{folder} holds results.json without the config.yaml that it was made by; put it there too"
+            )
         return
     before = load_recipe(AblateRecipe, folder / "config.yaml")
     for field in dataclasses.fields(before):

@@ -249,7 +249,8 @@ class SickStepConfig:
     window: int = 128
     """Steps of history; it judges from a quarter of them on."""
     in_a_row: int = 8
-    """Sick steps in a row after which skipping is given up."""
+    """Sick steps in a row after which skipping is given up. Where all of them are large gradients at a loss no higher than before,
+    such gradients are the usual from then on."""
     then: Literal["go_back", "stop"] = "go_back"
     """`go_back` restores the last checkpoint before them and goes on with the data after them; `stop` ends the run."""
     returns: int = 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,6 +91,8 @@ def run_loop(
             last, improved = step == steps, False
             straggler.add(waited, watchdog.own_work, time.monotonic() - began)
 
+            if sick.steeper and ranks.first:
+                print(f"ligature: step {step}: {sick.steeper}", file=sys.stderr)
             if sick.reason:
                 sick.note(step, float(figures["loss"]), batch["keys"], ranks, sick_log)
                 if sick.exhausted:

@@ -2,8 +2,10 @@
 
 Every rank judges by the same two numbers (the loss summed over ranks, the global gradient norm), so all skip alike: the
 optimizer, the teacher and the queue stay as they were, and Adam's own count of steps with them. The data go on, and so does the
-learning rate, both of which are functions of the step. After `in_a_row` sick steps the weights are not to be trusted any more: the
-run goes back to the last checkpoint before them and on with the data after them (Chowdhery et al. 2022, PaLM, section 5.1), or stops.
+learning rate, both of which are functions of the step. After `in_a_row` sick steps it is not the samples: the weights, which have not
+moved meanwhile, are where gradients are large. If the loss is no higher there than before, they are on a steeper slope, as when a
+young model leaves its plateau, and large is the new usual. Otherwise they are not to be trusted any more: the run goes back to the
+last checkpoint before them and on with the data after them (Chowdhery et al. 2022, PaLM, section 5.1), or stops.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import math
 import statistics
 import sys
 from collections import deque
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +33,45 @@ class SickSteps:
     def __init__(self, config: SickStepConfig) -> None:
         self.config = config
         self.norms: deque[float] = deque(maxlen=config.window)
+        self.losses: deque[float] = deque(maxlen=config.window)
+        self.streak: list[tuple[float, float]] = []
+        """Loss and norm of each of the last steps, if they were sick."""
         self.skipped = 0
         """Steps skipped since the run began, as far as the weights remember."""
-        self.in_a_row = 0
         self.returns = 0
         """Times the run went back since the last checkpoint that followed a healthy step."""
         self.reason = ""
         """Why the step judged last was skipped; empty where it was not."""
+        self.steeper = ""
+        """Why the step judged last was applied although its gradient was large; empty where it was not."""
         self.judged: tuple[float, float] = (0.0, 0.0)
 
     def admits(self, loss: float, norm: float) -> bool:
         """Whether a step may be applied, by its loss and gradient norm over all ranks (before clipping). Called once a step."""
         self.judged = loss, norm
         self.reason = self._complaint(loss, norm)
+        self.steeper = ""
+        if self.reason:
+            self.streak.append((loss, norm))
+            if self._is_steeper():
+                self.steeper = f"{self.reason} for {self.in_a_row} steps, and the loss no higher than before: this is its usual now"
+                self.reason = ""
+                self.norms.clear()
+                self.losses.clear()
         if self.reason:
             self.skipped += 1
-            self.in_a_row += 1
         else:
             self.norms.append(norm)
-            self.in_a_row = 0
+            self.losses.append(loss)
+            self.streak.clear()
         return not self.reason
+
+    def _is_steeper(self) -> bool:
+        """Whether the last steps had large gradients all, of losses no higher than those before (their median than the highest)."""
+        finite = all(map(math.isfinite, chain.from_iterable(self.streak)))
+        if not (self.exhausted and finite and self.losses):
+            return False
+        return statistics.median(loss for loss, _ in self.streak) <= max(self.losses)
 
     def _complaint(self, loss: float, norm: float) -> str:
         if not math.isfinite(loss):
@@ -85,6 +107,10 @@ class SickSteps:
         print(f"ligature: skipped step {step}: {self.reason} ({self.in_a_row} in a row); {where}", file=sys.stderr)
 
     @property
+    def in_a_row(self) -> int:
+        return len(self.streak)
+
+    @property
     def exhausted(self) -> bool:
         """Whether so many steps in a row were sick that skipping does not help."""
         return self.in_a_row >= self.config.in_a_row
@@ -104,19 +130,23 @@ class SickSteps:
         )
         healthy = step - self.in_a_row
         self.returns += 1
-        self.in_a_row = 0
+        self.streak.clear()
         return healthy
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able: a resumed run judges as the undisturbed one would."""
-        return {"norms": list(self.norms), "skipped": self.skipped, "in_a_row": self.in_a_row}
+        streak = [[_number(loss), _number(norm)] for loss, norm in self.streak]
+        return {"norms": list(self.norms), "losses": list(self.losses), "skipped": self.skipped, "streak": streak}
 
     def load(self, state: dict[str, Any] | None) -> None:
-        """Go on from a checkpoint (none: one made before steps were judged). How often the run went back is no part of it: that
-        is why it is loaded."""
-        state = state or {"norms": [], "skipped": 0, "in_a_row": 0}
+        """Go on from a checkpoint (none: one made before steps were judged; without losses: before those were kept). How often the
+        run went back is no part of it: that is why it is loaded."""
+        fresh: dict[str, Any] = SickSteps(self.config).state_dict()
+        state = fresh | (state or {})
         self.norms = deque(state["norms"], maxlen=self.config.window)
-        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        self.losses = deque(state["losses"], maxlen=self.config.window)
+        self.streak = [(float(loss), float(norm)) for loss, norm in state["streak"]]
+        self.skipped = state["skipped"]
 
 
 def _number(value: float) -> float | str:

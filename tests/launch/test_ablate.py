@@ -189,6 +189,26 @@ def test_records_are_not_taken_for_another_recipes(tmp_path):
     )  # one arm of three seeds, and three of the new seed
 
 
+def test_results_and_their_recipe_go_on_elsewhere(tmp_path):
+    """Seeds run on two machines, the later ones first, come to the table of one machine."""
+    noise = {"0": 0.0, "1": 0.1, "2": -0.1, "3": 0.05}
+
+    def worth(name):
+        return 0.5 + noise[name[-1]] + (0.02 + 0.1 * noise[name[-1]] if name.startswith("b") else 0)
+
+    whole = run_arms(recipe(tmp_path / "whole", seeds=[0, 1, 2, 3]), fake([], worth))
+    run_arms(recipe(tmp_path / "here", seeds=[2, 3]), fake([], worth))
+    there = tmp_path / "there" / "try"
+    there.mkdir(parents=True)
+    (there / "results.json").write_bytes((tmp_path / "here" / "try" / "results.json").read_bytes())
+    with pytest.raises(RecipeError, match=r"holds results.json without the config.yaml"):
+        run_arms(recipe(tmp_path / "there", seeds=[0, 1, 2, 3]), fake([], worth))
+    (there / "config.yaml").write_bytes((tmp_path / "here" / "try" / "config.yaml").read_bytes())
+    commands: list[list[str]] = []
+    assert run_arms(recipe(tmp_path / "there", seeds=[0, 1, 2, 3]), fake(commands, worth)) == whole
+    assert sum(command[0] == "pretrain" for command in commands) == 4
+
+
 def test_what_a_process_ran_before_does_not_show_in_a_run(drawn, tmp_path, capfd):
     """Two arms of the same recipe, one after another in one process: they differ in nothing."""
     (tmp_path / "base.yaml").write_text(

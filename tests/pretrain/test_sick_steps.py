@@ -45,6 +45,35 @@ def test_history_forgets():
     assert sick.admits(1.0, 60.0)
 
 
+def test_large_gradients_that_stay_at_a_loss_no_higher_are_the_usual_from_then_on():
+    """A run that leaves its plateau: its norm rises within a few steps, and its loss does not."""
+    sick = after([1.0] * 8, in_a_row=3)
+    assert [sick.admits(loss, 20.0 + number) for number, loss in enumerate((0.9, 1.1, 1.0))] == [False, False, True]
+    assert "22 is 22 times its usual 1 for 3 steps" in sick.steeper and not sick.exhausted
+    assert sick.skipped == 2 and list(sick.norms) == [22.0] and list(sick.losses) == [1.0]
+    assert all(sick.admits(1.0, 25.0) for _ in range(3)) and not sick.steeper
+    assert not sick.admits(1.0, 260.0), "outliers of the new level are sick"
+
+
+@pytest.mark.parametrize(
+    "streak",
+    [[(1.0, 20.0), (1.2, 20.0), (1.3, 20.0)], [(1.0, 20.0), (1.0, math.inf), (1.0, 20.0)], [(math.nan, 1.0)] * 3],
+    ids=["the loss is higher", "one is not finite", "none is finite"],
+)
+def test_large_gradients_of_weights_gone_astray_are_not(streak):
+    sick = after([1.0] * 8, in_a_row=3)
+    assert not any(sick.admits(*step) for step in streak) and sick.exhausted and not sick.steeper
+
+
+def test_a_streak_is_judged_alike_across_a_resume():
+    whole = after([1.0] * 8, in_a_row=3)
+    for step in [(1.0, 20.0), (1.0, 21.0)]:
+        whole.admits(*step)
+    other = SickSteps(whole.config)
+    other.load(json.loads(json.dumps(whole.state_dict())))
+    assert other.in_a_row == 2 and other.admits(1.0, 22.0) and other.steeper
+
+
 def test_the_state_is_json_and_a_loaded_one_judges_alike():
     sick = after([1.0, 3.0, 2.0])
     sick.admits(math.nan, 1.0)
