@@ -165,12 +165,12 @@ class TransportConfig:
     """The plan's entropy is that of a regularisation of beta / outer_steps."""
     inner_steps: int | None = None
     """A number is the paper's loop, every outer step by itself with so many sweeps (50 outer and 1 inner are usual); none takes
-    many outer steps at once and then settles the columns."""
+    many outer steps at once and then settles the columns, by Newton steps where they are cheap."""
     tolerance: float = 1e-3
     """Column error at which a plan is settled: the sum over codewords of |mass - 1 / codewords|."""
     warm_start: bool = False
-    """Begin from the codewords' potentials that the step before left: the same plan by `tolerance`, in a sixth to a half of the
-    sweeps. How it comes there hangs on the last bits: ranks in another number then agree to the tolerance, no longer to rounding.
+    """Begin from the codewords' potentials that the step before left: the same plan by `tolerance`, in half of the time
+    where the samples are mostly the same. How it comes there hangs on the last bits: ranks in another number then agree to the tolerance, no longer to rounding.
     Not of the paper's loop, which is a number of steps."""
     regularisation: float = 0.05
     """Of `sinkhorn`."""
