@@ -169,9 +169,9 @@ class TransportConfig:
     tolerance: float = 1e-3
     """Column error at which a plan is settled: the sum over codewords of |mass - 1 / codewords|."""
     warm_start: bool = False
-    """Begin from the codewords' potentials that the step before left: the same plan by `tolerance`, in half of the time
-    where the samples are mostly the same. How it comes there hangs on the last bits: ranks in another number then agree to the tolerance, no longer to rounding.
-    Not of the paper's loop, which is a number of steps."""
+    """Begin from the codewords' potentials that the step before left: the same plan by `tolerance`, in half of the time where the
+    samples are mostly the same. How it comes there hangs on the last bits: ranks in another number then agree to the tolerance, no
+    longer to rounding. Not of the paper's loop, which is a number of steps."""
     regularisation: float = 0.05
     """Of `sinkhorn`."""
     sinkhorn_steps: int = 100

@@ -7,7 +7,8 @@ regularisation beta / t. (The slides' scale `1 / (n Q sigma)` is a slip that los
 
 By that identity the last t alone matters, not the steps on the way. Unless an inner loop is asked for, many outer steps are
 taken at once: one sweep a stride, from potentials extrapolated along the stride before (IPOT's own warm start, which keeps
-its scaling vector, is that extrapolation). Over-relaxed sweeps follow where the columns have not settled by then.
+its scaling vector, is that extrapolation). Newton steps settle the columns then, or over-relaxed sweeps where those do not, or
+would be dear.
 """
 
 from __future__ import annotations
@@ -65,10 +66,9 @@ def proximal_point(
     """The plan of least cost between `a` and `b`, approached by `outer_steps` proximal steps of size `1 / beta`.
 
     cost: (…, n, k), any float dtype, computed in float32 (float64 stays); a: (…, n) and b: (…, k), uniform unless given.
-    inner_steps: None goes in strides, then sweeps on until the column error of every problem is within `tolerance` (None: no
-    further). A number is the paper's loop, step by step, with so many sweeps in each, whatever the tolerance.
+    inner_steps: None goes in strides, then on until the column error of every problem is within `tolerance` (None: no further). A number is the paper's loop, step by step, with so many sweeps in each, whatever the tolerance.
     start: (…, k), the potential g of an earlier plan over nearly the same codewords, instead of the strides; where a problem
-    has not settled from it after as many sweeps, they are taken all the same.
+    does not settle from it, they are taken all the same.
     """
     cost, log_a, log_b = _prepare(cost, a, b)
     if inner_steps is not None:
