@@ -14,7 +14,7 @@ would be dear.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -66,7 +66,8 @@ def proximal_point(
     """The plan of least cost between `a` and `b`, approached by `outer_steps` proximal steps of size `1 / beta`.
 
     cost: (…, n, k), any float dtype, computed in float32 (float64 stays); a: (…, n) and b: (…, k), uniform unless given.
-    inner_steps: None goes in strides, then on until the column error of every problem is within `tolerance` (None: no further). A number is the paper's loop, step by step, with so many sweeps in each, whatever the tolerance.
+    inner_steps: None goes in strides, then on until the column error of every problem is within `tolerance` (None: no further). A
+    number is the paper's loop, step by step, with so many sweeps in each, whatever the tolerance.
     start: (…, k), the potential g of an earlier plan over nearly the same codewords, instead of the strides; where a problem
     does not settle from it, they are taken all the same.
     """
@@ -134,18 +135,18 @@ def _solve(
 ) -> Potentials | None:
     """From one guess after another, each dearer than the one before. -> f, g; None where a number left its range."""
     sharpness, dense = outer_steps / beta, tolerance is not None and min(cost.shape[-2:]) <= DENSE
-    guesses: list[tuple[Callable[[], Potentials], int]] = [  # and sweeps that each is worth
-        (lambda: _stride(cost, log_a, log_b, beta, outer_steps, STRIDES, GROWTH, sweep), MORE_SWEEPS)
-    ]
-    if dense:
-        guesses.insert(0, (lambda: _stride(cost, log_a, log_b, beta, outer_steps, *FEW_STRIDES, sweep), 0))
-    if start is not None:  # settled already but for what has changed since
-        near = start.to(cost).expand_as(log_b)
-        right = log_a - _logsumexp(cost * -sharpness + near.unsqueeze(-2), dim=-1)
-        guesses.insert(0, (lambda: (right, near), 0 if dense else STRIDES))
+
+    def guesses() -> Iterator[tuple[Tensor, Tensor, int]]:
+        """f, g, and how many sweeps they are worth."""
+        if start is not None:  # settled already but for what has changed since
+            g = start.to(cost).expand_as(log_b)
+            yield log_a - _logsumexp(cost * -sharpness + g.unsqueeze(-2), dim=-1), g, 0 if dense else STRIDES
+        if dense:
+            yield *_stride(cost, log_a, log_b, beta, outer_steps, *FEW_STRIDES, sweep), 0
+        yield *_stride(cost, log_a, log_b, beta, outer_steps, STRIDES, GROWTH, sweep), MORE_SWEEPS
+
     found = None
-    for guess, sweeps in guesses:
-        f, g = guess()
+    for f, g, sweeps in guesses():
         if found:  # what has settled stays as it is
             f, g = torch.where(found[2][..., None], found[0], f), torch.where(found[2][..., None], found[1], g)
         found = _settle(cost, sharpness, f, g, log_a, log_b, tolerance, dense, sweeps, sweep)
