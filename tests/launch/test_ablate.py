@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from scipy import stats
 
-from launch.ablate import ablate, options, run_arms
+from launch.ablate import ablate, check_records, options, read_results, run_arms
 from launch.ablation_config import AblateRecipe, Comparison
-from launch.ablation_table import paired, verdict
+from launch.ablation_table import differences, paired, values_of, verdict
 from launch.cli import main, read_stage
 from launch.codeword_information import corrected, information
 from launch.workers import Workers
@@ -207,6 +208,29 @@ def test_results_and_their_recipe_go_on_elsewhere(tmp_path):
     commands: list[list[str]] = []
     assert run_arms(recipe(tmp_path / "there", seeds=[0, 1, 2, 3]), fake(commands, worth)) == whole
     assert sum(command[0] == "pretrain" for command in commands) == 4
+
+
+def test_the_published_table_says_what_its_results_are(monkeypatch):
+    """20 % wrong captions, of which each run's figures are published; they are a start for the shipped recipe too."""
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    shipped = read_stage("ablate", ["--config", "ablate/codis.yaml"])
+    check_records(Path("docs/ablations"), shipped)
+    arms = read_results(Path("docs/ablations/results.json"), shipped)["wrong20"]
+    rows = [[cell.strip() for cell in line.split("|")] for line in Path("docs/ablations.md").read_text().splitlines()]
+    rows = rows[next(number for number, row in enumerate(rows) if "MRR, 20 % wrong" in row) + 2 :]
+    for comparison in shipped.comparisons.values():
+        for arm in (comparison.baseline, *comparison.arms):
+            told, *rows = rows
+            measured = values_of(arms, arm, "MRR")
+            assert told[1].endswith(f"`{arm}`") and told[4] == f"{sum(measured) / len(measured):.3f}"
+            if arm == comparison.baseline:
+                assert not told[5]
+                continue
+            mean, low, high = paired(differences(arms, arm, comparison.baseline, "MRR"))
+            bold = "**" if verdict(low, high) == "resolved" else ""
+            assert told[5] == f"{bold}{mean:+.3f} [{low:+.3f}, {high:+.3f}]{bold}"
+            assert told[-2] == comparison.arms[arm]
 
 
 def test_what_a_process_ran_before_does_not_show_in_a_run(drawn, tmp_path, capfd):
