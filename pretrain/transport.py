@@ -233,8 +233,7 @@ def _newton(
     cost: Tensor, sharpness: float, g: Tensor, log_a: Tensor, log_b: Tensor, tolerance: float
 ) -> Potentials | None:
     """Regularised Newton steps (Li et al. 2004) on the dual of one problem in g alone, f being what makes the rows right, from a guess
-    near enough: four or five where sweeps would be a hundred. cost: (n, k). -> f, g; None where
-    they do not settle.
+    near enough: three to five where sweeps would be a hundred. cost: (n, k). -> f, g; None where they do not settle.
 
     The columns fall short by r, and change with g by H = diag(columns) - plan' diag(1 / a) plan, singular because a constant added to
     g changes nothing: H + c |r| is solved, c |r| vanishing as fast as the error does.
