@@ -69,7 +69,7 @@ def proximal_point(
     inner_steps: None goes in strides, then on until the column error of every problem is within `tolerance` (None: no further). A
     number is the paper's loop, step by step, with so many sweeps in each, whatever the tolerance.
     start: (…, k), the potential g of an earlier plan over nearly the same codewords, instead of the strides; where a problem
-    does not settle from it, they are taken all the same.
+    does not settle from it, or without a tolerance to settle within, they are taken all the same.
     """
     cost, log_a, log_b = _prepare(cost, a, b)
     if inner_steps is not None:
@@ -138,7 +138,7 @@ def _solve(
 
     def guesses() -> Iterator[tuple[Tensor, Tensor, int]]:
         """f, g, and how many sweeps they are worth."""
-        if start is not None:  # settled already but for what has changed since
+        if start is not None and tolerance is not None:  # settled already but for what has changed since
             g = start.to(cost).expand_as(log_b)
             yield log_a - _logsumexp(cost * -sharpness + g.unsqueeze(-2), dim=-1), g, 0 if dense else STRIDES
         if dense:
@@ -199,7 +199,7 @@ def _settle(
             if not bool(error.isfinite().all()):
                 return None
             settled = torch.ones_like(error, dtype=torch.bool) if tolerance is None else error <= tolerance
-            if bool(settled.all()):
+            if bool(settled.all()) or number == most:
                 break
         relaxation = 1.0 if number % CHECK_EVERY == CHECK_EVERY - 1 else RELAXATION
         new_f, new_g = sweep(cost, sharpness, f, g, log_a, log_b, relaxation)
@@ -212,17 +212,16 @@ def _newton_each(
     cost: Tensor, sharpness: float, f: Tensor, g: Tensor, log_a: Tensor, log_b: Tensor, tolerance: float
 ) -> Potentials:
     """Newton steps for each problem that has not settled: as many as it needs, whatever it is batched with; one that does not settle
-    by them stays where it was. To a tenth of the tolerance: the error is squared by the last step, so that is a step more at most,
-    and plans hardly know where they came from."""
+    by them stays where it was."""
     f, g = f.clone(), g.clone()
     for place in (~(_column_error(cost, sharpness, f, g, log_b) <= tolerance)).nonzero().tolist():
         at = tuple(place)
         n, k = cost[at].shape
         if k <= n:
-            settled = _newton(cost[at], sharpness, g[at], log_a[at], log_b[at], tolerance / 10)
+            settled = _newton(cost[at], sharpness, g[at], log_a[at], log_b[at], tolerance)
             f[at], g[at] = settled or (f[at], g[at])
         else:  # fewer unknowns the other way round; making the rows exact again brings the columns no further away
-            settled = _newton(cost[at].T.contiguous(), sharpness, f[at], log_b[at], log_a[at], tolerance / 10)
+            settled = _newton(cost[at].T.contiguous(), sharpness, f[at], log_b[at], log_a[at], tolerance)
             if settled:
                 g[at] = settled[0]
                 f[at] = log_a[at] - _logsumexp(cost[at] * -sharpness + g[at], dim=-1)
@@ -234,6 +233,9 @@ def _newton(
 ) -> Potentials | None:
     """Regularised Newton steps (Li et al. 2004) on the dual of one problem in g alone, f being what makes the rows right, from a guess
     near enough: three to five where sweeps would be a hundred. cost: (n, k). -> f, g; None where they do not settle.
+
+    They go on to a tenth of the tolerance where they can: the error is squared by the last step, so that is a step more at most, and
+    plans hardly know where they came from.
 
     The columns fall short by r, and change with g by H = diag(columns) - plan' diag(1 / a) plan, singular because a constant added to
     g changes nothing: H + c |r| is solved, c |r| vanishing as fast as the error does.
@@ -250,9 +252,9 @@ def _newton(
         return log_a - rows.log() - largest.squeeze(-1), plan, columns, b - columns, float((b - columns).abs().sum())
 
     f, plan, columns, short, error = state(g)
-    for _ in range(NEWTON_STEPS + 1):
-        if error <= tolerance:
-            return f, g
+    for _ in range(NEWTON_STEPS):
+        if error <= tolerance / 10:
+            break
         system = -(plan.T @ (plan / a.unsqueeze(-1)))
         system.diagonal().add_(columns + DAMPING * short.norm().clamp(max=float(b.mean())))
         factor, failed = torch.linalg.cholesky_ex(system)
@@ -269,7 +271,7 @@ def _newton(
         if not new[-1] < error:
             break
         g, (f, plan, columns, short, error) = new_g, new
-    return None
+    return (f, g) if error <= tolerance else None
 
 
 def _sweep(

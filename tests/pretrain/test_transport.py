@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from functools import partial
 
 import numpy as np
@@ -157,6 +158,35 @@ def test_a_start_from_which_a_problem_does_not_settle_costs_time_not_the_plan():
     torch.testing.assert_close(solved.plan[1], proximal_point(costs[1]).plan)
     torch.testing.assert_close(solved.plan[0], proximal_point(costs[0], start=near).plan, msg="as it is alone")
     assert (solved.marginal_errors[1] <= 1e-3).all()
+
+
+def test_without_a_tolerance_a_start_is_no_end():
+    cost = clustered_cost(48, 64, 8, 0)
+    far = 40 * torch.randn(64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        proximal_point(cost, start=far, tolerance=None).plan, proximal_point(cost, tolerance=None).plan
+    )
+
+
+def test_what_has_not_settled_at_the_end_is_the_plan_of_its_potentials_all_the_same():
+    """Its rows are exact before the last division, which would hide that they were not."""
+    cost = clustered_cost(48, 64, 8, 2).double()
+    solved = proximal_point(cost, beta=0.02, tolerance=1e-30)
+    f, g = solved.potentials
+    plan = (f[:, None] + g - 200 / 0.02 * cost).exp()
+    assert float((plan.sum(-1) - 1 / 48).abs().sum()) < 1e-9 and float(solved.marginal_errors[1]) > 1e-30
+
+
+def test_newton_steps_that_end_between_the_tolerance_and_a_tenth_of_it_have_settled(monkeypatch):
+    """No step at all here: the guess is within the tolerance, and that is enough."""
+    cost = clustered_cost(48, 64, 8, 0).double()
+    log_a, log_b = (torch.full((size,), -math.log(size), dtype=torch.float64) for size in (48, 64))
+    g = proximal_point(cost, tolerance=1e-4).potentials[1]
+    error = float(proximal_point(cost, tolerance=1e-4).marginal_errors[1])
+    monkeypatch.setattr(transport, "NEWTON_STEPS", 0)
+    found = transport._newton(cost, 400.0, g, log_a, log_b, 2 * error)
+    assert found is not None and torch.equal(found[1], g)
+    assert transport._newton(cost, 400.0, g, log_a, log_b, error / 2) is None
 
 
 def test_sinkhorn_stops_at_its_tolerance():
