@@ -143,6 +143,8 @@ class DataConfig(ReadConfig):
     """`train` learns a WordPiece vocabulary from the training captions; else a tokenizer's folder, or its name on a hub."""
     vocabulary: int = 30522
     """Words and pieces to learn at most, where the tokenizer is trained."""
+    punctuation: bool = True
+    """Off: captions are read without it, and hyphens part words, as ALBEF prepares them."""
     caption_tokens: int = 32
     """Tokens a caption is cut to, [CLS] and [SEP] included."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 from runtime.errors import CheckpointError, DataError
@@ -52,6 +52,15 @@ class CaptionTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.pipeline.decode(list(ids))
+
+    def without_punctuation(self) -> CaptionTokenizer:
+        """Reads captions from now on as ALBEF's `pre_caption` leaves them; its cut to 30 words is that to `caption_tokens` here."""
+        left_out = normalizers.Replace(Regex(r"[,.'!?\"()*#:;~]"), "")
+        parted = normalizers.Replace(Regex("[-/]"), " ")
+        people = normalizers.Replace("<person>", "person")
+        before = self.pipeline.normalizer
+        self.pipeline.normalizer = normalizers.Sequence([left_out, parted, people, *([before] if before else [])])
+        return self
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json`, which `tokenizers` and `transformers` read too."""

@@ -151,13 +151,16 @@ def import_weights(arguments: list[str]) -> None:
     )
     parser.add_argument("--image-size", type=int, help="pixels a side, to interpolate position embeddings to")
     parser.add_argument("--caption-tokens", type=int, default=30, help="longest caption (default 30)")
+    parser.add_argument(
+        "--image-heads", type=int, help="attention heads of the image encoder (default: as wide as the text's)"
+    )
     parser.add_argument("--fine-tuned-on", metavar="DATASET", help="what a fine-tuned checkpoint was tuned on")
     options = parser.parse_args(arguments)
     from pretrain.import_albef import import_albef
 
     training = f"fine-tuned-on {options.fine_tuned_on}" if options.fine_tuned_on else "pretrained"
     given = (options.tokenizer, options.bert_config, options.image_size, options.caption_tokens)
-    print("\n".join(import_albef(options.checkpoint, options.out, *given, training)))
+    print("\n".join(import_albef(options.checkpoint, options.out, *given, training, options.image_heads)))
 
 
 def export(arguments: list[str]) -> None:

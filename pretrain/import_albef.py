@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from data_tools.tokenizer import CaptionTokenizer, load_tokenizer
 from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from pretrain.load import describe_model
-from pretrain.model.alignment_model import AlignmentModel
+from pretrain.model.alignment_model import AlignmentModel, Temperature
+from pretrain.model.image_encoder import interpolate_positions
 from pretrain.starting_weights import from_bert
 from runtime.checkpoint import write_checkpoint
 from runtime.errors import CheckpointError
@@ -53,18 +53,24 @@ def import_albef(
     image_size: int | None = None,
     caption_tokens: int = 30,
     training: str = "pretrained",
+    image_heads: int | None = None,
 ) -> list[str]:
     """Write `checkpoint` as a folder of ours. -> lines that report what was and was not used.
 
     tokenizer: folder or name; bert_config: ALBEF's `config_bert.json`, for the number of heads (else one for 64 of width);
-    image_size: pixels a side to interpolate position embeddings to; training: what score records say of the model.
+    image_size: pixels a side to interpolate position embeddings to; training: what score records say of the model; image_heads: of
+    the image encoder, whose heads are else as wide as the text's.
     Raises CheckpointError where the file is no ALBEF checkpoint, does not fit tokenizer or configuration, or is fine-tuned and
     `training` does not say so.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists; choose another folder, or remove it")
-    albef = read_albef(checkpoint, bert_config)
-    words = load_tokenizer(tokenizer, caption_tokens)
+    albef = read_albef(checkpoint, bert_config, image_heads)
+    if caption_tokens > albef.config.text.positions:
+        raise CheckpointError(
+            f"--caption-tokens {caption_tokens} is more than the {albef.config.text.positions} positions of {checkpoint}"
+        )
+    words = load_tokenizer(tokenizer, caption_tokens).without_punctuation()
     if words.vocabulary != albef.vocabulary:
         raise CheckpointError(
             f"{checkpoint} has {albef.vocabulary} words and the tokenizer {tokenizer} {words.vocabulary}; "
@@ -75,7 +81,7 @@ def import_albef(
             f"{checkpoint} has no head for masked words, as ALBEF's checkpoints fine-tuned for retrieval have none; say on what with "
             "--fine-tuned-on, or its scores would pass for zero-shot"
         )
-    if image_size:
+    if image_size is not None:
         resize(albef, image_size)
     model, fresh = make_model(albef)
     write(out, model, albef, words, training)
@@ -84,18 +90,18 @@ def import_albef(
         f"{len(albef.student)} tensors and the temperature {albef.temperature:.4f} from {checkpoint}; with them: {', '.join(found) or 'no teacher, no queue'}",
         f"random, because it has none: {', '.join(fresh) or 'nothing'}",
         f"not used of it: {', '.join(albef.unused) or 'nothing'}",
-        f"{out}: image {albef.config.image.image_size} px, text {albef.config.text.layers} + {albef.config.fusion.layers} layers, {caption_tokens} tokens a caption",
+        f"{out}: image {albef.config.image.image_size} px, {albef.config.image.heads} heads, text {albef.config.text.layers} + {albef.config.fusion.layers} layers, {caption_tokens} tokens a caption",
     ]
 
 
-def read_albef(checkpoint: Path, bert_config: Path | None = None) -> Albef:
+def read_albef(checkpoint: Path, bert_config: Path | None = None, image_heads: int | None = None) -> Albef:
     """Read the file, safely (no code in it is run), and find its sizes from the tensors' shapes."""
     theirs = _load(checkpoint)
     # `module.` is left by DDP; retrieval checkpoints say `text_encoder.encoder` where others say `text_encoder.bert.encoder`.
     theirs = {_plain_name(name): tensor for name, tensor in theirs.items()}
     beside = Path(checkpoint).with_name("config_bert.json")
     bert = read_json(bert_config or beside) if bert_config or beside.is_file() else {}
-    config = _find_sizes(theirs, bert, checkpoint)
+    config = _find_sizes(theirs, bert, image_heads, checkpoint)
     student, unused = our_names(
         {name: tensor for name, tensor in theirs.items() if not _of_teacher(name)}, config.text.layers
     )
@@ -112,7 +118,9 @@ def read_albef(checkpoint: Path, bert_config: Path | None = None) -> Albef:
             "image_ids": torch.full((length,), -1),  # ALBEF's pretraining queue does not say which images these were
             "counters": torch.tensor([int(theirs["queue_ptr"]) if "queue_ptr" in theirs else 0, length]),
         }
-    temperature = float(theirs["temp"]) if "temp" in theirs else 0.07
+    # ALBEF clamps before a step, not after it, and not at all in fine-tuning: its last value may lie at a bound or beyond.
+    stored = float(theirs["temp"]) if "temp" in theirs else 0.07
+    temperature = min(max(stored, 1.001 * Temperature.low), Temperature.high / 1.001)
     return Albef(
         config,
         student,
@@ -160,27 +168,16 @@ def our_names(theirs: dict[str, Tensor], text_layers: int) -> tuple[dict[str, Te
 
 
 def resize(albef: Albef, image_size: int) -> None:
-    """Interpolate position embeddings, bicubic with corners not aligned, as ALBEF does; the class token's stays."""
+    """Interpolate position embeddings; the class token's stays."""
     patch = albef.config.image.patch
     assert patch is not None
-    if image_size % patch:
+    if image_size < patch or image_size % patch:
         raise CheckpointError(f"--image-size {image_size} is no multiple of the patch of {patch} pixels")
     name, side = "image_encoder.vit.pos_embed", image_size // patch
     for weights in (albef.student, albef.teacher):
         if name in weights:
             weights[name] = interpolate_positions(weights[name], side)
     albef.config.image.image_size = image_size
-
-
-def interpolate_positions(embedding: Tensor, side: int) -> Tensor:
-    """(1, 1 + patches, width) -> (1, 1 + side * side, width)."""
-    first, patches = embedding[:, :1], embedding[:, 1:]
-    old = math.isqrt(patches.shape[1])
-    if old == side:
-        return embedding
-    grid = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = functional.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
-    return torch.cat([first, grid.permute(0, 2, 3, 1).flatten(1, 2)], 1)
 
 
 def make_model(albef: Albef) -> tuple[AlignmentModel, list[str]]:
@@ -229,7 +226,9 @@ def _of_teacher(name: str) -> bool:
     return re.match(r"^\w+_m\.", name) is not None
 
 
-def _find_sizes(theirs: dict[str, Tensor], bert: dict[str, Any], checkpoint: Path) -> ModelConfig:
+def _find_sizes(
+    theirs: dict[str, Tensor], bert: dict[str, Any], image_heads: int | None, checkpoint: Path
+) -> ModelConfig:
     """Sizes from shapes. Heads leave no trace in them: BERT's configuration tells, else there is one for 64 of width."""
     try:
         patches = theirs["visual_encoder.patch_embed.proj.weight"]
@@ -251,8 +250,10 @@ def _find_sizes(theirs: dict[str, Tensor], bert: dict[str, Any], checkpoint: Pat
     first = min(crossing, default=layers)
     text_width = words.shape[1]
     heads = int(bert.get("num_attention_heads", max(1, text_width // 64)))
-    # ALBEF's ViT-B has 12 heads of 64; a reduced one has BERT's number where 64 does not fit.
-    image_heads = width // 64 if width % 64 == 0 else heads
+    head_width = text_width // heads
+    image_heads = image_heads or (width // head_width if width % head_width == 0 else heads)
+    if width % image_heads:
+        raise CheckpointError(f"--image-heads {image_heads} does not divide the image encoder's width of {width}")
     return ModelConfig(
         ImageEncoderConfig("vit_base_patch16_224", side * patch, patch, width, blocks, image_heads),
         TextEncoderConfig(

@@ -123,7 +123,7 @@ def at_resolution(network: AlignmentModel, image_size: int) -> AlignmentModel:
     resized = AlignmentModel(
         dataclasses.replace(network.config, image=image), network.text_encoder.words.num_embeddings
     )
-    network.image_encoder.vit.set_input_size(image_size)
+    network.image_encoder.set_image_size(image_size)
     resized.load_state_dict(network.state_dict())
     return resized
 

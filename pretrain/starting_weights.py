@@ -45,15 +45,16 @@ def _load_image(model: AlignmentModel, config: ImageEncoderConfig) -> list[str]:
         )
     try:
         if source == "timm":
-            start = timm.create_model(
-                config.architecture, pretrained=True, img_size=config.image_size, num_classes=0, global_pool=""
-            )
-            vit.load_state_dict(start.state_dict())
+            stored = timm.create_model(config.architecture, pretrained=True, num_classes=0, global_pool="").state_dict()
         else:
-            # Interpolates position embeddings to our resolution, and patch embeddings to our patch.
-            weights = checkpoint_filter_fn(load_state_dict(source), vit)
-            unused = sorted(name for name in weights if name.startswith(CLASSIFIER))
-            vit.load_state_dict({name: weight for name, weight in weights.items() if name not in unused})
+            stored = load_state_dict(source)
+        # Interpolates position embeddings to our resolution, and patch embeddings to our patch: the former as ALBEF does, without
+        # smoothing, the latter as timm does.
+        weights = checkpoint_filter_fn(stored, vit)
+        if "pos_embed" in weights:
+            weights["pos_embed"] = checkpoint_filter_fn(stored, vit, antialias=False)["pos_embed"]
+        unused = sorted(name for name in weights if name.startswith(CLASSIFIER))
+        vit.load_state_dict({name: weight for name, weight in weights.items() if name not in unused})
     except Exception as error:  # a download, or a file of another shape, fails in many ways: all of them stop the run
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(

@@ -157,6 +157,8 @@ def prepare_tokenizer(
             made = train_tokenizer(captions, recipe.data.vocabulary, recipe.data.caption_tokens)
         else:
             made = load_tokenizer(source or recipe.data.tokenizer, recipe.data.caption_tokens)
+        if not recipe.data.punctuation:
+            made.without_punctuation()
         made.save(run.path)
     barrier()
     return load_tokenizer(run.path, recipe.data.caption_tokens)

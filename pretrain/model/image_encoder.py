@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from pretrain.config import ImageEncoderConfig
@@ -61,6 +62,14 @@ class ImageEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1) * 255, persistent=False)
 
+    def set_image_size(self, image_size: int) -> None:
+        """Take images of so many pixels a side from now on, position embeddings interpolated."""
+        positions = self.vit.pos_embed
+        self.vit.set_input_size(image_size)
+        if positions is not None:  # timm's own interpolation smooths as well (antialias)
+            first = 0 if getattr(self.vit, "no_embed_class", False) else self.vit.num_prefix_tokens
+            self.vit.pos_embed.data = interpolate_positions(positions.data, self.vit.patch_embed.grid_size[0], first)
+
     def forward(self, images: Tensor) -> Tensor:
         """images: (batch, 3, size, size) uint8 -> (batch, 1 + patches, width)."""
         return self.vit(self._pixels(images))
@@ -86,3 +95,9 @@ class ImageEncoder(nn.Module):
     def _pixels(self, images: Tensor) -> Tensor:
         pixels = (images.float() - self.mean.float()) / self.std.float()
         return pixels.to(self.vit.patch_embed.proj.weight.dtype)
+
+
+def interpolate_positions(embedding: Tensor, side: int, first: int = 1) -> Tensor:
+    """(1, first + patches, width) -> (1, first + side * side, width), the `first` tokens' as they are; bicubic, as ALBEF does it:
+    corners not aligned, nothing smoothed."""
+    return resample_abs_pos_embed(embedding, [side, side], num_prefix_tokens=first, antialias=False)

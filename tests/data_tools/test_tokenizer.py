@@ -36,6 +36,26 @@ def test_case_and_accents_make_no_difference(tokenizer):
     assert tokenizer.encode(["A Café"]) == tokenizer.encode(["a cafe"])
 
 
+@pytest.mark.parametrize(
+    ("caption", "left"),
+    [
+        ("a dog, a 'red' (small) dog!", "a dog a red small dog"),
+        ("black-and-white: dog/ball", "black and white  dog ball"),
+        ("<person>'s dog; #1 ~ *?.", "persons dog 1"),
+        ("a dog", "a dog"),
+    ],
+)
+def test_without_punctuation_it_reads_what_albef_leaves_of_a_caption(tmp_path, caption, left):
+    def trained() -> CaptionTokenizer:
+        return train_tokenizer([caption, left, "a , dog"], 200, 40)
+
+    assert trained()([caption])[0].tolist() != trained()([left])[0].tolist() or caption == left
+    without = trained().without_punctuation()
+    assert without.encode([caption]) == trained().encode([left])
+    without.save(tmp_path)
+    assert load_tokenizer(tmp_path, 40).encode([caption]) == trained().encode([left])
+
+
 def test_unknown_letters_are_unknown_and_nothing_fails(tokenizer):
     (ids,) = tokenizer.encode(["犬"])
     assert ids == [tokenizer.cls, tokenizer.unknown, tokenizer.sep]

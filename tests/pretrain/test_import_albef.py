@@ -15,8 +15,10 @@ from torch.nn import functional
 from launch.cli import main
 from pretrain import load_model
 from pretrain.config import PretrainRecipe
-from pretrain.import_albef import import_albef, interpolate_positions, read_albef
+from pretrain.import_albef import import_albef, read_albef
 from pretrain.load import find_checkpoint
+from pretrain.model.image_encoder import interpolate_positions
+from pretrain.starting_weights import load_starting_weights
 from pretrain.task import PretrainTask
 from runtime.checkpoint import read_tensors
 from runtime.errors import CheckpointError
@@ -169,8 +171,51 @@ def test_position_embeddings_are_interpolated_to_another_resolution(tmp_path):
     torch.testing.assert_close(found[0, 1:], grid[0].flatten(1).T)
     assert torch.equal(interpolate_positions(theirs, 2), theirs)
     assert load_model(tmp_path / "out").encode_image(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 20)
-    with pytest.raises(CheckpointError, match="no multiple of the patch"):
-        import_albef(path, tmp_path / "other", str(tmp_path), image_size=50, caption_tokens=10)
+    for size in (50, 0, -64):
+        with pytest.raises(CheckpointError, match="no multiple of the patch"):
+            import_albef(path, tmp_path / "other", str(tmp_path), image_size=size, caption_tokens=10)
+
+
+def test_position_embeddings_are_interpolated_alike_by_whoever_does_it(imported, tmp_path):
+    """At import, where a model is loaded at another size, and where a run begins from a file of the image encoder's weights."""
+    path = published(tmp_path)
+    import_albef(path, tmp_path / "out", str(tmp_path), image_size=64, caption_tokens=10)
+    name = "image_encoder.vit.pos_embed"
+    wanted = load_file(tmp_path / "out" / "model.safetensors")[name]
+    loaded = load_model(imported, image_size=64).network
+    torch.testing.assert_close(loaded.image_encoder.vit.pos_embed.data, wanted)
+    vit = {key.removeprefix("visual_encoder."): weight for key, weight in torch.load(path, weights_only=True)["model"].items() if key.startswith("visual_encoder.")}  # fmt: skip
+    torch.save(vit, tmp_path / "vit.pth")
+    sizes = {"image_size": 64, "patch": 16, "width": 64, "depth": 2, "heads": 1, "weights": str(tmp_path / "vit.pth")}
+    model = tiny.model(tiny.recipe(model__image={"architecture": "vit_tiny_patch16_224", **sizes}))
+    load_starting_weights(model)
+    torch.testing.assert_close(model.image_encoder.vit.pos_embed.data, wanted)
+
+
+@pytest.mark.parametrize(
+    ("stated", "asked", "heads"), [({}, None, (1, 2)), ({"num_attention_heads": 4}, None, (2, 4)), ({}, 4, (4, 2))]
+)
+def test_heads_of_the_image_encoder_are_as_wide_as_the_texts_unless_told(tmp_path, stated, asked, heads):
+    path = published(tmp_path)
+    (tmp_path / "config_bert.json").write_text(json.dumps(stated))
+    config = read_albef(path, image_heads=asked).config
+    assert (config.image.heads, config.text.heads) == heads
+    with pytest.raises(CheckpointError, match="--image-heads 5 does not divide"):
+        read_albef(path, image_heads=5)
+
+
+@pytest.mark.parametrize(("stored", "read"), [(0.0005, 0.001), (0.001, 0.001), (0.5, 0.5), (0.7, 0.5), (0.07, 0.07)])
+def test_a_temperature_at_a_bound_or_beyond_is_brought_within(tmp_path, stored, read):
+    path = published(tmp_path, temp=torch.tensor(stored))
+    import_albef(path, tmp_path / "out", str(tmp_path), caption_tokens=10)
+    assert float(load_model(tmp_path / "out").network.temperature()) == pytest.approx(read, rel=2e-3)
+
+
+def test_captions_are_read_without_punctuation_and_fit_the_positions(imported, tmp_path):
+    model = load_model(imported)
+    assert model.tokenizer.encode(["a red, (square)!"]) == model.tokenizer.encode(["a red square"])
+    with pytest.raises(CheckpointError, match="--caption-tokens 41 is more than the 40 positions"):
+        import_albef(published(tmp_path), tmp_path / "out", str(tmp_path), caption_tokens=41)
 
 
 def test_a_retrieval_checkpoint_without_mlm_head_and_teacher_is_read_and_says_so(tmp_path):
