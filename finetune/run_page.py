@@ -76,7 +76,7 @@ def report(run: Path, out: Path | None = None, data: str | None = None, limit: i
         recipe: PretrainRecipe | None = load_recipe(PretrainRecipe, run / "config.yaml")
     except Exception:  # a fine-tuning run: curves alone
         recipe = None
-    parts = [header(run, metrics), *curves(metrics)]
+    parts = [header(run, metrics), *curves(metrics, list(recipe.objectives.others) if recipe else [])]
     where = data or (recipe.data.validation if recipe else None)
     if recipe is None:
         parts.append(note("This is no pretraining run: curves alone."))
@@ -112,11 +112,12 @@ def header(run: Path, metrics: list[dict[str, float]]) -> str:
     return "<p class=about>" + "<br>".join(html.escape(line) for line in lines) + "</p>"
 
 
-def curves(metrics: list[dict[str, float]]) -> list[str]:
+def curves(metrics: list[dict[str, float]], own_losses: list[str]) -> list[str]:
+    """own_losses: names of objectives that are not ours."""
     figures = []
     for title, names in CURVES.items():
         series = {}
-        for name in names:
+        for name in [*names, *(own_losses if title == "Losses" else [])]:
             key = name if name.startswith("validation/") else f"train/{name}"
             points = [(line["step"], line[key]) for line in metrics if key in line]
             if points:

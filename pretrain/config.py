@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from data_tools.config import DataConfig
 from runtime.errors import RecipeError
@@ -77,6 +77,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not 0.001 < self.temperature < 0.5:
             raise RecipeError(f"model.temperature is {self.temperature}; it lies between 0.001 and 0.5")
+        if self.codewords < 0 or self.feature_dim < 1:
+            raise RecipeError(
+                f"model.codewords is {self.codewords}, model.feature_dim {self.feature_dim}; codewords are 0 or more, a feature has a width"
+            )
         for pair in self.levels:
             if len(pair) != 2 or min(pair) < 1 or pair[0] > self.text.layers:
                 raise RecipeError(
@@ -106,6 +110,10 @@ class MatchingConfig:
     pool: int | None = None
     """Negatives are drawn among this many neighbours in the global batch's order (a divisor of the micro-batch), so that
     losses do not depend on how the batch is split. None: among the micro-batch."""
+
+    def __post_init__(self) -> None:
+        if self.pool is not None and self.pool < 1:
+            raise RecipeError(f"objectives.matching.pool is {self.pool}; it is a divisor of the micro-batch, 1 or more")
 
 
 @dataclass
@@ -143,6 +151,21 @@ class CodebookConfig:
     frozen: bool = False
     """The codewords stay where they began, at random: what the learning of them is worth (an ablation)."""
 
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise RecipeError(f"objectives.codebook.temperature is {self.temperature}; it is above 0")
+
+
+@dataclass
+class OtherObjective:
+    """An objective that is not among these: a class of yours (docs/codis.md)."""
+
+    use: str = ""
+    """`module.Class`, the module on PYTHONPATH."""
+    weight: float = 1.0
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the class is made with."""
+
 
 @dataclass
 class ObjectivesConfig:
@@ -151,6 +174,15 @@ class ObjectivesConfig:
     masked_language: MaskedLanguageConfig = field(default_factory=MaskedLanguageConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     levels: LevelsConfig = field(default_factory=LevelsConfig)
+    others: dict[str, OtherObjective] = field(default_factory=dict)
+    """Name of a loss -> the class that it comes from."""
+
+    def __post_init__(self) -> None:
+        for name in self.others:
+            if hasattr(self, name):
+                raise RecipeError(
+                    f"objectives.others.{name} has the name of an objective that there is; choose another"
+                )
 
 
 @dataclass
@@ -178,6 +210,14 @@ class TransportConfig:
     samples: Literal["batch", "batch+queue"] = "batch"
     """Features the plan is solved over: the global batch's, or the queue's as well (sharper targets: at most samples / codewords)."""
 
+    def __post_init__(self) -> None:
+        for name in ("beta", "tolerance", "regularisation"):
+            if not getattr(self, name) > 0:
+                raise RecipeError(f"transport.{name} is {getattr(self, name)}; it is above 0")
+        for name in ("outer_steps", "inner_steps", "sinkhorn_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise RecipeError(f"transport.{name} is {value}; it must be 1 or more")
+
 
 @dataclass
 class TeacherConfig:
@@ -199,6 +239,8 @@ class TeacherConfig:
             raise RecipeError(f"teacher.ema_momentum is {self.ema_momentum}; it lies between 0 and 1")
         if self.queue < 0:
             raise RecipeError(f"teacher.queue is {self.queue}; it is a number of pairs, 0 for none")
+        if not 0 <= self.distill_weight <= 1:
+            raise RecipeError(f"teacher.distill_weight is {self.distill_weight}; it is a share of the targets, 0 to 1")
 
 
 @dataclass

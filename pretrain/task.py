@@ -6,6 +6,9 @@ backward, the optimizer steps; then, and only then, the teacher moves and the qu
 
 from __future__ import annotations
 
+import importlib
+import math
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,11 +19,11 @@ from torch import Tensor, nn
 from data_tools.order import derived_seed, uniforms
 from data_tools.packed import views_on
 from data_tools.tokenizer import CaptionTokenizer
-from pretrain.config import PretrainRecipe
+from pretrain.config import OtherObjective, PretrainRecipe
 from pretrain.feature_queue import FeatureQueue
 from pretrain.model.activations import checkpoint_activations
 from pretrain.model.alignment_model import AlignmentModel, TextBatch
-from pretrain.objectives.codebook import Codebook, solve_plans
+from pretrain.objectives.codebook import Codebook, solve_plans, usage
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.levels import Levels
 from pretrain.objectives.masked_language import MaskedLanguage, mask_words, word_logits
@@ -28,10 +31,15 @@ from pretrain.objectives.matching import Matching
 from pretrain.objectives.state import Everyone, Keys, Masked, MicroBatch, Plans, StudentState
 from pretrain.step_profile import part as profiled
 from pretrain.teacher import Teacher
+from runtime.errors import RecipeError
 from runtime.ranks import Ranks, gather_rows, sum_over_ranks
 
 # What the draws of one sample are for: each purpose has its own stream of numbers.
 NEGATIVES, MASKS = 1, 2
+SEEN = 10
+"""Features for each codeword, over which its use is told: of fewer, many would be nobody's nearest in the best of codebooks."""
+
+Objective = Callable[[StudentState], dict[str, Tensor]]
 
 
 class Student(nn.Module):
@@ -41,7 +49,7 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         settings = recipe.objectives
-        makers: dict[str, Callable[[], Callable[[StudentState], dict[str, Tensor]]]] = {
+        makers: dict[str, Callable[[], Objective]] = {
             "contrastive": lambda: Contrastive(settings.contrastive),
             "matching": lambda: Matching(settings.matching),
             "masked_language": MaskedLanguage,
@@ -50,6 +58,10 @@ class Student(nn.Module):
         }
         self.weights = {name: getattr(settings, name).weight for name in makers}
         self.objectives = {name: make() for name, make in makers.items() if self.weights[name]}
+        for name, other in settings.others.items():
+            self.weights[name] = other.weight
+            if other.weight:
+                self.objectives[name] = make_other(name, other)
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """-> the weighted sum of the losses, and every named loss and figure, detached."""
@@ -61,10 +73,25 @@ class Student(nn.Module):
         for name, objective in self.objectives.items():
             with profiled(name):
                 losses = objective(state)
+            if name not in losses:
+                raise RecipeError(
+                    f"objectives.others.{name} gave {', '.join(losses) or 'nothing'}, and no `{name}`, its loss"
+                )
             total = total + self.weights[name] * losses[name]
             figures |= {key: value.detach() for key, value in losses.items()}
         figures["temperature"] = self.model.temperature().detach()
         return total, {"loss": total.detach(), **figures}
+
+
+def make_other(name: str, other: OtherObjective) -> Objective:
+    """An objective of the user's own. Raises RecipeError where there is no such class."""
+    module, _, made = other.use.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), made)(**other.settings)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise RecipeError(
+            f"objectives.others.{name}: cannot make {other.use} ({error}); name a class as module.Class, its module on PYTHONPATH"
+        ) from error
 
 
 class PretrainTask:
@@ -94,6 +121,8 @@ class PretrainTask:
         self._arrived: tuple[Tensor, Tensor, Tensor] | None = None
         self._found: Tensor | None = None
         self._codewords: Tensor | None = None
+        seen = recipe.training.global_batch + (recipe.teacher.queue if recipe.transport.samples == "batch+queue" else 0)
+        self._nearest: deque[Tensor] = deque(maxlen=max(1, math.ceil(SEEN * recipe.model.codewords / (2 * seen))))
         self.before_meeting: Callable[[], None] = lambda: None
         """Called in each step before this rank waits for the others, its own part (the teacher's forward) done."""
         self.gathered: Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]] = lambda parameters: (
@@ -254,11 +283,12 @@ class PretrainTask:
             image_rows, text_rows, codewords, samples, self.recipe.transport, self.potentials
         )
         self._found = potentials if self.recipe.transport.warm_start else None
+        both = torch.stack([image_rows, text_rows])
+        nearest = (both @ codewords.T).argmax(-1)
+        self._nearest.append(torch.bincount(nearest.flatten(), minlength=len(codewords)))
+        if len(self._nearest) == self._nearest.maxlen:
+            figures |= usage(torch.stack([*self._nearest]).sum(0))
         if self._codewords is not None:  # the same features, named by the codewords of now and of the step before
-            both = torch.stack([image_rows, text_rows])
-            changed = (both @ codewords.T).argmax(-1) != (both @ self._codewords.T).argmax(-1)
-            figures["codebook/churn"] = changed.float().mean()
-        else:
-            figures["codebook/churn"] = torch.zeros((), device=self.device)
+            figures["codebook/churn"] = (nearest != (both @ self._codewords.T).argmax(-1)).float().mean()
         self._codewords = codewords
         return plans, figures

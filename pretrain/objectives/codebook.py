@@ -50,18 +50,22 @@ def solve_plans(
     plan, potentials, (row_error, column_error) = _solve(cost, config, start)
     targets = plan[:, :samples] / plan[:, :samples].sum(-1, keepdim=True)
     entropy = -torch.special.xlogy(targets, targets).sum(-1)
-    chosen = cost.argmin(-1)
-    nearest = torch.bincount(chosen.flatten(), minlength=len(codewords))
-    share = nearest / nearest.sum()
     figures = {
         "codebook/effective_codes": entropy.exp().mean(),
-        "codebook/perplexity": (-torch.special.xlogy(share, share).sum()).exp(),
-        "codebook/dead": (nearest == 0).float().mean(),
-        "codebook/largest_share": share.max(),
         "codebook/row_error": row_error.mean(),
         "codebook/column_error": column_error.mean(),
     }
     return Plans(*targets), figures, potentials
+
+
+def usage(nearest: Tensor) -> dict[str, Tensor]:
+    """nearest: (codewords,), how many features have each as their nearest -> how evenly the codebook is used."""
+    share = nearest / nearest.sum()
+    return {
+        "codebook/perplexity": (-torch.special.xlogy(share, share).sum()).exp(),
+        "codebook/dead": (nearest == 0).float().mean(),
+        "codebook/largest_share": share.max(),
+    }
 
 
 def _solve(

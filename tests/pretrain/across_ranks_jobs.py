@@ -40,5 +40,5 @@ def gradients(changes: dict[str, Any]) -> Told:
         name: sum_over_ranks(torch.zeros_like(p) if p.grad is None else p.grad) / ranks.world
         for name, p in task.student.model.named_parameters()
     }
-    plans = torch.cat([part.plans.image for part in inputs if part.plans])
+    plans = torch.cat([torch.cat([part.plans.image, part.plans.text], -1) for part in inputs if part.plans])
     return mean, found, plans, task.queue.image_ids.clone()

@@ -1,4 +1,4 @@
-"""Two processes and one, in float64: the same losses, the same raw gradients, the same plan, the same queue."""
+"""Two processes and one, in float64: the same losses, the same raw gradients, the same plans, the same queue."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_two_ranks_compute_what_one_process_does_with_all_of_the_batch(gloo_pool
     losses, gradients, plan, queue = lone_process.run(
         across_ranks_jobs.gradients, changes | {"training__micro_batch": 16}
     )[0]
-    # The plan of the gathered batch is the one process's plan.
+    # Image and text plan of the gathered batch are the one process's.
     torch.testing.assert_close(torch.cat([rank[2] for rank in told]), plan, rtol=1e-5, atol=1e-9)
     for found_losses, found, _, found_queue in told:
         assert found_losses == pytest.approx(losses, rel=1e-6)

@@ -84,7 +84,7 @@ def test_a_master_that_is_missing_is_noticed():
 
 
 def test_over_2000_bf16_steps_it_errs_by_less_than_a_thousandth_of_the_way():
-    """Masters move in float32, the student computes in bf16, the teacher averages masters: held against float64. An average
+    """Masters move in float32, as those of a bf16 run do, and the teacher averages them: held against float64. An average
     kept in bf16 would not have moved, because (1 - momentum) of a step is below its resolution."""
     student = tiny.model(tiny.recipe(model__image__depth=1))
     teacher = Teacher(student, MOMENTUM, torch.bfloat16)

@@ -186,7 +186,20 @@ def test_objectives_that_are_off_need_nothing():
 
 
 @pytest.mark.parametrize(
-    "bad", [["--optimiser.lr", "1"], ["--config", "none.yaml"], ["--model.codewords", "0"]], ids=" ".join
+    "bad",
+    [
+        ["--optimiser.lr", "1"],
+        ["--config", "none.yaml"],
+        ["--model.codewords", "0"],
+        ["--model.codewords", "-1"],
+        ["--transport.beta", "0"],
+        ["--transport.inner_steps", "0"],
+        ["--transport.solver", "sinkhorn", "--transport.regularisation", "0"],
+        ["--objectives.codebook.temperature", "0"],
+        ["--objectives.matching.pool", "0"],
+        ["--teacher.distill_weight", "2"],
+    ],
+    ids=" ".join,
 )
 def test_the_command_answers_a_mistake_before_anything_is_written(tmp_path, monkeypatch, capsys, bad):
     monkeypatch.chdir(tmp_path)
