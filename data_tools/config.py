@@ -144,7 +144,8 @@ class DataConfig(ReadConfig):
     vocabulary: int = 30522
     """Words and pieces to learn at most, where the tokenizer is trained."""
     punctuation: bool = True
-    """Off: captions are read without it, and hyphens part words, as ALBEF prepares them."""
+    """Off: captions are read without it, and hyphens part words, as ALBEF prepares them. On: as the tokenizer reads them (an imported
+    ALBEF's leaves it out)."""
     caption_tokens: int = 32
     """Tokens a caption is cut to, [CLS] and [SEP] included."""
 

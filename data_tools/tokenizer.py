@@ -55,16 +55,21 @@ class CaptionTokenizer:
 
     def without_punctuation(self) -> CaptionTokenizer:
         """Reads captions from now on as ALBEF's `pre_caption` leaves them; its cut to 30 words is that to `caption_tokens` here."""
-        left_out = normalizers.Replace(Regex(r"[,.'!?\"()*#:;~]"), "")
-        parted = normalizers.Replace(Regex("[-/]"), " ")
-        people = normalizers.Replace("<person>", "person")
-        before = self.pipeline.normalizer
-        self.pipeline.normalizer = normalizers.Sequence([left_out, parted, people, *([before] if before else [])])
+        self.pipeline.normalizer = _without_punctuation(self.pipeline.normalizer)
         return self
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json`, which `tokenizers` and `transformers` read too."""
         write_text(Path(folder) / "tokenizer.json", self.pipeline.to_str())
+
+
+def _without_punctuation(then: normalizers.Normalizer | None) -> normalizers.Normalizer:
+    first = [
+        normalizers.Replace(Regex(r"[,.'!?\"()*#:;~]"), ""),
+        normalizers.Replace(Regex("[-/]"), " "),
+        normalizers.Replace(Regex("(?i)<person>"), "person"),
+    ]
+    return normalizers.Sequence(first if then is None else [*first, then])
 
 
 def pad_tokens(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -74,12 +79,16 @@ def pad_tokens(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     return ids, torch.arange(ids.shape[1])[None] < lengths[:, None]
 
 
-def train_tokenizer(captions: Iterable[str], vocabulary: int, caption_tokens: int) -> CaptionTokenizer:
+def train_tokenizer(
+    captions: Iterable[str], vocabulary: int, caption_tokens: int, punctuation: bool = True
+) -> CaptionTokenizer:
     """Learn a lower-case WordPiece vocabulary of at most `vocabulary` tokens, BERT's special tokens first, then single
-    letters. The same captions give the same vocabulary."""
+    letters. The same captions give the same vocabulary. punctuation: off, it is neither learned nor read (`without_punctuation`)."""
     captions = list(captions)
     pipeline = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     pipeline.normalizer = normalizers.BertNormalizer(lowercase=True)
+    if not punctuation:
+        pipeline.normalizer = _without_punctuation(pipeline.normalizer)
     pipeline.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     pipeline.decoder = decoders.WordPiece()
 

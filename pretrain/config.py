@@ -113,7 +113,7 @@ class MatchingConfig:
 
     def __post_init__(self) -> None:
         if self.pool is not None and self.pool < 1:
-            raise RecipeError(f"objectives.matching.pool is {self.pool}; it is a divisor of the micro-batch, 1 or more")
+            raise RecipeError(f"matching.pool is {self.pool}; it is a divisor of the micro-batch, 1 or more")
 
 
 @dataclass
@@ -179,10 +179,8 @@ class ObjectivesConfig:
 
     def __post_init__(self) -> None:
         for name in self.others:
-            if hasattr(self, name):
-                raise RecipeError(
-                    f"objectives.others.{name} has the name of an objective that there is; choose another"
-                )
+            if hasattr(self, name) or name in ("loss", "temperature"):
+                raise RecipeError(f"objectives.others.{name} has the name of a figure that there is; choose another")
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -45,12 +46,17 @@ def _load_image(model: AlignmentModel, config: ImageEncoderConfig) -> list[str]:
         )
     try:
         if source == "timm":
-            stored = timm.create_model(config.architecture, pretrained=True, num_classes=0, global_pool="").state_dict()
+            sizes: tuple[dict[str, Any], ...] = ({}, {"img_size": config.image_size})
+            stored, weights = (
+                timm.create_model(
+                    config.architecture, pretrained=True, num_classes=0, global_pool="", **size
+                ).state_dict()
+                for size in sizes
+            )
         else:
             stored = load_state_dict(source)
-        # Interpolates position embeddings to our resolution, and patch embeddings to our patch: the former as ALBEF does, without
-        # smoothing, the latter as timm does.
-        weights = checkpoint_filter_fn(stored, vit)
+            weights = checkpoint_filter_fn(dict(stored), vit)  # of some files it takes keys out
+        # Other sizes of image and patch are interpolated: patch embeddings by timm, position embeddings as ALBEF does, not smoothed.
         if "pos_embed" in weights:
             weights["pos_embed"] = checkpoint_filter_fn(stored, vit, antialias=False)["pos_embed"]
         unused = sorted(name for name in weights if name.startswith(CLASSIFIER))

@@ -80,7 +80,7 @@ class Student(nn.Module):
             total = total + self.weights[name] * losses[name]
             figures |= {key: value.detach() for key, value in losses.items()}
         figures["temperature"] = self.model.temperature().detach()
-        return total, {"loss": total.detach(), **figures}
+        return total, {**figures, "loss": total.detach()}
 
 
 def make_other(name: str, other: OtherObjective) -> Objective:
@@ -121,8 +121,8 @@ class PretrainTask:
         self._arrived: tuple[Tensor, Tensor, Tensor] | None = None
         self._found: Tensor | None = None
         self._codewords: Tensor | None = None
-        seen = recipe.training.global_batch + (recipe.teacher.queue if recipe.transport.samples == "batch+queue" else 0)
-        self._nearest: deque[Tensor] = deque(maxlen=max(1, math.ceil(SEEN * recipe.model.codewords / (2 * seen))))
+        steps = math.ceil(SEEN * recipe.model.codewords / (2 * recipe.training.global_batch))
+        self._nearest: deque[Tensor] = deque(maxlen=max(1, steps))
         self.before_meeting: Callable[[], None] = lambda: None
         """Called in each step before this rank waits for the others, its own part (the teacher's forward) done."""
         self.gathered: Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]] = lambda parameters: (
@@ -285,7 +285,7 @@ class PretrainTask:
         self._found = potentials if self.recipe.transport.warm_start else None
         both = torch.stack([image_rows, text_rows])
         nearest = (both @ codewords.T).argmax(-1)
-        self._nearest.append(torch.bincount(nearest.flatten(), minlength=len(codewords)))
+        self._nearest.append(torch.bincount(nearest[:, :samples].flatten(), minlength=len(codewords)))
         if len(self._nearest) == self._nearest.maxlen:
             figures |= usage(torch.stack([*self._nearest]).sum(0))
         if self._codewords is not None:  # the same features, named by the codewords of now and of the step before

@@ -154,11 +154,12 @@ def prepare_tokenizer(
     if ranks.first and not (run.checkpoints.steps() and (run.path / "tokenizer.json").exists()):
         if recipe.data.tokenizer == "train":
             captions = data.some_captions(TOKENIZER_CAPTIONS)
-            made = train_tokenizer(captions, recipe.data.vocabulary, recipe.data.caption_tokens)
+            asked = recipe.data
+            made = train_tokenizer(captions, asked.vocabulary, asked.caption_tokens, asked.punctuation)
         else:
             made = load_tokenizer(source or recipe.data.tokenizer, recipe.data.caption_tokens)
-        if not recipe.data.punctuation:
-            made.without_punctuation()
+            if not recipe.data.punctuation:
+                made.without_punctuation()
         made.save(run.path)
     barrier()
     return load_tokenizer(run.path, recipe.data.caption_tokens)

@@ -57,6 +57,7 @@ def test_an_objective_whose_loss_has_another_name_is_one_clear_line(example):
         task.student(inputs)
 
 
-def test_the_name_of_an_objective_that_there_is_is_refused():
-    with pytest.raises(RecipeError, match="objectives.others.codebook has the name of an objective that there is"):
-        ObjectivesConfig(others={"codebook": OtherObjective("uniformity.Uniformity")})
+@pytest.mark.parametrize("name", ["codebook", "loss"])
+def test_the_name_of_a_figure_that_there_is_is_refused(name):
+    with pytest.raises(RecipeError, match=f"objectives.others.{name} has the name of a figure that there is"):
+        ObjectivesConfig(others={name: OtherObjective("uniformity.Uniformity")})
