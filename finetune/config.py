@@ -80,6 +80,8 @@ class HatConfig:
                 raise RecipeError(
                     f"hat.caption_tokens {self.caption_tokens} is more than hat.text.positions {self.text.positions}"
                 )
+        if not 0 <= self.sharpness <= 40:  # its exponential is squared, in float32
+            raise RecipeError(f"hat.sharpness is {self.sharpness:g}; it lies between 0 and 40")
         if self.frozen_epochs < 0 or self.width < 1:
             raise RecipeError(f"hat.frozen_epochs {self.frozen_epochs:g}, hat.width {self.width}: 0 or more, 1 or more")
 
@@ -280,6 +282,10 @@ class EvaluateRecipe:
         if self.scores and (self.heads or self.shortlist_from or self.ensemble):
             raise RecipeError(
                 "heads, shortlist_from and ensemble are a checkpoint's; scores of a file are ranked as they are"
+            )
+        if self.extended and self.protocol == "coco_1k" and (self.shortlist_from or "fusion" in (self.heads or [])):
+            raise RecipeError(
+                "extended positives are on the whole split, but a re-ranker's lists are made within coco_1k's folds; use --protocol coco_5k"
             )
         if self.scores and self.precision != "fp32":
             raise RecipeError("precision is of a checkpoint's encoders; scores of a file are ranked as they are")

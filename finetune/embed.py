@@ -24,7 +24,7 @@ from pretrain.load import find_checkpoint
 from retrieval.index import BROKEN, MANIFEST, Index, Part, join_parts, part_path, tidy, write_part
 from runtime.checkpoint import checkpoint_hash
 from runtime.errors import DataError, RecipeError
-from runtime.files import read_json, write_json, write_text
+from runtime.files import read_json, sha256_of, write_json, write_text
 from runtime.progress import progress, spell_duration
 from runtime.ranks import Ranks, barrier, from_first, join, use_precision
 
@@ -217,14 +217,16 @@ def encode(function: Callable, inputs: Any) -> np.ndarray:
 def _approximate(recipe: IndexRecipe, made: Index, device: torch.device) -> None:
     from retrieval.approximate import build_lists, lists_of, load_faiss
 
-    stands, asked_by = lists_of(made), Path(recipe.queries).name
+    stands, asked_by = lists_of(made), ""
+    if recipe.queries:
+        asked_by = f"{Path(recipe.queries).name}, {sha256_of(Path(recipe.queries))[:8]}"
     if stands and stands.get("target") == recipe.recall and asked_by in ("", stands["measured_with"]):
         print(f"{made.folder} has its inverted lists already; nothing to do")
         return
     load_faiss()
     spread = np.unique(np.linspace(0, len(made) - 1, min(500, len(made))).astype(np.int64))
     if recipe.queries:
-        told, kind = Path(recipe.queries).read_text(encoding="utf-8").splitlines(), Path(recipe.queries).name
+        told, kind = Path(recipe.queries).read_text(encoding="utf-8").splitlines(), asked_by
     else:
         told = [image["captions"][0] for image in made.images(spread) if image["captions"]]
         kind = "captions of its images"

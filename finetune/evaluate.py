@@ -88,6 +88,12 @@ def score_dual(recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, dev
     model = load_model(recipe.checkpoint, device)
     if "fusion" in heads and not model.network.config.fusion.layers:
         raise RecipeError(f"heads asks for fusion, but {recipe.checkpoint} has no fusion encoder; use --heads '[dual]'")
+    untuned = "fusion" in heads and read_json(model.folder / "model.json").get("fusion_tuned") is False
+    if untuned and ranks.first:
+        print(
+            f"{recipe.checkpoint} was fine-tuned with matching_weight 0: its fusion head is pretraining's, on encoders that have moved on",
+            file=sys.stderr,
+        )
     featureless = not model.network.config.text.layers
     if featureless and heads != ["fusion"]:
         raise RecipeError(
@@ -119,7 +125,8 @@ def score_dual(recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, dev
         ways = lists.rerank(before, fusion_scores(model.network, encodings, lists, ranks, device))
         about = "fusion of all pairs" if size >= len(collection.captions) else f"fusion of the best {recipe.shortlist}"
         ceiling = {"shortlist": lists.ceiling(collection.caption_image) | by}
-        yield Scored(head, about, ways[0], ways[1], model.hash, model.training, cut | ceiling)
+        more = cut | ceiling | ({"fusion_tuned": False} if untuned else {})
+        yield Scored(head, about, ways[0], ways[1], model.hash, model.training, more)
 
 
 def score_hat(recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, device: torch.device) -> Iterator[Scored]:
@@ -236,9 +243,11 @@ def _record(
     out = Path(recipe.out)
     first = not recipe.heads or recipe.heads[0] == scored.key
     path = out if first else out.with_name(f"{out.stem}-{scored.key}{out.suffix}")
+    side = path.with_name(f"{path.stem}.scores.npz")
+    side.unlink(missing_ok=True)  # of an earlier record of that name
     if recipe.save_scores:
         matrices = {"scores": scored.image_to_text, "text_to_image": scored.text_to_image}
-        with replaced_file(path.with_name(f"{path.stem}.scores.npz")) as temporary, open(temporary, "wb") as file:
+        with replaced_file(side) as temporary, open(temporary, "wb") as file:
             np.savez(file, caption_image=caption_image, **matrices)  # type: ignore[arg-type]
     write_record(path, record, outcome, keys)
     if "shortlist" in more:

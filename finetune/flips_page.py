@@ -41,7 +41,11 @@ def write_flips(first: Path, second: Path, data: str, images: str, page: Path, c
         raise RecipeError(
             f"{data} holds {len(collection):,} images and {len(collection.captions):,} captions; the scores are of others"
         )
-    keys = read_outcome(first, records[0])[1]
+    outcome, keys = read_outcome(first, records[0])
+    if not np.array_equal(outcome.caption_image, collection.caption_image):
+        raise RecipeError(
+            f"{data} holds its captions in another order than those scored; give the data that was scored"
+        )
     if policy != "as the file has them" and keys != collection.keys:
         raise RecipeError(
             f"{data} holds other images than those scored: its first is {collection.keys[0]}, theirs {keys[0]}"

@@ -44,6 +44,10 @@ def read_own_scores(recipe: EvaluateRecipe) -> OwnScores:
                 f"{len(collection.captions):,} (captions_per_image: {recipe.captions_per_image or 'all'}); the order must be "
                 "that of the data, every caption included or --captions_per_image stated"
             )
+        if not np.array_equal(arrays.get("caption_image", collection.caption_image), collection.caption_image):
+            raise DataError(
+                f"{path} says of other captions than {recipe.data} which image they describe; bring them into its order"
+            )
         caption_image, keys = collection.caption_image, collection.keys
         policy = "all" if recipe.captions_per_image is None else f"first {recipe.captions_per_image}"
     elif "caption_image" in arrays:

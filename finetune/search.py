@@ -156,7 +156,7 @@ def notes_on(queries: list[Query], encoder: Encoder) -> list[str]:
             if token == encoder.tokenizer.unknown
         ]
         unknown = [query.text[start:end] for start, end in spans]
-        if unknown and len(unknown) == len(encoding.ids) - 2:  # without [CLS] and [SEP]
+        if len(unknown) == len(encoding.ids) - 2:  # without [CLS] and [SEP]
             raise DataError(
                 f"the model's vocabulary has nothing of {query.text!r}; use words like those it was trained on"
             )

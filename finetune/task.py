@@ -48,6 +48,10 @@ class RetrievalTask(nn.Module):
         """The checkpoint's `model.safetensors`: live tensors, which a resumed run copies into."""
         raise NotImplementedError
 
+    def caveat(self, epochs: float) -> str:
+        """What a run of so many epochs will not do, though one might expect it."""
+        return ""
+
     def describe(self, training: str) -> dict[str, Any]:
         """The checkpoint's `model.json`; `training` is `fine-tuned-on X`."""
         raise NotImplementedError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,8 @@ def train(recipe: FinetuneRecipe, run: RunFolder, ranks: Ranks, device: torch.de
         return resume(find_healthy(run, ranks, healthy), task, optimizer, named, sick)["step"]
 
     steps = recipe.training.total_steps(len(stream))
+    if ranks.first and (caveat := task.caveat(steps * recipe.training.global_batch / len(stream))):
+        print(f"ligature: {caveat}", file=sys.stderr)
     stage = Stage(take_step, measure if validation else None, commit, go_back)
     run_loop(run, recipe.training, stream, stage, sick, watchdog, ranks, device, step, best)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from pretrain.load import describe_model, load_model
 from runtime.checkpoint import write_checkpoint
 from runtime.errors import CheckpointError
+from runtime.files import read_json
 
 
 def export(source: Path, out: Path) -> str:
@@ -14,7 +15,9 @@ def export(source: Path, out: Path) -> str:
     if out.exists():
         raise CheckpointError(f"{out} exists; choose another folder, or remove it")
     model = load_model(source)
+    told = read_json(model.folder / "model.json")
     about = describe_model(model.network.config, model.tokenizer.caption_tokens, model.training)
+    about |= {name: told[name] for name in ("fusion_tuned",) if name in told}
     write_checkpoint(out, {"model": dict(model.network.named_parameters())}, {"model": about}, model.tokenizer.save)
     millions = sum(parameter.numel() for parameter in model.network.parameters()) / 1e6
     return f"{out}: {millions:.1f} M parameters of {model.folder}, {model.training}"

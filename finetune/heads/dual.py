@@ -107,7 +107,9 @@ class DualTask(RetrievalTask):
 
     def describe(self, training: str) -> dict[str, Any]:
         config = dataclasses.replace(self.model.config, codewords=0)
-        return describe_model(config, self.tokenizer.caption_tokens, training)
+        return describe_model(config, self.tokenizer.caption_tokens, training) | {
+            "fusion_tuned": bool(self.matching_weight)
+        }
 
     def similarity(
         self, collection: Collection, ranks: Ranks, device: torch.device, batch_size: int, workers: int

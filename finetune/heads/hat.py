@@ -137,6 +137,12 @@ class HatTask(RetrievalTask):
         self.hardest = epoch >= self.recipe.hat.hardest_from_epoch
         self.model.encoders.train(not self.model.frozen)  # frozen encoders drop nothing out
 
+    def caveat(self, epochs: float) -> str:
+        frozen = self.recipe.hat.frozen_epochs
+        if epochs > frozen:
+            return ""
+        return f"the run ends after {epochs:.3g} epochs, so the encoders never learn (hat.frozen_epochs: {frozen:g})"
+
     def lr_share(self, name: str) -> float:
         return self.recipe.hat.encoder_lr_share if name.startswith("model.encoders.") else 1.0
 

@@ -120,6 +120,15 @@ def test_own_scores_that_do_not_fit_are_one_line(drawn, tmp_path, capfd, arrays,
     assert not (tmp_path / "s.json").exists()
 
 
+def test_a_file_whose_captions_are_in_another_order_than_the_datas_is_refused(drawn, embeddings, tmp_path, capfd):
+    image, text = embeddings
+    order = np.roll(np.repeat(np.arange(24), 5), 1)
+    np.savez(tmp_path / "own.npz", image=image, text=np.roll(text, 1, axis=0), caption_image=order)
+    assert own(tmp_path / "own.npz", tmp_path / "s.json") == 0
+    assert own(tmp_path / "own.npz", tmp_path / "s.json", "--data", str(drawn / "test")) == 1
+    assert "says of other captions than" in one_line(capfd)
+
+
 def test_scores_that_are_no_numbers_and_embeddings_without_length_are_refused(drawn, embeddings, tmp_path, capfd):
     image, text = embeddings
     scores = unit(image) @ unit(text).T
@@ -169,6 +178,13 @@ def test_a_protocol_for_another_number_of_images_is_refused_before_the_work(pret
 def test_a_gpus_precision_is_refused_on_a_cpu(pretrained, drawn, tmp_path, capfd):
     assert main(small.evaluate(pretrained, drawn, tmp_path / "scores.json", "--precision", "tf32")) == 2
     assert "precision is tf32, which a GPU computes in, and this runs on the cpu" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--heads", "[dual, fusion]"], ["--shortlist_from", "runs/dual"]], ids=str)
+def test_extended_positives_are_not_of_lists_within_folds(pretrained, drawn, tmp_path, capfd, more):
+    asked = ["--extended", "true", "--protocol", "coco_1k", *more]
+    assert main([*small.evaluate(pretrained, drawn, tmp_path / "s.json"), *asked]) == 2
+    assert "use --protocol coco_5k" in one_line(capfd)
 
 
 def test_extended_positives_of_other_data_are_refused_before_the_work(pretrained, drawn, tmp_path, capfd):

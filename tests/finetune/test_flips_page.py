@@ -52,6 +52,27 @@ def test_it_shows_what_the_first_alone_gets_right_worst_first(records, drawn, ca
     assert "first alone<td>10<td>8.3 %" in page and "both right<td>110" in page and "data:image/jpeg" in page
 
 
+def test_captions_in_another_order_than_those_scored_are_refused(records, drawn, capsys):
+    folder, collection = records
+    turned = np.roll(collection.caption_image, 1)
+    for name in ("first", "second"):
+        np.savez(folder / f"{name}.npz", scores=np.load(folder / f"{name}.npy"), caption_image=turned)
+        about = [
+            "--dataset",
+            "shapes",
+            "--split",
+            "test",
+            "--save_scores",
+            "true",
+            "--out",
+            str(folder / f"{name}.json"),
+        ]
+        assert main(["evaluate", "--scores", str(folder / f"{name}.npz"), *about]) == 0
+    command = ["compare", str(folder / "first.json"), str(folder / "second.json"), "--page", str(folder / "page.html")]
+    assert main([*command, "--data", str(drawn / "test")]) == 2
+    assert "its captions in another order than those scored" in capsys.readouterr().err
+
+
 def test_what_it_needs_is_said_in_one_line(records, drawn, capsys):
     folder, _ = records
     command = ["compare", str(folder / "first.json"), str(folder / "second.json"), "--page", str(folder / "page.html")]
@@ -61,6 +82,16 @@ def test_what_it_needs_is_said_in_one_line(records, drawn, capsys):
     assert "the scores are of others" in capsys.readouterr().err
     assert main([*command, "--data", str(drawn / "validation")]) == 2, "as many, but others"
     assert "holds other images than those scored" in capsys.readouterr().err
-    (folder / "second.scores.npz").unlink()
+    about = [
+        "--dataset",
+        "shapes",
+        "--split",
+        "test",
+        "--data",
+        str(drawn / "test"),
+        "--out",
+        str(folder / "second.json"),
+    ]
+    assert main(["evaluate", "--scores", str(folder / "second.npy"), *about]) == 0, "without --save_scores"
     assert main([*command, "--data", str(drawn / "test")]) == 1
     assert "--save_scores true" in capsys.readouterr().err and not (folder / "page.html").exists()

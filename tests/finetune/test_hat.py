@@ -207,8 +207,9 @@ def losses(folder):
     return [line["train/loss"] for line in read_metrics(folder / "finetune") if "train/loss" in line]
 
 
-def test_the_encoders_rest_and_then_learn(pretrained, drawn, runs, tmp_path):
+def test_the_encoders_rest_and_then_learn(pretrained, drawn, runs, tmp_path, capfd):
     assert main(small.finetune(pretrained, drawn, tmp_path, *small.HAT, steps=3)) == 0
+    assert "so the encoders never learn (hat.frozen_epochs: 0.4)" in capfd.readouterr().err
     start = dict(load_model(pretrained).network.named_parameters())
     early, late = (LoadedHat(folder / "finetune").model for folder in (tmp_path, runs))
     for name, parameter in early.encoders.named_parameters():
@@ -303,6 +304,9 @@ def test_heat_maps_are_the_attention_of_the_score(drawn, runs, tmp_path, capfd):
         main(["heatmap", str(runs / "finetune"), str(picture), "a red circle", "--out", str(tmp_path / "map.png")]) == 0
     )
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    long = "a red circle " * 20
+    assert main(["heatmap", str(runs / "finetune"), str(picture), long, "--out", str(tmp_path / "map.png")]) == 0
+    assert "the caption is longer than 32 tokens: its end is not read" in capfd.readouterr().err
     (tmp_path / "no.png").write_text("no image")
     assert (
         main(["heatmap", str(runs / "finetune"), str(tmp_path / "no.png"), "a", "--out", str(tmp_path / "x.png")]) == 1

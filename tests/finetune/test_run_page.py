@@ -70,7 +70,7 @@ def test_the_page_holds_everything_and_fetches_nothing(run, capsys):
     sources = re.findall(r"(?:src|href)='([^']+)'", text)
     assert len(sources) > 30 and all(source.startswith("data:image/") for source in sources)
     assert "http" not in text and "match 0." in text
-    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "train/loss" in line]
     for name in ("teacher_distance", "codebook/churn", "codebook/largest_share", "codebook/dead", "temperature"):
         assert f"train/{name}" in logged[-1], name
     assert logged[-1]["train/teacher_distance"] > 0
@@ -91,6 +91,18 @@ def test_before_the_first_checkpoint_there_are_curves(run, tmp_path, capsys):
     assert main(["report", str(tmp_path / "young"), "--out", str(tmp_path / "page.html")]) == 0
     text = (tmp_path / "page.html").read_text()
     assert "There is no checkpoint yet" in text and "<h2>Curves" in text and "<h2>Codebook" not in text
+
+
+def test_a_fine_tuning_run_has_curves_and_an_unreadable_recipe_says_what_is_wrong(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    told = config.read_text()
+    config.write_text("head: dual\n" + told)
+    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "page.html")]) == 0
+    assert "This is no pretraining run" in (tmp_path / "page.html").read_text()
+    config.write_text("oldest: 1\n" + told)
+    assert main(["report", str(tmp_path / "run")]) != 0
+    assert "unknown key oldest" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, capsys):

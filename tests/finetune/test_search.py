@@ -311,6 +311,11 @@ def test_inverted_lists_are_added_to_a_finished_index(made, pretrained, photos, 
     assert "has its inverted lists already; nothing to do" in capsys.readouterr().out
     assert main(["index", *options(recipe | {"recall": 0.99})]) == 0
     assert "has its inverted lists" not in capsys.readouterr().out, "another recall asks for others"
+    asked = recipe | {"queries": str(tmp_path / "queries.txt")}
+    for words, again in (("a circle\n", False), ("a circle\n", True), ("a square\n", False)):
+        (tmp_path / "queries.txt").write_text(words)
+        assert main(["index", *options(asked)]) == 0
+        assert ("has its inverted lists already" in capsys.readouterr().out) is again, "the same name, other words"
     (photos / "new.png").write_bytes(b"a photo that came later")
     try:
         assert main(["index", *options(recipe)]) == 0

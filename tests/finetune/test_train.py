@@ -19,6 +19,7 @@ from pretrain.model.alignment_model import TextBatch
 from pretrain.objectives.state import MicroBatch
 from runtime.checkpoint import read_tensors
 from runtime.errors import RecipeError
+from runtime.files import read_json
 from runtime.metrics import read_metrics
 
 
@@ -56,6 +57,18 @@ def test_fine_tuning_that_was_stopped_ends_as_if_it_had_not_been(pretrained, dra
     one, other = weights(tmp_path / "whole" / "finetune"), weights(tmp_path / "broken" / "finetune")
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert load_model(tmp_path / "whole" / "finetune").training == "fine-tuned-on shapes"
+
+
+def test_a_fusion_head_that_was_not_tuned_is_told_of_when_it_scores(pretrained, drawn, tmp_path, capsys):
+    for name, weight in (("tuned", "1"), ("untuned", "0")):
+        command = small.finetune(pretrained, drawn, tmp_path, "--name", name, "--matching_weight", weight, steps=1)
+        assert main(command) == 0
+        assert main(["export", str(tmp_path / name), str(tmp_path / f"{name}-plain")]) == 0
+        capsys.readouterr()
+        scores = tmp_path / f"{name}.json"
+        assert main(small.evaluate(tmp_path / f"{name}-plain", drawn, scores, "--heads", "[fusion]")) == 0
+        said = "was fine-tuned with matching_weight 0" in capsys.readouterr().err
+        assert said == (name == "untuned") == ("fusion_tuned" in read_json(scores))
 
 
 def test_without_matching_the_fusion_head_stays_as_it_was(pretrained, drawn, tmp_path):

@@ -20,6 +20,7 @@ from finetune.heads.decomposed import LoadedVLDeformer
 from finetune.heads.vldeformer import VLDeformerTask, contrastive_loss, cosine_loss
 from finetune.train import retrieval_batch
 from launch.cli import main
+from pretrain.export import export
 from pretrain.load import load_model
 from pretrain.model import bert_layers
 from retrieval.index import Index
@@ -356,6 +357,12 @@ def test_pretraining_that_began_from_a_model_has_no_unpretrained_start(single, d
     further = small.pretrain(tmp_path, drawn, *small.SINGLE, "--checkpoint", str(single))
     with pytest.raises(RecipeError, match=f"began from {single}, not from nothing"):
         task_of(further, start="unpretrained")
+
+
+def test_an_export_does_not_say_what_pretraining_began_from(single, tmp_path):
+    export(single, tmp_path / "plain")
+    with pytest.raises(RecipeError, match="does not say what pretraining began from; give the run's own checkpoint"):
+        task_of(tmp_path / "plain", start="unpretrained")
 
 
 def test_a_batch_of_one_has_no_image_to_take_patches_from(single):
