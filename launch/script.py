@@ -153,9 +153,22 @@ rank=$(cat <<'END'
 PLACE
 exec >> "$folder/logs/${SLURM_ARRAY_TASK_ID:+$SLURM_ARRAY_TASK_ID-}$SLURMD_NODENAME.log" 2>&1
 [ "$LOCAL_RANK" = 0 ] && echo "=== $(date +%FT%T) job $job start $start on $SLURMD_NODENAME: $command"
-trap : TERM USR1 INT HUP
-eval "$ligature $command"
-code=$?
+process= asked=
+hand_on() { # where processes are tracked by cgroups SLURM signals this shell alone, not what it has started
+  asked=$1
+  [ -z "$process" ] || kill -s "$1" "$process" 2> /dev/null
+}
+for signal in TERM USR1 INT; do trap "hand_on $signal" "$signal"; done
+trap : HUP
+# Not in the background: `wait` of bash 5.2 loses the code where a trap was running. So its number comes through a pipe, and its code.
+exec {told}< <(
+  trap : TERM USR1 INT HUP
+  (echo "$BASHPID"; eval "exec $ligature $command" >&2)
+  echo $?
+)
+read -r process <&"$told"
+[ -z "$asked" ] || kill -s "$asked" "$process"
+read -r code <&"$told" || code=137
 echo "$code rank $RANK on $SLURMD_NODENAME" >> "$exits"
 exit "$code"
 END

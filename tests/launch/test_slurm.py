@@ -175,6 +175,8 @@ exec "$@"
 """
 RANK = """#!/bin/bash
 echo "place $RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT"
+shell=$(ps -o ppid= -p $PPID) # what SLURM knows of the rank: it has a subshell
+batch=$(ps -o ppid= -p $shell)
 eval "$FAKE_RANK"
 """
 
@@ -278,19 +280,31 @@ def test_a_start_that_slurm_has_given_up_requeues_nothing(fake, now):
 
 
 def test_the_signal_before_the_limit_reaches_the_rank_and_requeues(fake):
-    # The rank asks its grandparent, the batch script, to stop, as SLURM would; `srun` becomes the rank's shell, so it gets USR1.
-    rank = "trap 'exit 75' USR1; kill -USR1 $(ps -o ppid= -p $PPID); for i in {1..100}; do read -t 0.05 < <(:); done; exit 9"
+    # The rank asks the batch script to stop, as SLURM would; `srun` becomes the rank's shell, so it gets USR1.
+    rank = "trap 'echo heard; exit 75' USR1; kill -USR1 $batch; for i in {1..100}; do read -t 0.05 < <(:); done; exit 9"
     code, said = fake.run(rank)
-    assert code == 75 and said == ["requeue 7"]
+    assert code == 75 and said == ["requeue 7"] and "heard" in fake.log().splitlines()
     assert "the time limit is near" in (Path.cwd() / "runs/x/launch/events.log").read_text()
+
+
+@pytest.mark.parametrize("number", ["TERM", "USR1"])
+def test_a_signal_to_the_ranks_shell_alone_reaches_what_it_runs(fake, number):
+    """So SLURM does it where processes are tracked by cgroups. More signals meanwhile change nothing, and the code is the rank's."""
+    rank = f"trap 'echo heard {number}' {number}; trap 'exit 75' USR2; kill -{number} $shell; for i in {{1..20}}; do read -t 0.05 < <(:); done"
+    code, said = fake.run(f"{rank}; kill -{number} $shell; kill -USR2 $$; exit 9")
+    assert code == 75 and said == ["requeue 7"]
+    assert f"heard {number}" in fake.log().splitlines()
+    assert [
+        line for line in (Path.cwd() / "runs/x/launch").glob("exits-*") for line in line.read_text().splitlines()
+    ] == ["75 rank 0 on node1"]
 
 
 def test_a_rank_too_slow_for_the_limit_is_requeued_all_the_same(fake):
     # As seen in SLURM 22.05: at the limit the script gets SIGTERM, and the job no longer counts as running.
     now = "JobState=COMPLETING Reason=TimeLimit Restarts={start}"
-    assert fake.run("kill -TERM $(ps -o ppid= -p $PPID); exit 9", now=now) == (9, ["requeue 7"])
+    assert fake.run("kill -TERM $batch; exit 9", now=now) == (9, ["requeue 7"])
     cancelled = "JobState=COMPLETING Reason=None Restarts={start}"
-    assert fake.run("kill -TERM $(ps -o ppid= -p $PPID); exit 9", now=cancelled) == (9, [])
+    assert fake.run("kill -TERM $batch; exit 9", now=cancelled) == (9, [])
 
 
 def test_completion_knows_commands_and_keys(capsys, tmp_path):
@@ -327,9 +341,9 @@ def test_a_stage_that_begins_anew_is_not_requeued_at_its_time_limit(capsys, tmp_
     ]
     fake = FakeCluster(folder, script(capsys, *SITE, *asked))
     limit = "JobState=COMPLETING Reason=TimeLimit Restarts={start}"
-    assert fake.run("kill -TERM $(ps -o ppid= -p $PPID); exit 143", now=limit) == (143, [])
-    near = "trap 'exit 138' USR1; kill -USR1 $(ps -o ppid= -p $PPID); for i in {1..10}; do read -t 0.05 < <(:); done; exit 0"
+    assert fake.run("kill -TERM $batch; exit 143", now=limit) == (143, [])
+    near = "trap 'exit 138' USR1; kill -USR1 $batch; for i in {1..10}; do read -t 0.05 < <(:); done; exit 0"
     assert fake.run(near) == (0, [])  # it is left to finish
-    assert fake.run("kill -TERM $(ps -o ppid= -p $PPID); exit 143")[1] == [
+    assert fake.run("kill -TERM $batch; exit 143")[1] == [
         "requeue 7"
     ]  # preempted: it may have its time yet
