@@ -29,7 +29,7 @@ from pretrain.task import PretrainTask
 from retrieval.protocols import recalls
 from runtime.checkpoint import checkpoint_hash, read_tensors, verify_checkpoint, write_checkpoint
 from runtime.checkpoint_writer import Write, host_copies
-from runtime.errors import SickRun
+from runtime.errors import CheckpointError, SickRun
 from runtime.files import read_json
 from runtime.ranks import Ranks, barrier, from_first, sum_over_ranks
 from runtime.recipe import write_recipe
@@ -237,8 +237,18 @@ def save(
 
 
 def find_resume(run: RunFolder, ranks: Ranks) -> Path | None:
-    """The newest checkpoint that verifies, as the first rank sees it."""
-    return from_first(ranks, run.checkpoints.newest_valid)
+    """The newest checkpoint that verifies, as the first rank sees it; None where there is none at all. Raises CheckpointError where
+    there are some and none verifies: a run that began anew would throw them away."""
+
+    def find() -> Path | None:
+        found, steps = run.checkpoints.newest_valid(), run.checkpoints.steps()
+        if found is None and steps:
+            raise CheckpointError(
+                f"none of the {len(steps)} checkpoints in {run.checkpoints.folder} verifies; bring a whole one back, or remove the folder to begin anew"
+            )
+        return found
+
+    return from_first(ranks, find)
 
 
 def find_healthy(run: RunFolder, ranks: Ranks, until: int) -> Path:

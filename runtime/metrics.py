@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import sys
 from contextlib import nullcontext
@@ -32,7 +33,7 @@ class MetricsLog:
         kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
         # A new file: lines of a process that the lease was taken from go on into the old one, which has no name any more.
         with self.lease.guarded() if self.lease else nullcontext() as staging:
-            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept), staging)
+            write_text(self.path, "".join(_spell(line) for line in kept), staging)
         self._file: Any = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open for the length of the run)
         self._board: Any = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
@@ -43,8 +44,7 @@ class MetricsLog:
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Raises Superseded where another process has taken the run over."""
-        line = {name: float(value) for name, value in figures.items()}
-        self._waiting.append(json.dumps({"step": step, **line}) + "\n")
+        self._waiting.append(_spell({"step": step, **{name: float(value) for name, value in figures.items()}}))
         self._flush()
         try:
             for name, value in figures.items():
@@ -83,10 +83,17 @@ class MetricsLog:
             self._board.close()
 
 
+def _spell(line: dict[str, float]) -> str:
+    """JSON has no NaN and no infinity: null stands for them."""
+    return json.dumps({name: value if math.isfinite(value) else None for name, value in line.items()}) + "\n"
+
+
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """All logged steps of a run, oldest first; empty where nothing was logged. A last line cut by a crash is left out."""
+    """All logged steps of a run, oldest first; empty where nothing was logged. A last line cut by a crash is left out; a figure
+    that was not finite is NaN."""
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]

@@ -32,6 +32,7 @@ FREE_KEYS = (
     "runs",
     "profile",
     "data.workers",
+    "data.max_bad_share",
     "data.cache.folder",
     "data.cache.gigabytes",
     "data.cache.stage",

@@ -344,6 +344,4 @@ def test_a_stage_that_begins_anew_is_not_requeued_at_its_time_limit(capsys, tmp_
     assert fake.run("kill -TERM $batch; exit 143", now=limit) == (143, [])
     near = "trap 'exit 138' USR1; kill -USR1 $batch; for i in {1..10}; do read -t 0.05 < <(:); done; exit 0"
     assert fake.run(near) == (0, [])  # it is left to finish
-    assert fake.run("kill -TERM $batch; exit 143")[1] == [
-        "requeue 7"
-    ]  # preempted: it may have its time yet
+    assert fake.run("kill -TERM $batch; exit 143")[1] == ["requeue 7"]  # preempted: it may have its time yet

@@ -158,6 +158,19 @@ def test_a_run_begins_from_a_run(first, more, tmp_path, capfd):
     }
 
 
+def test_a_run_whose_checkpoints_are_all_broken_does_not_begin_anew(first, tmp_path, capfd):
+    source, command = first
+    shutil.copytree(source, tmp_path / "first")
+    (tmp_path / "first" / "finished.json").unlink()
+    broken = [path for path in (tmp_path / "first" / "checkpoints").glob("step-*/model.safetensors")]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:-1])
+    logged = (tmp_path / "first" / "metrics.jsonl").read_bytes()
+    assert main([*command, "--runs", str(tmp_path), "--name", "first"]) == 1
+    assert f"none of the {len(broken)} checkpoints in" in capfd.readouterr().err
+    assert (tmp_path / "first" / "metrics.jsonl").read_bytes() == logged and all(path.exists() for path in broken)
+
+
 def test_a_run_that_has_begun_needs_its_source_no_more(first, tmp_path, capfd):
     source, command = first
     shutil.copytree(source, tmp_path / "source")

@@ -64,6 +64,12 @@ def test_a_figure_that_is_not_a_number_is_kept(tmp_path):
     log.close()
     assert math.isnan(read_metrics(tmp_path)[0]["loss"])
 
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    MetricsLog(tmp_path, 1).close()  # what is kept is written again
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)["loss"] is None
+
 
 def test_tensorboard_gets_the_same_figures_and_forgets_the_same_steps(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

@@ -64,6 +64,8 @@ def test_what_does_not_change_the_run_may_change(opened, tmp_path):
     free = [
         "--data.workers",
         "0",
+        "--data.max_bad_share",
+        "0.5",
         "--training.micro_batch",
         "4",
         "--training.zero_stage",
