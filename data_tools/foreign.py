@@ -52,6 +52,8 @@ class _Indexed:
     shard: Shard
     lines: list[dict[str, Any]]
     renamed: int
+    named: bool
+    """An image id is its key: the sample states none."""
 
 
 def index_folder(folder: Path, workers: int = 0, piece: tuple[int, int] = (0, 1)) -> Manifest | None:
@@ -100,7 +102,7 @@ def _index_tar(task: _Task) -> _Indexed:
     ]
     rows: list[tuple] = []
     image_ids: list[str] = []
-    renamed, taken, samples = 0, set[str](), 0
+    renamed, named, taken, samples = 0, False, set[str](), 0
     for group in group_members(contents.members):
         samples += group.image is not None
         name = f"{task.tar.name}/{group.name}"
@@ -117,11 +119,12 @@ def _index_tar(task: _Task) -> _Indexed:
         renamed += changed or task.prefixed
         rows.append((key, *row))
         image_ids.append(image_id or key)
+        named = named or not image_id
     if stats_file(task.tar).is_file():
         lines += [_line(task.tar.name, problem, BROKEN) for problem in held_against_stats(task.tar, samples)]
     note = {
         "bytes": task.tar.stat().st_size, "sha256": sha256_of(task.tar), "lines": lines, "renamed": renamed,
-        "prefixed": task.prefixed,
+        "prefixed": task.prefixed, "named": named,
     }  # fmt: skip
     write_index(task.index, ShardIndex.from_rows(rows, image_ids), note)
     return _as_indexed(task, len(rows), sum(row[-1] for row in rows), note)
@@ -194,7 +197,7 @@ def _as_indexed(task: _Task, samples: int, captions: int, note: dict[str, Any]) 
     shard = Shard(
         task.tar.name, samples, captions, note["bytes"], note["sha256"], task.index.name, sha256_of(task.index)
     )
-    return _Indexed(shard, note["lines"], note["renamed"])
+    return _Indexed(shard, note["lines"], note["renamed"], note.get("named", False))
 
 
 def _keys_meet(tasks: Sequence[_Task]) -> bool:
@@ -216,6 +219,7 @@ def _finish(folder: Path, found: list[_Indexed], prefixed: bool) -> Manifest:
         "indexed": True, "kind": "webdataset", "keys_made_safe": sum(each.renamed for each in found),
         "keys_begin_with_tar": prefixed,
     }  # fmt: skip
-    manifest = Manifest(folder, shards, source, dict(Counter(line["counted_as"] for line in lines)))
+    dropped = dict(Counter(line["counted_as"] for line in lines))
+    manifest = Manifest(folder, shards, source, dropped, any(each.named for each in found))
     write_manifest(manifest)
     return manifest

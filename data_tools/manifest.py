@@ -111,6 +111,8 @@ class Manifest:
     """Free description of what the samples are and how they were written; holds no path of this machine."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Reason -> how many captions or images were left out for it."""
+    ids_are_names: bool = False
+    """Image ids are names of files, which in another folder may be other pictures: of several folders each has its own."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.shards, ShardTable):
@@ -161,6 +163,7 @@ def write_manifest(manifest: Manifest) -> None:
     """Write `manifest.json` into its folder, atomically. Comes last: a folder with a manifest is complete."""
     totals = {"samples": manifest.samples, "captions": manifest.captions, "bytes": manifest.bytes}
     value = {"format": FORMAT, "version": VERSION, **totals, "source": manifest.source, "dropped": manifest.dropped}
+    value["ids_are_names"] = manifest.ids_are_names
     value["shards"] = [asdict(shard) for shard in manifest.shards]
     write_json(Path(manifest.folder) / MANIFEST_NAME, value)
 
@@ -216,7 +219,8 @@ def parse_manifest(text: bytes, folder: Path, name: str) -> Manifest:
     try:
         if broken := [entry for entry in value["shards"] if entry is not None]:
             raise KeyError(next((key for key in _SHARD_KEYS if key not in broken[0]), "shards"))
-        manifest = Manifest(folder, ShardTable.from_rows(rows), value["source"], value["dropped"])
+        named = value.get("ids_are_names", False)  # older manifests do not say
+        manifest = Manifest(folder, ShardTable.from_rows(rows), value["source"], value["dropped"], named)
         totals = [manifest.samples, manifest.captions, manifest.bytes]
         promised = [value["samples"], value["captions"], value["bytes"]]
     except (KeyError, TypeError, ValueError) as error:

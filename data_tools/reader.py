@@ -45,7 +45,7 @@ class RawSample:
     """Its captions, as the shard holds them: json (an object whose `captions` is a list) or txt (one caption)."""
     text_format: str
     image_id: int
-    """Samples with the same number show the same picture."""
+    """Samples with the same number show the same picture; of several folders too, unless their ids are names of files."""
 
     @property
     def captions(self) -> list[str]:
@@ -132,6 +132,11 @@ class ShardReader:
         self.first_samples = self._ends - self.counts
         """(shards,) the first sample of each shard."""
         self._first_shards = np.cumsum([0, *(len(manifest.shards) for manifest in self.manifests)])
+        # The same name in another folder is another picture, the same folder elsewhere is not.
+        self._salts = [
+            int(manifest.fingerprint[:16], 16) >> 1 if manifest.ids_are_names and len(self.manifests) > 1 else 0
+            for manifest in self.manifests
+        ]
         self.read_ahead = False
         """Ask the disk for the whole part that a sample belongs to: its neighbours in the shard will be asked for soon."""
         self._tars: OrderedDict[int, _Tar] = OrderedDict()
@@ -297,7 +302,7 @@ class ShardReader:
             folder, shard = self.shard(number)
             try:
                 with os.fdopen(self._open(folder, shard.index, shard.index_sha256, None), "rb") as file:
-                    part = _read_part(file.read(), shard, place * PART_ROWS)
+                    part = _read_part(file.read(), shard, place * PART_ROWS, self._salts[folder])
             except (OSError, DataError) as error:
                 nothing = memoryview(b"")
                 reason = f"its index {shard.index} cannot be read: {getattr(error, 'strerror', None) or error}"
@@ -333,8 +338,9 @@ def _close(tar: _Tar) -> None:
         os.close(tar.descriptor)
 
 
-def _read_part(data: bytes, shard: Shard, start: int) -> _Part:
-    """Rows `start` to `start + PART_ROWS` of an index, given as the bytes of its file. Raises DataError."""
+def _read_part(data: bytes, shard: Shard, start: int, salt: int) -> _Part:
+    """Rows `start` to `start + PART_ROWS` of an index, given as the bytes of its file; `salt` (63 bits) changes image ids.
+    Raises DataError."""
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
         raise DataError("it is not the one that the manifest was made with")
     columns = read_columns(io.BytesIO(data), INDEX_COLUMNS, shard.index)
@@ -344,6 +350,7 @@ def _read_part(data: bytes, shard: Shard, start: int) -> _Part:
     image, image_size, text, text_size, image_id = (
         np.ascontiguousarray(rows.column(name).to_numpy()) for name in INDEX_COLUMNS[1:6]
     )
+    image_id = image_id ^ salt
     first = np.minimum(image, text) - HEADER
     end = np.maximum(image + image_size, text + text_size)
     keys, formats = rows.column("key").to_pylist(), rows.column("text_format").to_pylist()

@@ -145,8 +145,9 @@ def shard(options: ShardOptions) -> Manifest | None:
         "count": options.count, "keys_made_safe": found.renamed,
     }  # fmt: skip
     manifest = write_shards(
-        found.items, options.out, source=source, dropped=found.dropped, listed=found.listed, **options.writing()
-    )
+        found.items, options.out, source=source, dropped=found.dropped, listed=found.listed,
+        ids_are_names=found.ids_are_names, **options.writing(),
+    )  # fmt: skip
     if manifest is None:
         print(f"slice {options.slice} of {options.out} is done; the slice that finishes last completes the folder")
     else:
@@ -203,13 +204,15 @@ def write_shards(
     source: Mapping[str, Any] | None = None,
     dropped: Mapping[str, int] | None = None,
     listed: Sequence[dict[str, Any]] = (),
+    ids_are_names: bool = False,
 ) -> Manifest | None:
     """Write a shard folder; called again with the same items and options it goes on, or finds it complete.
 
     `workers` processes write one shard each at a time (0: one a core; 1: this process alone); with more than one, the
     caller's main module must be importable (`if __name__ == "__main__":`). `piece` (number, of how many) writes every so
     manieth shard only, beside other processes on any machine that sees the folder; None where those have to finish yet.
-    `source` describes the samples; `dropped` and `listed` are what the source left out already. An image that does not
+    `source` describes the samples; `dropped` and `listed` are what the source left out already; `ids_are_names`: image
+    ids mean nothing outside this folder. An image that does not
     decode is left out, counted, and listed in `dropped.jsonl`. `DataError`: too many of those, or `out` holds something
     else. `LigatureError`: no space left. `Interrupted`: duplicates are sought, and other slices have not looked yet.
     """
@@ -255,7 +258,13 @@ def write_shards(
         written = others
     in_order = [written[number] for number in sorted(written)]
     _refuse_too_many(out, in_order, len(kept), max_bad_share)
-    return _finish(out, in_order, plan, dropped or {}, [*listed, *copies])
+    try:
+        return _finish(out, in_order, plan, dropped or {}, [*listed, *copies], ids_are_names)
+    except LigatureError:
+        if not (out / MANIFEST_NAME).is_file():
+            raise
+        # Another slice finished at the same moment, the same bytes, and swept away what we were writing.
+        return read_manifest(out)
 
 
 def _refuse_too_many(out: Path, written: list[Written], count: int, max_bad_share: float) -> None:
@@ -315,7 +324,12 @@ def _same_plan(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def _finish(
-    out: Path, written: list[Written], plan: dict[str, Any], dropped: Mapping[str, int], lines: list[dict[str, Any]]
+    out: Path,
+    written: list[Written],
+    plan: dict[str, Any],
+    dropped: Mapping[str, int],
+    lines: list[dict[str, Any]],
+    ids_are_names: bool,
 ) -> Manifest:
     """Report, manifest, and no trace of the work: in this order, so that a kill between any two leaves what can be finished."""
     lines += [{**line, "counted_as": UNREADABLE} for found in written for line in found.unreadable]
@@ -326,7 +340,7 @@ def _finish(
         write_lines(out / DROPPED_NAME, lines)
     if not shards:
         raise DataError(f"none of the images can be decoded; see {out / DROPPED_NAME}")
-    manifest = Manifest(out, shards, plan, dict(totals))
+    manifest = Manifest(out, shards, plan, dict(totals), ids_are_names)
     for found in written:
         if not found.shard.samples:  # every image of it was broken: readers need not know empty shards
             (out / found.shard.name).unlink(missing_ok=True)

@@ -30,7 +30,7 @@ def flickr_tokens(annotation: Path, choice: Choice, dropped: Dropped) -> Iterato
             raise DataError(f"{annotation}, line {number}: not `<image>#<number><TAB><caption>`; mend or remove it")
         captions.setdefault(name, []).append(caption)
     for name, found in captions.items():
-        yield Entry(name, PurePosixPath(name).stem, found)
+        yield Entry(name, PurePosixPath(name).stem, found, stated=False)
 
 
 def coco_captions(annotation: Path, choice: Choice, dropped: Dropped) -> Iterator[Entry]:
@@ -70,7 +70,7 @@ def karpathy(annotation: Path, choice: Choice, dropped: Dropped) -> Iterator[Ent
             name = str(PurePosixPath(image.get("filepath", ""), image["filename"]))
             captions = [sentence["raw"] for sentence in image["sentences"]]
             image_id = str(image["cocoid"]) if "cocoid" in image else PurePosixPath(name).stem
-        yield Entry(name, image_id, captions)
+        yield Entry(name, image_id, captions, stated="cocoid" in image)
 
 
 def albef(annotation: Path, choice: Choice, dropped: Dropped) -> Iterator[Entry]:
@@ -103,12 +103,12 @@ def joined(rows: Iterable[tuple[str, str | None, list[str]]]) -> Iterator[Entry]
     """Rows of (image name, image id, captions), of which several may name the same image -> one entry an image, in the
     order of their first rows."""
     captions: dict[str, list[str]] = {}
-    ids: dict[str, str] = {}
+    ids: dict[str, str | None] = {}
     for name, image_id, more in rows:
         captions.setdefault(name, []).extend(more)
-        ids.setdefault(name, PurePosixPath(name).stem if image_id is None else image_id)
+        ids.setdefault(name, image_id)
     for name, found in captions.items():
-        yield Entry(name, ids[name], found)
+        yield Entry(name, ids[name] or PurePosixPath(name).stem, found, stated=bool(ids[name]))
 
 
 def multi30k(annotation: Path, choice: Choice, dropped: Dropped) -> Iterator[Entry]:
@@ -133,4 +133,4 @@ def multi30k(annotation: Path, choice: Choice, dropped: Dropped) -> Iterator[Ent
             )
         columns.append(lines)
     for name, *captions in zip(names, *columns, strict=True):
-        yield Entry(name.strip(), PurePosixPath(name.strip()).stem, captions)
+        yield Entry(name.strip(), PurePosixPath(name.strip()).stem, captions, stated=False)

@@ -35,7 +35,8 @@ def folder_pairs(annotation: Path, choice: Choice, dropped: Dropped) -> Iterator
             text = f"{stem}.txt"
             captions = read_text(path.with_name(text)).split("\n") if text in texts else []
             stored = StoredBytes(str(path.resolve()), 0, path.stat().st_size)
-            yield Entry(relative, relative.rpartition(".")[0], [line for line in captions if line.strip()], stored)
+            captions = [line for line in captions if line.strip()]
+            yield Entry(relative, relative.rpartition(".")[0], captions, stored, stated=False)
 
 
 def find_tars(place: Path) -> list[Path]:
@@ -126,7 +127,8 @@ def _list_tar(tar: Path) -> _Listed:
         values = {kind: StoredBytes(path, text.offset, text.size)() for kind, text in group.texts.items()}
         captions, image_id = read_words(values)
         stored = StoredBytes(path, group.image.offset, group.image.size)
-        found.entries.append(Entry(f"{tar.stem}/{group.image.name}", image_id or group.name, captions, stored))
+        name = f"{tar.stem}/{group.image.name}"
+        found.entries.append(Entry(name, image_id or group.name, captions, stored, stated=bool(image_id)))
     return found
 
 

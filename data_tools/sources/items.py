@@ -68,6 +68,8 @@ class Entry:
     captions: list[str]
     stored: StoredBytes | None = None
     """Where the image lies, of sources that hold their images; others are looked up by name."""
+    stated: bool = True
+    """Whether the source itself gives `image_id`; else it is the file's name, which another image may have too."""
 
 
 @dataclass(slots=True)
@@ -98,6 +100,8 @@ class Collected:
     """Each image left out: `key` (None: it never had one), `source`, `reason`."""
     renamed: int
     """Keys that were made safe: a dot, slash or blank became an underscore, or a name that comes twice its whole path."""
+    ids_are_names: bool
+    """Image ids that mean nothing outside this source."""
 
 
 def clean_caption(caption: str) -> str:

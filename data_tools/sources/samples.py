@@ -6,8 +6,11 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from data_tools.manifest import read_manifest
 from data_tools.sources.annotations import albef, coco_captions, flickr_tokens, karpathy, multi30k
 from data_tools.sources.held import folder_pairs, is_pattern, webdataset_tars
 from data_tools.sources.images import open_images
@@ -28,6 +31,8 @@ KINDS: dict[str, Callable[[Path, Choice, Dropped], Iterator[Entry]]] = {
 }
 HOLDING = ("folder", "webdataset")
 """Kinds that bring their images: --images means nothing to them."""
+PUBLISHED = ("flickr", "karpathy", "multi30k")
+"""Kinds of known datasets: their file names are Flickr's or COCO's numbers, the same photo in whatever file lists it."""
 EVERYTHING = Choice()
 
 
@@ -58,12 +63,32 @@ def detect_kind(annotation: Path) -> str:
 
 
 def entries_of(annotation: Path, kind: str, choice: Choice, dropped: Dropped) -> list[Entry]:
-    """Every image of a source in its own order. `kind` is a name of `KINDS`."""
+    """Every image of a source in its own order. `kind` is a name of `KINDS`.
+
+    Image ids that are file names tell the images apart: a name that comes again (tars that each number from 0, a/001.jpg and
+    b/001.jpg) is no id, its images go by their whole path.
+    """
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(KINDS)}"
         raise RecipeError(f"unknown kind of source {kind!r}{hint}")
-    return list(KINDS[kind](annotation, choice, dropped))
+    entries = list(KINDS[kind](annotation, choice, dropped))
+    times = Counter(entry.image_id for entry in entries if not entry.stated)
+    return [
+        entry if entry.stated or times[entry.image_id] == 1 else replace(entry, image_id=entry.name)
+        for entry in entries
+    ]
+
+
+def _ids_are_names(entries: list[Entry], annotation: Path, kind: str) -> bool:
+    """Whether image ids are file names, which in another source may be other pictures. Shards of ours state such an id as any
+    other, and their manifest tells which it is."""
+    if kind == "webdataset":
+        with suppress(DataError):  # tars made elsewhere
+            folder = annotation if annotation.is_dir() else annotation.parent
+            if read_manifest(folder, check=False).ids_are_names:
+                return True
+    return kind not in PUBLISHED and not all(entry.stated for entry in entries)
 
 
 def _named(entries: list[Entry], names_file: Path, annotation: Path) -> list[Entry]:
@@ -102,6 +127,7 @@ def collect(
     entries = entries_of(annotation, kind, choice, dropped)
     if dropped.fatal and not allow_missing:
         raise DataError(f"{dropped.fatal}; mend it, or take what is there with --allow_missing true")
+    ids_are_names = _ids_are_names(entries, annotation, kind)
     if names is not None:
         entries = _named(entries, names, annotation)
     if start and start >= len(entries):
@@ -141,7 +167,7 @@ def collect(
         dropped.image(name, "absent", "absent images")
     if not items:
         raise DataError(f"{annotation} has no image both present and captioned, of {len(entries):,}")
-    return Collected(items, kind, +dropped.counts, dropped.listed, renamed)
+    return Collected(items, kind, +dropped.counts, dropped.listed, renamed, ids_are_names)
 
 
 def _keys(entries: list[Entry], annotation: Path) -> list[tuple[str, bool]]:

@@ -15,6 +15,7 @@ from data_tools.foreign import index_folder
 from data_tools.inspect import describe, verify
 from data_tools.manifest import read_index, read_manifest
 from data_tools.reader import ShardReader
+from data_tools.writer import ShardOptions, shard
 from launch.cli import main
 from runtime.errors import DataError
 
@@ -132,6 +133,42 @@ def test_keys_that_tars_share_are_told_apart(tmp_path):
     assert len(set(image_ids)) == 4  # two pictures of one name are two pictures
     packed(tmp_path / "c.tar", samples(0, 1))
     assert index_folder(tmp_path, workers=1).samples == 5
+
+
+def ids(*folders):
+    reader = ShardReader({str(folder): folder for folder in folders})
+    found = [sample.image_id for sample in reader.read(range(len(reader)))]
+    assert found == [reader[number].image_id for number in range(len(reader))] and min(found) >= 0
+    return found
+
+
+def test_a_file_name_is_another_picture_in_another_folder_and_a_stated_id_is_not(tmp_path):
+    for name in ("cc", "sbu", "coco"):
+        (tmp_path / name).mkdir()
+        packed(tmp_path / name / "0.tar", samples(0, 2, name))
+    cc, sbu, coco, small = (tmp_path / name for name in ("cc", "sbu", "coco", "small"))
+    stated = [(f"{n}.{kind}", data) for n in range(2) for kind, data in [
+        ("jpg", picture(n)), ("json", json.dumps({"captions": ["x"], "image_id": f"{n:09d}"}).encode()),
+    ]]  # fmt: skip
+    packed(coco / "0.tar", stated)
+    assert [index_folder(folder, workers=1).ids_are_names for folder in (cc, sbu, coco)] == [True, True, False]
+    assert ids(cc) == ids(sbu) == ids(coco)  # alone each has the ids of its index
+    assert len(set(ids(cc, sbu, coco))) == 6
+    shutil.copytree(coco, tmp_path / "again")
+    shutil.copytree(cc, tmp_path / "copy")
+    assert len(set(ids(coco, tmp_path / "again"))) == len(set(ids(cc, tmp_path / "copy"))) == 2
+
+    # Written anew, and written anew once more: the ids are in the json by then, and are names all the same.
+    for source, out, names in [(cc, small, True), (small, tmp_path / "smaller", True), (coco, tmp_path / "o", False)]:
+        assert shard(ShardOptions(source, out, resize_shorter=12, workers=1)).ids_are_names == names
+        assert read_manifest(out).ids_are_names == names and ids(out) == ids(cc)
+    assert len(set(ids(small, sbu))) == 4
+
+    for folder in (cc, sbu):  # a manifest of before says nothing
+        value = json.loads((folder / "manifest.json").read_text())
+        del value["ids_are_names"]
+        (folder / "manifest.json").write_text(json.dumps(value))
+    assert len(set(ids(cc, sbu))) == 2
 
 
 def test_folders_that_are_not_foreign_are_refused(drawn, tmp_path):

@@ -80,6 +80,25 @@ def test_a_whole_run_finishes_what_slices_left_and_partials_of_others_are_left_a
     assert contents(tmp_path / "o") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "dropped.jsonl"])
+def test_slices_that_finish_at_the_same_moment_both_end_well(tmp_path, monkeypatch, name):
+    items, arguments = items_of([*range(3), -1]), {"shard_samples": 2, "workers": 1, "max_bad_share": 1}
+    out, replace, others = tmp_path / "o", os.replace, []
+
+    def meanwhile(source, target):
+        if Path(target).name == name and not others:  # ours is written, not yet in place: the other slice finishes
+            others.append(None)
+            others.append(write_shards(items, out, piece=(0, 2), **arguments))
+        replace(source, target)
+
+    assert write_shards(items, out, piece=(0, 2), **arguments) is None
+    monkeypatch.setattr(os, "replace", meanwhile)
+    last = write_shards(items, out, piece=(1, 2), **arguments)
+    whole = write_shards(items, tmp_path / "whole", **arguments)
+    assert last == others[1] and last.fingerprint == whole.fingerprint
+    assert contents(out) == contents(tmp_path / "whole")
+
+
 def test_more_slices_than_shards(tmp_path):
     items = items_of(range(3))
     results = [write_shards(items, tmp_path / "o", shard_samples=2, workers=1, piece=(n, 5)) for n in range(5)]

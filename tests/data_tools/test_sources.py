@@ -363,6 +363,34 @@ def test_tars_with_the_same_keys_dots_and_one_without_text(tmp_path):
     }  # fmt: skip
 
 
+def test_pictures_of_one_name_in_several_tars_or_folders_are_different_images(tmp_path):
+    for tar in ("a.tar", "b.tar"):
+        img2dataset(tmp_path, tar, {"000": "zero", **({"001": "one"} if tar == "a.tar" else {})})
+    assert [item.image_id for item in collect(tmp_path).items] == ["a/000.jpg", "001", "b/000.jpg"]
+    assert [item.image_id for item in collect(tmp_path, start=2).items] == ["b/000.jpg"]  # a cut changes no id
+
+    images = tmp_path / "images"
+    for name in ("a/1.jpg", "b/1.jpg", "b/2.jpg"):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        (images / name).write_bytes(name.encode())
+    names = ["a/1.jpg", "b/1.jpg", "b/2.jpg", "a/1.jpg"]
+    table = tmp_path / "t.csv"
+    table.write_text("image,caption\n" + "".join(f"{name},x\n" for name in names))
+    sources = [
+        (table, True), (written(tmp_path, [{"image": name, "caption": "x"} for name in names]), True),
+        (tokens(tmp_path, *(f"{name}#{n}\tx" for n, name in enumerate(names))), False),
+        (written(tmp_path, karpathy_json(*((name, "test", {}) for name in names[:3])), "karpathy.json"), False),
+    ]  # fmt: skip
+    for path, ids_are_names in sources:
+        found = collect(path, images)
+        assert [item.image_id for item in found.items] == ["a/1.jpg", "b/1.jpg", "2"], path
+        assert found.ids_are_names == ids_are_names
+    table.write_text(
+        "image,caption,image_id\na/1.jpg,x,7\nb/1.jpg,x,7\nb/2.jpg,x,\n"
+    )  # a stated id stays, no cell is none
+    assert [item.image_id for item in collect(table, images).items] == ["7", "7", "2"]
+
+
 def test_a_broken_tar_stops_or_gives_what_is_good(tmp_path):
     img2dataset(tmp_path, "a.tar", {str(number): f"caption {number}" for number in range(4)})
     content = (tmp_path / "a.tar").read_bytes()
