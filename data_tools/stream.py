@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -308,9 +309,20 @@ def _collate(read: list[Example | DataError]) -> dict[str, Any] | DataError:
 
 
 def begin_worker(worker: int) -> None:
-    """Workers leave signals to the training process (a terminal's Ctrl-C reaches them too), and decode on one thread."""
+    """Workers leave signals to the training process (a terminal's Ctrl-C reaches them too, and a launcher's or SLURM's SIGTERM:
+    a worker that died of it would end the run in an error before it has saved), and decode on one thread."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _end_with_parent(parent: int) -> None:
+    """Obey a SIGTERM that the training process itself sends (at its exit it waits for the workers it has sent one), or that
+    comes after its death."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent == os.getppid():
+        pass
+    os._exit(0)

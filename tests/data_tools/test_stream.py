@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -298,15 +297,6 @@ def test_torchs_global_generator_is_left_alone(drawn, workers):
     before = torch.get_rng_state()
     take(drawn / "train", 2, 4, workers=workers, transform=TrainTransform(16, AugmentConfig(), views=1))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_workers_leave_signals_to_the_training_process(drawn):
-    def handlers(image, seed) -> torch.Tensor:
-        ignored = [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGINT, signal.SIGUSR1)]
-        return torch.tensor([[*ignored, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL]])
-
-    batch = take(drawn / "train", 1, 2, workers=1, transform=handlers)[0][0]
-    assert batch["images"].all()
 
 
 def quarantined(path: Path) -> list[dict[str, str]]:

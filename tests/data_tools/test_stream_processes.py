@@ -8,6 +8,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,40 @@ def test_no_batch_is_left_in_shared_memory_after_kill_9(tmp_path):
     assert len(left) <= 2
     for process in workers[1:]:
         os.kill(process, signal.SIGKILL)  # it would notice within seconds
+
+
+def test_workers_leave_signals_to_the_training_process(tmp_path):
+    """A launcher or SLURM signals every process of a job; a worker that ended of it would be an error of the run."""
+    folder = make(tmp_path / "shards", "m", 40, 20)
+    undisturbed, batches = iter(ShardStream(folder, 8)), iter(ShardStream(folder, 8, workers=2))
+    assert next(batches)["keys"] == next(undisturbed)["keys"]
+    workers = multiprocessing.active_children()
+    for name in ("TERM", "INT", "USR1"):
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
+        for _ in range(6):  # more than were on their way
+            assert next(batches)["keys"] == next(undisturbed)["keys"]
+    batches.close()
+    assert len(workers) == 2 and [worker.exitcode for worker in workers] == [0, 0]
+
+
+def leave_a_loader_behind(folder: Path, sent) -> None:
+    """The stream stays reachable, as in a traceback: at the exit, Python sends the workers SIGTERM and waits for them."""
+    leave_a_loader_behind.kept = iter(ShardStream(folder, 8, workers=2))
+    next(leave_a_loader_behind.kept)
+    sent.put([worker.pid for worker in multiprocessing.active_children()])
+
+
+@pytest.mark.parametrize("life", [leave_a_loader_behind, read_for_ever])
+def test_workers_end_when_the_training_process_says_so_or_is_dead(tmp_path, life):
+    folder, results = make(tmp_path / "shards", "m", 40, 20), fork.SimpleQueue()
+    victim = fork.Process(target=life, args=(folder, results))
+    victim.start()
+    workers = results.get()
+    if life is read_for_ever:
+        victim.kill()
+        os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)
+        for worker in workers:
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGTERM)
+    victim.join(60)  # and for its workers, which hold the same pipe
+    assert victim.exitcode == (-signal.SIGKILL if life is read_for_ever else 0)
