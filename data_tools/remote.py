@@ -11,7 +11,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -65,19 +65,20 @@ class ShardCache:
         key = hashlib.sha256(f"{address}\n{sha256}".encode()).hexdigest()[:40]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            while True:
+            with suppress(FileNotFoundError):
+                return _open_used(self.folder / key)
+            with self._locked(self.folder / f".{key}"), ExitStack() as granted:
                 with suppress(FileNotFoundError):
-                    return _open_used(self.folder / key)
-                with self._locked(self.folder / f"{key}.{size or 0}.partial") as partial:
-                    with suppress(FileNotFoundError):
-                        return _open_used(self.folder / key)  # another process brought it
-                    self._make_room(size or 0, address)
-                    _retried(lambda: _download(address, partial, sha256), address)
-                    descriptor = _open_used(partial)  # before others can see it, and remove it to make room
-                    os.replace(partial, self.folder / key)
-                    if size is None:
-                        self._make_room(0, address)
-                    return descriptor
+                    return _open_used(self.folder / key)  # another process brought it
+                # Its name promises its size to all: so it begins with its room, lest those who wait leave none to each other.
+                part = self._locked(self.folder / f"{key}.{size or 0}.partial")
+                partial = self._make_room(size or 0, address, lambda: granted.enter_context(part))
+                _retried(lambda: _download(address, partial, sha256), address)
+                descriptor = _open_used(partial)  # before others can see it, and remove it to make room
+                os.replace(partial, self.folder / key)
+                if size is None:
+                    self._make_room(0, address, lambda: None)
+                return descriptor
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -101,8 +102,9 @@ class ShardCache:
                         path.unlink()
                 return
 
-    def _make_room(self, size: int, address: str) -> None:
-        """Remove what was used longest ago until `size` bytes more fit. Waits for downloads under way where they fill it."""
+    def _make_room(self, size: int, address: str, take: Callable[[], Result]) -> Result:
+        """Remove what was used longest ago until `size` bytes more fit, and take them before others can. Waits for downloads
+        under way where they fill it."""
         if size > self.limit:
             raise DataError(
                 f"{address} has {size / 1e9:.2f} GB, the cache holds {self.limit / 1e9:g}; raise data.cache.gigabytes"
@@ -111,15 +113,14 @@ class ShardCache:
             with open(self.folder / ".room", "ab") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 present, promised = self._contents()
-                # The download that asks has promised its size by its name already.
-                over = sum(bytes for _, bytes, _ in present) + promised - self.limit
+                over = sum(bytes for _, bytes, _ in present) + promised + size - self.limit
                 for _, bytes, path in sorted(present):
                     if over <= 0:
                         break
                     path.unlink(missing_ok=True)
                     over -= bytes
-            if over <= 0 or promised <= size:
-                return
+                if over <= 0:
+                    return take()
             time.sleep(0.05)
 
     def _contents(self) -> tuple[list[tuple[float, int, Path]], int]:
@@ -130,7 +131,7 @@ class ShardCache:
                 if entry.name.endswith(".partial"):
                     if not _removed(entry.path):
                         promised += max(int(entry.name.split(".")[1]), entry.stat().st_size)
-                elif not entry.name.startswith("."):
+                elif not entry.name.startswith(".") and entry.is_file(follow_symlinks=False):  # `selections/` stays
                     present.append((entry.stat().st_mtime, entry.stat().st_size, Path(entry.path)))
         return present, promised
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import http.server
 import itertools
 import multiprocessing
 import os
+import queue
 import shutil
 import signal
 import threading
@@ -22,6 +24,7 @@ from data_tools.reader import ShardReader
 from data_tools.remote import ShardCache
 from data_tools.training_set import TrainingSet
 from runtime.errors import DataError
+from runtime.files import sha256_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 fork = multiprocessing.get_context("fork")
@@ -197,6 +200,47 @@ def test_a_shard_larger_than_the_cache_is_one_line(server, tmp_path):
     with pytest.raises(DataError, match=r"raise data\.cache\.gigabytes") as error:
         reader[0]
     assert "\n" not in str(error.value)
+
+
+def test_downloads_that_fit_one_at_a_time_do_not_wait_for_each_other_for_ever(tmp_path, monkeypatch):
+    """Both have asked before either is granted room. Two that died, their room granted, had the same addresses."""
+    wanted = []
+    for name in "ab":
+        (tmp_path / name).write_bytes(name.encode() * 600)
+        wanted.append((f"file://{tmp_path / name}", sha256_of(tmp_path / name), 600))
+    cache, all_asked = ShardCache(tmp_path / "cache", gigabytes=1000 / 1e9), threading.Barrier(2)
+    make_room, load, highest = ShardCache._make_room, remote._download, []
+
+    def ask(*told):
+        all_asked.wait(60)
+        return make_room(*told)
+
+    def download(*told) -> None:
+        load(*told)
+        highest.append(held_bytes(cache.folder))
+
+    cache.folder.mkdir()
+    for address, sha256, size in wanted:
+        key = hashlib.sha256(f"{address}\n{sha256}".encode()).hexdigest()[:40]
+        (cache.folder / f"{key}.{size}.partial").write_bytes(b"dead" * 100)
+        (cache.folder / f".{key}").touch()
+    monkeypatch.setattr(ShardCache, "_make_room", ask)
+    monkeypatch.setattr(remote, "_download", download)
+    results = queue.SimpleQueue()
+    for one in wanted:
+        threading.Thread(target=lambda one=one: results.put(os.pread(cache.open(*one), 600, 0)), daemon=True).start()
+    assert {results.get(timeout=60) for _ in wanted} == {b"a" * 600, b"b" * 600}
+    assert highest == [600, 600]
+
+
+def test_a_full_cache_keeps_the_selections_that_lie_in_it(server, tmp_path):
+    shard = read_manifest(server.root / "one").shards[0].bytes
+    data = TrainingSet(f"{server.address}/one", "all", cache=ShardCache(tmp_path / "cache", (shard + 30_000) / 1e9))
+    assert {key[0] for key in keys_of(ShardStream(data, 5), 8)} == {"r"}
+    server.asked.clear()
+    keys_of(ShardStream(data, 5), 8)
+    assert server.asked, "nothing had to leave"
+    assert len(list((tmp_path / "cache" / "selections").glob("*/items.bin"))) == 1
 
 
 def read_all(address: str, folder: Path, gigabytes: float, sent) -> None:
