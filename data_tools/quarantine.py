@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 
 def sample_id(failure: dict[str, str]) -> str:
@@ -20,28 +23,51 @@ class Quarantine:
         self.path = path
         self._read_to = 0
         self._listed: set[str] = set()
+        self._waiting: dict[str, dict[str, str]] = {}
+        self._told = False
 
     def add(self, failures: list[dict[str, str]]) -> set[str]:
         """Append failures that are not listed yet -> the ids that others, or an earlier life of the run, had listed.
 
-        Other ranks write there as well, so it is locked; a line that a crash cut short counts for nothing.
+        Other ranks write there as well, so it is locked; a line that a crash cut short counts for nothing. A disk that cannot be
+        written ends no run: what it did not take waits in memory for the next call, which may add nothing of its own.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if file.seek(0, 2) < self._read_to:  # somebody emptied it
-                self._read_to, self._listed = 0, set()
-            file.seek(self._read_to)
-            text = file.read()
-            for line in text.splitlines():
-                with suppress(ValueError, KeyError, TypeError):
-                    self._listed.add(sample_id(json.loads(line)))
-            before = set(self._listed)
-            new = {sample_id(failure): failure for failure in failures if sample_id(failure) not in before}
-            if new:
-                cut = b"" if not text or text.endswith(b"\n") else b"\n"
-                file.write(cut + "".join(json.dumps(failure) + "\n" for failure in new.values()).encode())
-                file.flush()
-            self._listed |= new.keys()
-            self._read_to = file.seek(0, 2)
-        return before
+        known = set(self._listed)
+        self._waiting |= {sample_id(failure): failure for failure in failures}
+        try:
+            if self._waiting:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            # What is only read is not opened for writing: a mount may have become read-only.
+            with open(self.path, "ab+" if self._waiting else "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX if self._waiting else fcntl.LOCK_SH)
+                self._read(file)
+                known = set(self._listed)
+                self._append(file, [failure for one, failure in self._waiting.items() if one not in known])
+        except OSError as error:
+            if self._waiting and not self._told:
+                print(f"ligature: WARNING: {self.path}: {error}; its lines wait in memory", file=sys.stderr)
+            self._told = bool(self._waiting)
+        else:
+            self._listed |= self._waiting.keys()
+            self._waiting, self._told = {}, False
+        return known
+
+    def _read(self, file: IO[bytes]) -> None:
+        if file.seek(0, os.SEEK_END) < self._read_to:  # somebody emptied it
+            self._read_to, self._listed = 0, set()
+        file.seek(self._read_to)
+        text = file.read()
+        for line in text.splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                self._listed.add(sample_id(json.loads(line)))
+        self._read_to += text.rfind(b"\n") + 1
+
+    def _append(self, file: IO[bytes], failures: list[dict[str, str]]) -> None:
+        if not failures:
+            return
+        text = "".join(json.dumps(failure) + "\n" for failure in failures).encode()
+        if file.seek(0, os.SEEK_END) > self._read_to:  # a line that was cut short must not take the next one with it
+            text = b"\n" + text
+        file.write(text)
+        file.flush()
+        self._read_to = file.tell()

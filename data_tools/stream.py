@@ -233,7 +233,7 @@ class ShardStream:
 
     def count_bad(self) -> int:
         """How many samples are known to be bad, those that other ranks met among them."""
-        if self.quarantine and self.quarantine.path.exists():
+        if self.quarantine:
             self.bad |= self.quarantine.add([])
         return len(self.bad)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from PIL import Image
 
-from data_tools import ShardStream
+from data_tools import ShardStream, quarantine
 from data_tools.config import AugmentConfig
 from data_tools.manifest import image_number, read_index, read_manifest
 from data_tools.order import SampleOrder
+from data_tools.quarantine import Quarantine
 from data_tools.reader import ShardReader
 from data_tools.sources import CaptionedImage
 from data_tools.tokenizer import train_tokenizer
@@ -380,6 +383,41 @@ def test_a_quarantine_line_cut_by_a_crash_does_no_harm(copy, tmp_path):
     path.write_text('{"shard": "s", "key": "k001", "reason": "r"}\n{"shard": "s", "ke')
     take(copy, 5, 8, quarantine=path, max_bad_share=0.5)
     assert json.loads(path.read_text().splitlines()[-1])["key"] == "k007"
+
+
+def test_a_cut_line_that_was_read_before_does_no_harm_either(tmp_path):
+    listed = Quarantine(tmp_path / "q.jsonl")
+    listed.path.write_text('{"shard": "s", "key": "k001", "reason": "r"}\n{"shard": "s", "ke')
+    assert listed.add([]) == {"s/k001"}
+    listed.add([{"shard": "s", "key": "k002", "reason": "r"}])
+    assert Quarantine(listed.path).add([]) == {"s/k001", "s/k002"}
+
+
+def test_bad_samples_wait_in_memory_for_a_disk_that_takes_them(copy, tmp_path, monkeypatch, capsys):
+    for key in ("k007", "k011", "k020"):
+        overwrite(copy, key)
+    path, modes, broken = tmp_path / "q.jsonl", [], True
+
+    def opened(path, mode):
+        modes.append(mode)
+        if broken and mode != "rb":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return open(path, mode)
+
+    monkeypatch.setattr(quarantine, "open", opened, raising=False)
+    path.write_text("")
+    stream = ShardStream(copy, 5, quarantine=path, max_bad_share=0.5)
+    assert stream.count_bad() == 0 and modes == ["rb"]
+    walked = iter(stream)
+    for _ in range(8):
+        next(walked)
+    assert stream.count_bad() == 3 and modes.count("ab+") > 1
+    assert capsys.readouterr().err.count("Read-only file system; its lines wait in memory") == 1
+    broken = False
+    assert stream.count_bad() == 3
+    assert sorted(line["key"] for line in quarantined(path)) == ["k007", "k011", "k020"]
+    path.unlink()
+    assert stream.count_bad() == 3 and modes[-1] == "rb" and not path.exists()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
