@@ -68,6 +68,8 @@ def _walk(path: str | Path, data: mmap.mmap, found: TarContents) -> None:
             continue
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            if header.size < 0:  # base-256 has a sign, and the walk would go backwards
+                raise tarfile.HeaderError("negative size")
         except tarfile.HeaderError:
             if at == 0:
                 raise DataError(f"{path} is not an uncompressed tar; unpack it first") from None

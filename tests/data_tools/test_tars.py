@@ -84,6 +84,20 @@ def test_every_cut_and_every_broken_header_is_noticed_and_costs_only_its_own(tmp
             ).problems
 
 
+def test_a_negative_size_is_a_broken_header(tmp_path):
+    """Base-256 can say one: the walk would come by the same header for ever."""
+    path = packed(tmp_path / "t.tar", some(3))
+    content, head = bytearray(path.read_bytes()), walk_tar(path).members[2].offset - 512
+    content[head + 124 : head + 136] = (-1024).to_bytes(12, "big", signed=True)
+    content[head + 148 : head + 156] = b" " * 8
+    content[head + 148 : head + 156] = b"%06o\0 " % sum(content[head : head + 512])
+    assert tarfile.TarInfo.frombuf(content[head : head + 512], "utf-8", "strict").size == -1024
+    path.write_bytes(content)
+    found = walk_tar(path)
+    assert [member.name for member in found.members] == ["000.jpg", "000.txt", "001.txt", "002.jpg", "002.txt"]
+    assert len(found.problems) == 1 and f"broken header at byte {head:,}" in found.problems[0]
+
+
 def test_what_is_no_tar_is_one_line(tmp_path):
     for content in (b"", b"x" * 100, random.Random(0).randbytes(5000)):
         (tmp_path / "t.tar").write_bytes(content)
