@@ -44,7 +44,7 @@ class AblateRecipe:
     """Runs at a time: of small models on a CPU's cores, one a core (OMP_NUM_THREADS=1). On a GPU leave it at 1."""
 
     def __post_init__(self) -> None:
-        for key in ("base", "data", "arms", "comparisons"):
+        for key in ("base", "data", "arms", "conditions", "comparisons"):
             if not getattr(self, key):
                 raise RecipeError(f"{key} is not set; an ablation needs it")
         if self.jobs < 1 or self.processes < 1:
@@ -52,6 +52,8 @@ class AblateRecipe:
         if len(self.seeds) < 2 or len(set(self.seeds)) != len(self.seeds):
             raise RecipeError(f"seeds is {self.seeds}; paired differences need two or more, each once")
         for name, comparison in self.comparisons.items():
+            if not comparison.arms:
+                raise RecipeError(f"comparison {name} has no arms to hold against {comparison.baseline!r}")
             for arm in (comparison.baseline, *comparison.arms):
                 if arm not in self.arms:
                     raise RecipeError(

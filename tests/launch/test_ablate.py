@@ -132,9 +132,13 @@ def test_information_is_counted_right_and_is_nothing_between_strangers():
 
 def test_recipes_that_cannot_be_compared_are_refused(tmp_path):
     with pytest.raises(RecipeError, match="comparison try names 'c', which is none of the arms: a, b"):
-        recipe(tmp_path, comparisons={"try": Comparison("c", {})})
+        recipe(tmp_path, comparisons={"try": Comparison("c", {"a": ""})})
     with pytest.raises(RecipeError, match="comparison try names 'c'"):
         recipe(tmp_path, comparisons=expected(c=""))
+    with pytest.raises(RecipeError, match="comparison try has no arms to hold against 'a'"):
+        recipe(tmp_path, comparisons={"try": Comparison("a", {})})
+    with pytest.raises(RecipeError, match="conditions is not set"):
+        recipe(tmp_path, conditions={})
     with pytest.raises(RecipeError, match="paired differences need two"):
         recipe(tmp_path, seeds=[1])
 
@@ -161,7 +165,7 @@ def test_an_arm_with_an_unknown_key_stops_before_anything_runs(tmp_path, capsys)
     (tmp_path / "bad.yaml").write_text(
         json.dumps(
             {"base": "pretrain/demo.yaml", "data": "x", "arms": {"a": {"objectives.nothing": 1}}}
-            | {"comparisons": {"one": {"baseline": "a", "arms": {}}}}
+            | {"comparisons": {"one": {"baseline": "a", "arms": {"a": ""}}}}
         )
     )
     assert main(["ablate", "--config", str(tmp_path / "bad.yaml"), "--runs", str(tmp_path / "runs")]) == 2
@@ -211,26 +215,40 @@ def test_results_and_their_recipe_go_on_elsewhere(tmp_path):
 
 
 def test_the_published_table_says_what_its_results_are(monkeypatch):
-    """20 % wrong captions, of which each run's figures are published; they are a start for the shipped recipe too."""
+    """The published results are a start for the shipped recipe too; the table is theirs, and that of three seeds of which only means
+    and intervals are left."""
     root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
     shipped = read_stage("ablate", ["--config", "ablate/codis.yaml"])
     check_records(Path("docs/ablations"), shipped)
-    arms = read_results(Path("docs/ablations/results.json"), shipped)["wrong20"]
+    found = read_results(Path("docs/ablations/results.json"), shipped)
+    lost = json.loads(Path("docs/ablations/seeds_0_to_2.json").read_text())["conditions"]
     rows = [[cell.strip() for cell in line.split("|")] for line in Path("docs/ablations.md").read_text().splitlines()]
     rows = rows[next(number for number, row in enumerate(rows) if "MRR, 20 % wrong" in row) + 2 :]
     for comparison in shipped.comparisons.values():
         for arm in (comparison.baseline, *comparison.arms):
             told, *rows = rows
-            measured = values_of(arms, arm, "MRR")
-            assert told[1].endswith(f"`{arm}`") and told[4] == f"{sum(measured) / len(measured):.3f}"
-            if arm == comparison.baseline:
-                assert not told[5]
-                continue
-            mean, low, high = paired(differences(arms, arm, comparison.baseline, "MRR"))
-            bold = "**" if verdict(low, high) == "resolved" else ""
-            assert told[5] == f"{bold}{mean:+.3f} [{low:+.3f}, {high:+.3f}]{bold}"
-            assert told[-2] == comparison.arms[arm]
+            assert told[1].endswith(f"`{arm}`") and told[-2] == comparison.arms.get(arm, "")
+            for condition, (mean, minus) in zip(
+                ("clean", "wrong20", "wrong40"), (told[2:4], told[4:6], told[6:8]), strict=True
+            ):
+                measured, before = values_of(found[condition], arm, "MRR"), lost.get(condition)
+                apart = differences(found[condition], arm, comparison.baseline, "MRR")
+                if before:
+                    measured += 3 * [before["MRR"][arm]]
+                    apart += three_of(*before["differences"].get(f"{arm} minus {comparison.baseline}", (0, 0, 0)))
+                assert len(measured) == len(shipped.seeds) and mean == f"{sum(measured) / len(measured):.3f}"
+                middle, low, high = paired(apart)
+                bold = "**" if verdict(low, high) == "resolved" else ""
+                assert minus == (
+                    f"{bold}{middle:+.3f} [{low:+.3f}, {high:+.3f}]{bold}" if arm != comparison.baseline else ""
+                )
+
+
+def three_of(mean: float, low: float, high: float) -> list[float]:
+    """Three numbers of that mean and 95 % t interval, which pool with others as any three such do."""
+    deviation = (high - low) / 2 * math.sqrt(3) / float(stats.t.ppf(0.975, 2))
+    return [mean - deviation, mean, mean + deviation]
 
 
 def test_what_a_process_ran_before_does_not_show_in_a_run(drawn, tmp_path, capfd):
