@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor
 
@@ -73,7 +72,9 @@ def report(run: Path, out: Path | None = None, data: str | None = None, limit: i
     metrics = read_metrics(run)
     if not metrics:
         raise DataError(f"{run} has nothing in metrics.jsonl yet; there is nothing to report")
-    tuned = "head" in yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))  # fine-tuning alone has one
+    tuned = re.search(
+        r"^head:", (run / "config.yaml").read_text(encoding="utf-8"), re.MULTILINE
+    )  # fine-tuning alone has one
     recipe = None if tuned else load_recipe(PretrainRecipe, run / "config.yaml")
     parts = [header(run, metrics), *curves(metrics, list(recipe.objectives.others) if recipe else [])]
     where = data or (recipe.data.validation if recipe else None)

@@ -160,7 +160,8 @@ hand_on() { # where processes are tracked by cgroups SLURM signals this shell al
 }
 for signal in TERM USR1 INT; do trap "hand_on $signal" "$signal"; done
 trap : HUP
-# Not in the background: `wait` of bash 5.2 loses the code where a trap was running. So its number comes through a pipe, and its code.
+# Its process number and then its exit code come through a pipe: `wait` of bash 5.2 loses the code of what runs in the background where
+# a trap was running as it ended.
 exec {told}< <(
   trap : TERM USR1 INT HUP
   (echo "$BASHPID"; eval "exec $ligature $command" >&2)

@@ -101,14 +101,13 @@ class VLDeformerTask(RetrievalTask):
         torch.manual_seed(recipe.training.seed)  # what is new starts the same on every rank
         if config.start == "unpretrained":
             network = AlignmentModel(network.config, self.tokenizer.vocabulary)
-            sources = (network.config.image.weights, network.config.text.weights)
-            if "none" in sources and not (start.folder / "config.yaml").is_file():
+            told, sources = start.folder / "config.yaml", (network.config.image.weights, network.config.text.weights)
+            if "none" in sources and not told.is_file():
                 raise RecipeError(
                     f"vldeformer.start is unpretrained, but {start.folder} (an export or import) does not say what pretraining began from; "
                     "give the run's own checkpoint"
                 )
             load_starting_weights(network)
-            told = start.folder / "config.yaml"
             if told.is_file() and (begun := load_recipe(PretrainRecipe, told).checkpoint):
                 raise RecipeError(
                     f"vldeformer.start is unpretrained, but {start.folder} began from {begun}, not from nothing; take that apart instead"
