@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
+
+FLOORS = ["configs", "runtime", "data_tools", "retrieval", "training", "pretrain", "finetune", "launch"]
 
 REQUIRED = [
     "torch>=2.9",  # tensors, autograd, process groups
@@ -61,19 +63,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
-    packages=[
-        "runtime",
-        "data_tools",
-        "data_tools.sources",
-        "retrieval",
-        "pretrain",
-        "pretrain.model",
-        "pretrain.objectives",
-        "finetune",
-        "finetune.heads",
-        "launch",
-        "configs",
-    ],
+    packages=find_packages(include=[f"{floor}*" for floor in FLOORS]),
     package_data={"configs": ["**/*.yaml"]},
     install_requires=REQUIRED,
     extras_require={"develop": DEVELOP, "remote": REMOTE, "extended": EXTENDED, "search": SEARCH},

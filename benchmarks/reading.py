@@ -21,9 +21,9 @@ import numpy as np
 import webdataset
 
 from benchmarks.ratios import Ratios
-from data_tools.manifest import Manifest, Shard, ShardIndex, read_manifest, write_index, write_manifest
-from data_tools.reader import RawSample
-from data_tools.training_set import TrainingSet, Walk
+from data_tools.shards.manifest import Manifest, Shard, ShardIndex, read_manifest, write_index, write_manifest
+from data_tools.shards.reader import RawSample
+from data_tools.stream.training_set import TrainingSet, Walk
 from runtime.files import sha256_of
 
 AIM = 20.0

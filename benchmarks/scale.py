@@ -20,10 +20,10 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.ratios import Ratios
-from data_tools.order import BLOCK, WINDOW, SampleOrder
-from data_tools.reader import RawSample
-from data_tools.stream import ShardStream
-from data_tools.training_set import TrainingSet
+from data_tools.shards.reader import RawSample
+from data_tools.stream.order import BLOCK, WINDOW, SampleOrder
+from data_tools.stream.shard_stream import ShardStream
+from data_tools.stream.training_set import TrainingSet
 
 START_AIM, MEMORY_AIM, RESUME_AIM = 10.0, 1e9, 10.0
 BATCH, WORLD = 64, 512

@@ -29,8 +29,8 @@ from torch import distributed
 
 from benchmarks.pretrain_step import Step, read
 from benchmarks.ratios import MatrixProduct, Ratios
-from launch.local import run_ranks
 from launch.plan import Cluster, Pace
+from launch.start.local import run_ranks
 from pretrain.budget import Budget
 from runtime.ranks import join
 

@@ -36,13 +36,13 @@ from torchvision.transforms import InterpolationMode
 from benchmarks.ratios import Ratios
 from data_tools import ShardStream
 from data_tools.config import AugmentConfig
-from data_tools.images import decode_image, decode_pixels
-from data_tools.packed import PackedImages
-from data_tools.shard_file import Encoding
+from data_tools.making.shard_file import Encoding
+from data_tools.making.writer import write_shards
+from data_tools.pixels.decode import decode_image, decode_pixels
+from data_tools.pixels.packed import PackedImages
+from data_tools.pixels.transforms import TrainTransform
+from data_tools.pixels.views import draw_views
 from data_tools.sources.items import CaptionedImage
-from data_tools.transforms import TrainTransform
-from data_tools.views import draw_views
-from data_tools.writer import write_shards
 
 SIZE, BATCH, AGREEMENT_VIEWS = 256, 64, 200
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -4,10 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data_tools.collection import Collection as Collection
-    from data_tools.stream import ShardStream as ShardStream
+    from data_tools.in_order.collection import Collection as Collection
+    from data_tools.stream.shard_stream import ShardStream as ShardStream
 
-_HOMES = {"ShardStream": "data_tools.stream", "Collection": "data_tools.collection"}
+_HOMES = {"ShardStream": "data_tools.stream.shard_stream", "Collection": "data_tools.in_order.collection"}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from data_tools.config import ReadConfig
-from pretrain.config import LoopConfig, MatchingConfig, OptimizerConfig, TextEncoderConfig
+from pretrain.config import MatchingConfig, TextEncoderConfig
 from runtime.errors import RecipeError
 from runtime.recipe import check_name
+from training.config import LoopConfig, OptimizerConfig
 
 
 @dataclass
@@ -144,7 +145,7 @@ class VLDeformerConfig:
 
 @dataclass
 class ExchangedWordsConfig:
-    """Matching of each caption against itself with words exchanged (finetune/exchanged_words.py), beside `matching`."""
+    """Matching of each caption against itself with words exchanged (finetune/hard_negatives/exchanged_words.py), beside `matching`."""
 
     weight: float = 0.0
     words: list[str] = field(default_factory=list)

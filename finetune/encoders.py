@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from finetune.heads.decomposed import LoadedVLDeformer
-from pretrain.load import ImageTextModel, find_checkpoint, load_model
+from pretrain.weights.load import ImageTextModel, find_checkpoint, load_model
 from runtime.errors import CheckpointError
 from runtime.files import read_json
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_tools.collection import Collection, open_collection
+from data_tools.in_order.collection import Collection, open_collection
 from finetune.config import EvaluateRecipe
 from finetune.heads.decomposed import LoadedVLDeformer, encode_decomposed
 from finetune.heads.dual import dual_scores
@@ -21,7 +21,7 @@ from finetune.heads.hat_scoring import hat_scores
 from finetune.own_scores import read_own_scores
 from finetune.shortlist import make_shortlists
 from pretrain.encode import encode_collection
-from pretrain.load import find_checkpoint, load_model
+from pretrain.weights.load import find_checkpoint, load_model
 from retrieval.extended import extended_positives, numbered_captions
 from retrieval.protocols import folds_of
 from retrieval.records import score, table, write_record

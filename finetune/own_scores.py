@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_tools.collection import open_collection
+from data_tools.in_order.collection import open_collection
 from finetune.config import EvaluateRecipe
 from runtime.errors import DataError
 from runtime.files import sha256_of

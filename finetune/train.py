@@ -13,22 +13,20 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from data_tools.collection import validation_collection
-from data_tools.order import derived_seed, uniforms
-from data_tools.packed import views_on
-from data_tools.stream import ShardStream, open_stream
-from data_tools.training_set import open_training_set
-from data_tools.transforms import TrainTransform
+from data_tools.in_order.collection import validation_collection
+from data_tools.pixels.packed import views_on
+from data_tools.pixels.transforms import TrainTransform
+from data_tools.stream.order import derived_seed, uniforms
+from data_tools.stream.shard_stream import ShardStream, open_stream
+from data_tools.stream.training_set import open_training_set
 from finetune.config import FinetuneRecipe
-from finetune.task import RetrievalTask, make_task
-from pretrain.load import copy_weights
-from pretrain.loop import Stage, hold_run, run_loop
+from finetune.heads.base import RetrievalTask, make_task
 from pretrain.model.activations import checkpoint_activations
 from pretrain.model.alignment_model import TextBatch
 from pretrain.objectives.state import Keys, MicroBatch
-from pretrain.sick_steps import SickSteps
 from pretrain.task import NEGATIVES
 from pretrain.train import find_healthy, find_resume
+from pretrain.weights.load import copy_weights
 from retrieval.protocols import recalls
 from runtime.checkpoint import read_tensors, write_checkpoint
 from runtime.checkpoint_writer import Write, host_copies
@@ -38,6 +36,8 @@ from runtime.ranks import Ranks, sum_over_ranks
 from runtime.recipe import write_recipe
 from runtime.run_folder import RunFolder
 from runtime.watchdog import Watchdog
+from training.loop import Stage, hold_run, run_loop
+from training.sick_steps import SickSteps
 
 
 def finetune(recipe: FinetuneRecipe) -> Path:

@@ -18,14 +18,14 @@ Command = Callable[[list[str]], None]
 
 
 def shard(arguments: list[str]) -> None:
-    from data_tools.writer import read_options
-    from data_tools.writer import shard as write
+    from data_tools.making.writer import read_options
+    from data_tools.making.writer import shard as write
 
     write(read_options(arguments))
 
 
 def shapes(arguments: list[str]) -> None:
-    from data_tools.shapes import SPLITS, write_source
+    from data_tools.shapes.scenes import SPLITS, write_source
     from runtime.recipe import OptionParser
 
     parser = OptionParser(
@@ -53,7 +53,7 @@ def shapes(arguments: list[str]) -> None:
         raise RecipeError(f"--wrong is {bad[0]}; it is a percentage above 0, 100 at most")
     write_source(options.out, counts, options.size, options.seed)
     for percent in options.wrong:
-        from data_tools.wrong_captions import spoil
+        from data_tools.shapes.wrong_captions import spoil
 
         out = options.out / f"captions_train_wrong{percent}.json"
         spoil(options.out / "captions_train.json", out, percent / 100, options.seed)
@@ -79,7 +79,7 @@ def inspect(arguments: list[str]) -> None:
     )
     parser.add_argument("--workers", type=int, default=0, help="processes; 0: one a core")
     options = parser.parse_args(arguments)
-    from data_tools.inspect import inspect as look
+    from data_tools.making.inspection import inspect as look
 
     look(options.folder, options.full, options.html, options.index, options.slice, options.workers)
 
@@ -129,7 +129,7 @@ def compare(arguments: list[str]) -> None:
         write_json(options.out, found)
     print(describe(found))
     if options.page:
-        from finetune.flips_page import write_flips
+        from finetune.report.flips_page import write_flips
 
         print(write_flips(options.first, options.second, options.data, options.images, options.page))
 
@@ -156,7 +156,7 @@ def import_weights(arguments: list[str]) -> None:
     )
     parser.add_argument("--fine-tuned-on", metavar="DATASET", help="what a fine-tuned checkpoint was tuned on")
     options = parser.parse_args(arguments)
-    from pretrain.import_albef import import_albef
+    from pretrain.weights.albef import import_albef
 
     training = f"fine-tuned-on {options.fine_tuned_on}" if options.fine_tuned_on else "pretrained"
     given = (options.tokenizer, options.bert_config, options.image_size, options.caption_tokens)
@@ -170,7 +170,7 @@ def export(arguments: list[str]) -> None:
     parser.add_argument("checkpoint", type=Path, help="a run's folder or a checkpoint's")
     parser.add_argument("out", type=Path, help="folder to make")
     options = parser.parse_args(arguments)
-    from pretrain.export import export as run
+    from pretrain.weights.export import export as run
 
     print(run(options.checkpoint, options.out))
 
@@ -186,7 +186,7 @@ def heatmap(arguments: list[str]) -> None:
     parser.add_argument("caption")
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     options = parser.parse_args(arguments)
-    from finetune.heat_maps import draw_heat_maps
+    from finetune.report.heat_maps import draw_heat_maps
 
     draw_heat_maps(options.checkpoint, options.image, options.caption, options.out)
 
@@ -198,7 +198,7 @@ def plot(arguments: list[str]) -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     options = parser.parse_args(arguments)
-    from finetune.report import plot_curves
+    from finetune.report.curves import plot_curves
 
     plot_curves(options.runs, options.out)
 
@@ -214,14 +214,14 @@ def report(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.limit < 1:
         raise RecipeError(f"--limit is {options.limit}; it must be 1 or more")
-    from finetune.run_page import report as run
+    from finetune.report.run_page import report as run
 
     print(run(options.run, options.out, options.data, options.limit))
 
 
 def index(arguments: list[str]) -> None:
     recipe = read_stage("index", arguments)
-    from finetune.embed import index as run
+    from finetune.search.embed import index as run
 
     run(recipe)
 
@@ -248,41 +248,41 @@ def search(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.top < 1:
         raise RecipeError(f"--top is {options.top}; it must be 1 or more")
-    from finetune.search import command
+    from finetune.search.query import command
 
     command(options)
 
 
 def ablate(arguments: list[str]) -> None:
     recipe = read_stage("ablate", arguments)
-    from launch.ablate import ablate as run
+    from launch.ablation.run import ablate as run
 
     print(run(recipe))
 
 
 def launch(arguments: list[str]) -> None:
     if arguments[:1] == ["slurm"]:
-        from launch.slurm import launch_slurm
+        from launch.start.slurm import launch_slurm
 
         launch_slurm(arguments[1:])
     elif arguments[:1] == ["hosts"]:
-        from launch.hosts import launch_hosts
+        from launch.start.hosts import launch_hosts
 
         launch_hosts(arguments[1:])
     else:
-        from launch.local import launch as run
+        from launch.start.local import launch as run
 
         run(arguments)
 
 
 def status(arguments: list[str]) -> None:
-    from launch.status import status as run
+    from launch.commands.status import status as run
 
     run(arguments)
 
 
 def doctor(arguments: list[str]) -> None:
-    from launch.doctor import doctor as run
+    from launch.commands.doctor import doctor as run
 
     run(arguments)
 
@@ -294,7 +294,7 @@ def plan(arguments: list[str]) -> None:
 
 
 def demo(arguments: list[str]) -> None:
-    from launch.demo import demo as run
+    from launch.commands.demo import demo as run
 
     run(arguments)
 
@@ -330,8 +330,8 @@ RECIPES = {
     "pretrain": ("pretrain.config", "PretrainRecipe"),
     "finetune": ("finetune.config", "FinetuneRecipe"),
     "evaluate": ("finetune.config", "EvaluateRecipe"),
-    "index": ("finetune.search_config", "IndexRecipe"),
-    "ablate": ("launch.ablation_config", "AblateRecipe"),
+    "index": ("finetune.search.config", "IndexRecipe"),
+    "ablate": ("launch.ablation.config", "AblateRecipe"),
 }
 
 
@@ -379,7 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(usage(), flush=True)
             return 0
         if name == "--completion":
-            from launch.completion import completion
+            from launch.recover.completion import completion
 
             print(completion(rest), end="")
             return 0

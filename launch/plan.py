@@ -96,7 +96,7 @@ def count_samples(recipe: PretrainRecipe) -> int | None:
     folders = [Path(folder) for folder in ([train] if isinstance(train, str) else train) if folder]
     if not folders or not all((folder / "manifest.json").is_file() for folder in folders):
         return None
-    from data_tools.manifest import read_manifest
+    from data_tools.shards.manifest import read_manifest
 
     return sum(read_manifest(folder, check=False).samples for folder in folders)
 

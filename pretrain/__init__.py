@@ -4,10 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pretrain.load import ImageTextModel as ImageTextModel
-    from pretrain.load import load_model as load_model
+    from pretrain.weights.load import ImageTextModel as ImageTextModel
+    from pretrain.weights.load import load_model as load_model
 
-_HOMES = {"load_model": "pretrain.load", "ImageTextModel": "pretrain.load"}
+_HOMES = {"load_model": "pretrain.weights.load", "ImageTextModel": "pretrain.weights.load"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data_tools.collection import Collection
+from data_tools.in_order.collection import Collection
+from data_tools.pixels.transforms import EvaluationTransform
 from data_tools.tokenizer import CaptionTokenizer
-from data_tools.transforms import EvaluationTransform
 from pretrain.model.alignment_model import AlignmentModel
 from runtime.progress import progress
 from runtime.ranks import Ranks, gather_rows

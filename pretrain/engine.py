@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.budget import BUCKET
-from pretrain.config import OptimizerConfig, TrainingConfig
-from pretrain.step_profile import part
+from pretrain.config import TrainingConfig
 from pretrain.task import Student
 from runtime.errors import CheckpointError
-from runtime.ranks import ranks_from_environment
+from runtime.ranks import all_gather_into, ranks_from_environment
+from training.config import OptimizerConfig
+from training.profile import part
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KEPT_WHOLE = 100_000
@@ -262,7 +263,7 @@ class Engine:
             whole = own.detach().to(self.device)
             if world > 1:
                 parts, whole = whole, whole.new_empty(world * own.numel())
-                torch.distributed.all_gather_into_tensor(whole, parts)
+                all_gather_into(whole, parts)
             starts = [0, *itertools.accumulate(parameter.numel() for parameter in parameters)]
             for start, parameter in zip(starts, parameters, strict=False):
                 found[id(parameter)] = whole[start : start + parameter.numel()].view(parameter.shape)

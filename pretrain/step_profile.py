@@ -17,19 +17,15 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from pretrain.model.bert_layers import CrossAttention
+from training.profile import PREFIX, part
 
 if TYPE_CHECKING:
     from pretrain.model.alignment_model import AlignmentModel
 
-PREFIX, JOINT = "part: ", " / "
+JOINT = " / "
 WARM_UP = 2
 """Steps before a profile begins: the first ones allocate."""
 BACKWARD = "autograd::engine::evaluate_function: "
-
-
-def part(name: str) -> record_function:
-    """`with part("optimizer"):` what is done within counts there. Costs microseconds where no profile is taken."""
-    return record_function(PREFIX + name)
 
 
 class StepProfile:

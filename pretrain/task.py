@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_tools.order import derived_seed, uniforms
-from data_tools.packed import views_on
+from data_tools.pixels.packed import views_on
+from data_tools.stream.order import derived_seed, uniforms
 from data_tools.tokenizer import CaptionTokenizer
 from pretrain.config import OtherObjective, PretrainRecipe
 from pretrain.feature_queue import FeatureQueue
@@ -29,10 +29,10 @@ from pretrain.objectives.levels import Levels
 from pretrain.objectives.masked_language import MaskedLanguage, mask_words, word_logits
 from pretrain.objectives.matching import Matching
 from pretrain.objectives.state import Everyone, Keys, Masked, MicroBatch, Plans, StudentState
-from pretrain.step_profile import part as profiled
 from pretrain.teacher import Teacher
 from runtime.errors import RecipeError
 from runtime.ranks import Ranks, gather_rows, sum_over_ranks
+from training.profile import part as profiled
 
 # What the draws of one sample are for: each purpose has its own stream of numbers.
 NEGATIVES, MASKS = 1, 2

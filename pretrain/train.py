@@ -9,23 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_tools.collection import Collection, validation_collection
-from data_tools.order import derived_seed
-from data_tools.stream import ShardStream, open_stream
+from data_tools.in_order.collection import Collection, validation_collection
+from data_tools.pixels.transforms import TrainTransform
+from data_tools.stream.order import derived_seed
+from data_tools.stream.shard_stream import ShardStream, open_stream
+from data_tools.stream.training_set import TrainingSet, open_training_set
 from data_tools.tokenizer import CaptionTokenizer, load_tokenizer, train_tokenizer
-from data_tools.training_set import TrainingSet, open_training_set
-from data_tools.transforms import TrainTransform
-from pretrain.begin_from import begin_from
 from pretrain.config import PretrainRecipe, divide_batch
 from pretrain.encode import encode_collection
 from pretrain.engine import Engine
-from pretrain.load import describe_model, find_checkpoint
-from pretrain.loop import Stage, hold_run, mean_figures, run_loop
 from pretrain.model.alignment_model import AlignmentModel
-from pretrain.sick_steps import SickSteps
-from pretrain.starting_weights import load_starting_weights
 from pretrain.step_profile import StepProfile
 from pretrain.task import PretrainTask
+from pretrain.weights.begin_from import begin_from
+from pretrain.weights.load import describe_model, find_checkpoint
+from pretrain.weights.starting import load_starting_weights
 from retrieval.protocols import recalls
 from runtime.checkpoint import checkpoint_hash, read_tensors, verify_checkpoint, write_checkpoint
 from runtime.checkpoint_writer import Write, host_copies
@@ -35,6 +33,8 @@ from runtime.ranks import Ranks, barrier, from_first, sum_over_ranks
 from runtime.recipe import write_recipe
 from runtime.run_folder import RunFolder
 from runtime.watchdog import Watchdog
+from training.loop import Stage, hold_run, mean_figures, run_loop
+from training.sick_steps import SickSteps
 
 TOKENIZER_CAPTIONS = 2_000_000
 """Captions the tokenizer is trained on, at most."""

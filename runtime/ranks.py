@@ -169,8 +169,17 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     gathered = torch.empty(
         distributed.get_world_size() * rows.shape[0], *rows.shape[1:], dtype=rows.dtype, device=rows.device
     )
-    distributed.all_gather_into_tensor(gathered, rows.contiguous())
+    all_gather_into(gathered, rows.contiguous())
     return gathered
+
+
+def all_gather_into(gathered: torch.Tensor, part: torch.Tensor) -> None:
+    """Fill `gathered`, (world * n, …), with every rank's `part`, (n, …), in rank order."""
+    from torch import distributed
+
+    # torch 2.13 renamed the collective; the old name warns on every call from then on.
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    gather(gathered, part)
 
 
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:

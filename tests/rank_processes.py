@@ -17,7 +17,7 @@ from typing import Any
 
 from gloo_pool import ENVIRONMENT, GlooPool
 
-from launch.local import free_port
+from launch.start.local import free_port
 from runtime.errors import LigatureError
 
 PATIENCE = 900.0

@@ -92,7 +92,10 @@ def test_the_engine_alone_imports_deepspeed():
 
 def test_scoring_and_loading_never_reach_the_engine():
     names = {module_name(path): path for path in FILES}
-    reached, waiting = set[str](), ["finetune.evaluate", "finetune.heads.hat", "pretrain.load", "retrieval.compare"]
+    reached, waiting = (
+        set[str](),
+        ["finetune.evaluate", "finetune.heads.hat", "pretrain.weights.load", "retrieval.compare"],
+    )
     while waiting:
         if (name := waiting.pop()) in names and name not in reached:
             reached.add(name)
@@ -118,29 +121,29 @@ def run_python(program: str) -> subprocess.CompletedProcess:
 LIGHT = [
     "launch",
     "launch.cli",
-    "launch.local",
-    "launch.completion",
-    "launch.config",
-    "launch.doctor",
-    "launch.hosts",
-    "launch.script",
-    "launch.slurm",
-    "launch.status",
+    "launch.start.local",
+    "launch.recover.completion",
+    "launch.start.config",
+    "launch.commands.doctor",
+    "launch.start.hosts",
+    "launch.start.script",
+    "launch.start.slurm",
+    "launch.commands.status",
     "launch.plan",
     "pretrain",
     "pretrain.config",
     "pretrain.budget",
-    "pretrain.sick_steps",
+    "training.sick_steps",
     "finetune",
     "finetune.config",
-    "finetune.search_config",
+    "finetune.search.config",
     "retrieval",
     "data_tools",
     "data_tools.config",
-    "data_tools.manifest",
+    "data_tools.shards.manifest",
     "data_tools.sources",
-    "data_tools.writer",
-    "data_tools.inspect",
+    "data_tools.making.writer",
+    "data_tools.making.inspection",
     "runtime",
     "runtime.recipe",
     "runtime.run_folder",

@@ -36,8 +36,8 @@ from finetune.config import HatConfig, ImageBackboneConfig
 from finetune.heads.hat import HatModel
 from finetune.heads.levels import BackboneEncoders, CheckpointEncoders, LevelEncoders
 from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
-from pretrain.load import describe_model
 from pretrain.model.alignment_model import AlignmentModel
+from pretrain.weights.load import describe_model
 from retrieval.records import read_record
 from runtime.checkpoint import write_checkpoint
 

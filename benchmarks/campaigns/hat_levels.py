@@ -33,10 +33,10 @@ from PIL import Image
 from scipy.stats import t as student
 from torch import Tensor
 
-from data_tools.shapes import Caption, Group, Scene, World, describe, draw, fits, scenes
-from data_tools.transforms import EvaluationTransform
+from data_tools.pixels.transforms import EvaluationTransform
+from data_tools.shapes.scenes import Caption, Group, Scene, World, describe, draw, fits, scenes
 from finetune.heads.hat import LoadedHat
-from launch.workers import Workers, side_by_side
+from launch.ablation.workers import Workers, side_by_side
 from runtime.errors import LigatureError
 from runtime.files import write_json
 

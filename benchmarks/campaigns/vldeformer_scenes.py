@@ -45,11 +45,11 @@ from torch import Tensor
 
 from benchmarks.campaigns.hat_levels import claim_folder, half_interval, spell
 from benchmarks.ratios import clock
-from data_tools.shapes import SHAPES, World, describe, draw, relation_pairs, scenes, write_source
+from data_tools.shapes.scenes import SHAPES, World, describe, draw, relation_pairs, scenes, write_source
 from finetune.encoders import load_encoder
 from finetune.heads.decomposed import LoadedVLDeformer
-from launch.workers import Workers, side_by_side
-from pretrain.load import ImageTextModel, load_model
+from launch.ablation.workers import Workers, side_by_side
+from pretrain.weights.load import ImageTextModel, load_model
 from runtime.errors import LigatureError
 from runtime.files import write_json
 

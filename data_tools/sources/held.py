@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_tools.processes import run_parallel
+from data_tools.making.processes import run_parallel
+from data_tools.shards.tars import IMAGE_FORMATS, group_members, walk_tar
 from data_tools.sources.annotations import refuse_split
 from data_tools.sources.items import Choice, Dropped, Entry, StoredBytes
 from data_tools.sources.reading import read_text
-from data_tools.tars import IMAGE_FORMATS, group_members, walk_tar
 from runtime.errors import DataError, LigatureError
 from runtime.files import read_json
 from runtime.progress import progress

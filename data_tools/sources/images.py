@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+from data_tools.shards.tars import walk_tar
 from data_tools.sources.items import StoredBytes
-from data_tools.tars import walk_tar
 from runtime.errors import DataError
 
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from data_tools.manifest import read_manifest
+from data_tools.shards.manifest import read_manifest
 from data_tools.sources.annotations import albef, coco_captions, flickr_tokens, karpathy, multi30k
 from data_tools.sources.held import folder_pairs, is_pattern, webdataset_tars
 from data_tools.sources.images import open_images

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data_tools.collection import Collection
+from data_tools.in_order.collection import Collection
+from data_tools.pixels.transforms import EvaluationTransform
 from data_tools.tokenizer import CaptionTokenizer, load_tokenizer
-from data_tools.transforms import EvaluationTransform
 from finetune.config import VLDeformerConfig
 from pretrain.config import ModelConfig
 from pretrain.encode import share, whole
-from pretrain.load import Images, Texts, find_checkpoint, load_model, load_weights
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.model.bert_layers import BertLayer
 from pretrain.model.fusion_encoder import FusionEncoder
 from pretrain.model.single_stream import IMAGE, TEXT, SingleStreamEncoder
+from pretrain.weights.load import Images, Texts, find_checkpoint, load_model, load_weights
 from runtime.checkpoint import checkpoint_hash, read_tensors, verify_checkpoint
 from runtime.errors import CheckpointError
 from runtime.files import read_json

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from data_tools.collection import Collection
+from data_tools.in_order.collection import Collection
 from finetune.config import FinetuneRecipe
-from finetune.exchanged_words import ExchangedWords
-from finetune.task import RetrievalTask
+from finetune.hard_negatives.exchanged_words import ExchangedWords
+from finetune.heads.base import RetrievalTask
 from pretrain.encode import Encodings, encode_collection
-from pretrain.load import describe_model, load_model
 from pretrain.objectives.contrastive import soft_cross_entropy
 from pretrain.objectives.matching import Matching
 from pretrain.objectives.state import Keys, MicroBatch, StudentState
+from pretrain.weights.load import describe_model, load_model
 from runtime.errors import CheckpointError
 from runtime.ranks import Ranks, gather_rows, sum_over_ranks
 

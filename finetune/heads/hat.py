@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_tools.collection import Collection
+from data_tools.in_order.collection import Collection
 from data_tools.tokenizer import CaptionTokenizer, load_tokenizer
 from finetune.config import FinetuneRecipe, HatConfig
+from finetune.heads.base import RetrievalTask
 from finetune.heads.dual import GatherRows
 from finetune.heads.levels import BackboneEncoders, CheckpointEncoders, LevelEncoders
 from finetune.heads.stacked_attention import context_gram, mean_scores, pair_scores
-from finetune.task import RetrievalTask
 from pretrain.config import ModelConfig
-from pretrain.load import find_checkpoint, load_model, load_weights
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.objectives.state import MicroBatch
+from pretrain.weights.load import find_checkpoint, load_model, load_weights
 from runtime.checkpoint import checkpoint_hash, read_tensors, verify_checkpoint
 from runtime.errors import CheckpointError
 from runtime.files import read_json

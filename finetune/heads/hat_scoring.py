@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from data_tools.collection import Collection
+from data_tools.in_order.collection import Collection
+from data_tools.pixels.transforms import EvaluationTransform
 from data_tools.tokenizer import CaptionTokenizer, pad_tokens
-from data_tools.transforms import EvaluationTransform
 from finetune.heads.hat import HatModel
 from pretrain.encode import share, whole
 from runtime.progress import progress

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from finetune.config import HatConfig
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.model.text_encoder import TextEncoder
-from pretrain.starting_weights import load_bert_encoder
+from pretrain.weights.starting import load_bert_encoder
 from runtime.errors import CheckpointError, RecipeError
 
 

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data_tools.collection import Collection
-from data_tools.order import derived_seed, uniforms
+from data_tools.in_order.collection import Collection
+from data_tools.stream.order import derived_seed, uniforms
 from finetune.config import FinetuneRecipe
-from finetune.hard_negatives import AlteredCaptions, choose_patches, exchange_patches
+from finetune.hard_negatives.altering import AlteredCaptions, choose_patches, exchange_patches
+from finetune.hard_negatives.wordnet import open_lexicon
+from finetune.heads.base import RetrievalTask
 from finetune.heads.decomposed import Decomposed, encode_decomposed, need_fusion
 from finetune.heads.dual import GatherRows
-from finetune.task import RetrievalTask
-from finetune.wordnet import open_lexicon
 from pretrain.config import PretrainRecipe
-from pretrain.load import load_model
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.objectives.matching import draw_negatives
 from pretrain.objectives.state import MicroBatch
-from pretrain.starting_weights import load_starting_weights
+from pretrain.weights.load import load_model
+from pretrain.weights.starting import load_starting_weights
 from pretrain.word_maps import attention_maps
 from runtime.errors import RecipeError
 from runtime.ranks import Ranks, gather_rows, sum_over_ranks

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_tools.order import uniforms
+from data_tools.stream.order import uniforms
 from data_tools.tokenizer import CaptionTokenizer
 from pretrain.model.alignment_model import AlignmentModel, TextBatch
 from pretrain.model.bert_layers import ReadImages

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks.campaigns.vldeformer_scenes import Embedded, Matched, look
-from data_tools.shapes import World, draw, relation_pairs, write_source
+from data_tools.shapes.scenes import World, draw, relation_pairs, write_source
 from launch.cli import main
-from pretrain.load import load_model
+from pretrain.weights.load import load_model
 
 pytestmark = pytest.mark.controls
 WORLD = World(

@@ -13,7 +13,7 @@ from typing import Any
 import tiny
 from torch import Tensor
 
-from data_tools.stream import ShardStream
+from data_tools.stream.shard_stream import ShardStream
 from pretrain.task import Student
 from pretrain.train import pretrain
 from runtime.checkpoint import CheckpointFolder

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_tools.manifest import read_index
-from data_tools.reader import ShardReader
+from data_tools.shards.manifest import read_index
+from data_tools.shards.reader import ShardReader
 from data_tools.tokenizer import train_tokenizer
 from launch.cli import main
 from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig

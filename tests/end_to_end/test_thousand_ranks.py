@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.manifest import Manifest, Shard
-from data_tools.stream import ShardStream
+from data_tools.shards.manifest import Manifest, Shard
+from data_tools.stream.shard_stream import ShardStream
 from pretrain.config import divide_batch
 from runtime.checkpoint import CheckpointFolder, write_checkpoint
 from runtime.errors import Superseded

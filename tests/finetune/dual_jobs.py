@@ -26,10 +26,10 @@ def exchanged_on_this_rank(folder, captions, images, pairs):
     """The loss by exchanged words, and a gradient of it, of this rank's share of a batch."""
     from torch import distributed
 
-    from finetune.exchanged_words import ExchangedWords
-    from pretrain.load import load_model
+    from finetune.hard_negatives.exchanged_words import ExchangedWords
     from pretrain.model.alignment_model import TextBatch
     from pretrain.objectives.state import MicroBatch, StudentState
+    from pretrain.weights.load import load_model
 
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     share = slice(rank * len(captions) // world, (rank + 1) * len(captions) // world)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from finetune.embed import index
-from finetune.search_config import IndexRecipe
+from finetune.search.config import IndexRecipe
+from finetune.search.embed import index
 
 
 def make_index(settings: dict) -> None:

@@ -14,8 +14,8 @@ import pytest
 import small
 from safetensors.numpy import save_file
 
-from data_tools.collection import open_collection, validation_collection
-from data_tools.manifest import read_manifest
+from data_tools.in_order.collection import open_collection, validation_collection
+from data_tools.shards.manifest import read_manifest
 from finetune.shortlist import make_shortlists
 from launch.cli import main
 from retrieval.extended import extended_positives

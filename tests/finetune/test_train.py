@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from finetune.config import EvaluateRecipe, FinetuneRecipe
 from finetune.heads.dual import DualTask
 from launch.cli import main
-from launch.local import free_port
+from launch.start.local import free_port
 from pretrain.config import MatchingConfig
-from pretrain.load import find_checkpoint, load_model
 from pretrain.model.alignment_model import TextBatch
 from pretrain.objectives.state import MicroBatch
+from pretrain.weights.load import find_checkpoint, load_model
 from runtime.checkpoint import read_tensors
 from runtime.errors import RecipeError
 from runtime.files import read_json

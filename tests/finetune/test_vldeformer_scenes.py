@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.campaigns import vldeformer_scenes as campaign
-from data_tools.shapes import SHAPES, scenes
+from data_tools.shapes.scenes import SHAPES, scenes
 from finetune.heads.decomposed import LoadedVLDeformer
 
 
@@ -59,7 +59,7 @@ def test_ties_are_half():
 
 def test_the_arms_measure_what_the_model_scores(single, drawn):
     """Fusion's scorer against `match`, the untuned model's against its own embeddings."""
-    from pretrain.load import load_model
+    from pretrain.weights.load import load_model
 
     model = load_model(single)
     matched, embedded = campaign.Matched(model), campaign.Embedded(LoadedVLDeformer(single))

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from pretrain.config import ContrastiveConfig
-from pretrain.import_albef import Albef as Read
-from pretrain.import_albef import make_model, our_names, read_albef
 from pretrain.model.alignment_model import AlignmentModel, TextBatch
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.masked_language import masked_language_loss, word_logits
 from pretrain.objectives.matching import draw_negatives
 from pretrain.objectives.state import Keys, Masked, MicroBatch, StudentState
 from pretrain.teacher import Teacher
+from pretrain.weights.albef import Albef as Read
+from pretrain.weights.albef import make_model, our_names, read_albef
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 

@@ -8,11 +8,12 @@ import pytest
 import tiny
 import torch
 
-from pretrain.config import OptimizerConfig, PretrainRecipe
+from pretrain.config import PretrainRecipe
 from pretrain.model.alignment_model import TextBatch
 from pretrain.objectives.masked_language import mask_words
 from runtime.errors import RecipeError
 from runtime.recipe import find_recipe, load_recipe
+from training.config import OptimizerConfig
 
 
 def albefs_rate(step: int, per_epoch: int, epochs: int = 30) -> float:

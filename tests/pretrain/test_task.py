@@ -8,8 +8,8 @@ import tiny
 import torch
 
 from data_tools.config import AugmentConfig
-from data_tools.packed import join_images
-from data_tools.transforms import TrainTransform
+from data_tools.pixels.packed import join_images
+from data_tools.pixels.transforms import TrainTransform
 from pretrain.objectives import codebook
 from pretrain.task import PretrainTask
 

@@ -11,7 +11,7 @@ import yaml
 import configs
 from finetune.config import FinetuneRecipe
 from launch.cli import RECIPES, main
-from launch.slurm import split_arguments
+from launch.start.slurm import split_arguments
 from pretrain.config import PretrainRecipe, divide_batch
 from runtime.errors import RecipeError
 from runtime.recipe import OptionParser, changed_keys, keys_of, load_recipe, read_recipe, write_recipe

@@ -1,0 +1,1 @@
+"""Collections read once, in their own order, for scoring and for search."""

@@ -1,0 +1,1 @@
+"""Making shard folders: writing, planning, finding duplicates, indexing tars made elsewhere, inspecting."""

@@ -1,0 +1,191 @@
+"""A shard folder as one HTML page that needs nothing else: counts, histograms, a grid of samples."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_tools.making.inspection import Measured, captions_of, describe, measure
+from data_tools.shards.manifest import Manifest, read_index, read_manifest
+from runtime.errors import DataError
+from runtime.files import write_text
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SHOWN = 60
+"""Samples in the grid, spread evenly over the folder."""
+THUMBNAIL = 200
+"""Pixels of a thumbnail's longer side."""
+BARS = 40
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2430; --soft: #667085; --line: #e3e7ee; --card: #fff; --page: #f6f7f9; --bar: #3b6fd4 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #2c3442; --card: #171c25; --page: #0f131a; --bar: #6f9cf0 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 1240px; padding: 28px 24px 60px; background: var(--page); color: var(--ink);
+  font: 15px/1.45 system-ui, "Segoe UI", Roboto, sans-serif }
+h1 { font-size: 24px; margin: 0 0 2px; overflow-wrap: anywhere }
+h2 { font-size: 16px; margin: 34px 0 12px }
+.soft { color: var(--soft); font-size: 13px; overflow-wrap: anywhere }
+.numbers { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 18px }
+.number, figure, .sample, table { background: var(--card); border: 1px solid var(--line); border-radius: 8px }
+.number { padding: 10px 18px; min-width: 120px }
+.number b { display: block; font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(360px, 1fr)); gap: 14px }
+figure { margin: 0; padding: 12px 14px 8px }
+figcaption { font-weight: 600; margin-bottom: 6px }
+svg { display: block; width: 100%; height: auto }
+svg text { fill: var(--soft); font: 11px system-ui, sans-serif }
+svg rect { fill: var(--bar) } svg rect:hover { opacity: .7 } svg line { stroke: var(--line) }
+table { border-collapse: collapse; border-spacing: 0; overflow: hidden }
+td, th { padding: 6px 14px; text-align: left; border-top: 1px solid var(--line); font-weight: 400; vertical-align: top }
+tr:first-child > * { border-top: 0 } td.n { text-align: right; font-variant-numeric: tabular-nums } th { color: var(--soft) }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 14px }
+.sample { padding: 10px; font-size: 13px }
+.sample img { display: block; width: 100%; height: 150px; object-fit: contain; background: var(--page); border-radius: 4px }
+.sample p { margin: 6px 0 0 } .sample code { display: block; margin-top: 8px; font-size: 11px; color: var(--soft); overflow-wrap: anywhere }
+"""
+
+
+def write_page(folder: Path, page: Path) -> dict[str, Any]:
+    """Write the page of a shard folder -> what `describe` found."""
+    manifest = read_manifest(folder)
+    measured = measure(manifest)
+    found = describe(folder, measured)
+    write_text(page, _page(manifest, found, measured))
+    return found
+
+
+def _page(manifest: Manifest, found: dict[str, Any], measured: Measured) -> str:
+    import numpy as np
+
+    name = html.escape(manifest.folder.resolve().name)
+    numbers = [
+        ("samples", f"{manifest.samples:,}"), ("captions", f"{manifest.captions:,}"),
+        ("captions an image", f"{manifest.captions / max(1, manifest.samples):.2f}"),
+        ("shards", f"{len(manifest.shards):,}"), ("gigabytes", f"{manifest.bytes / 1e9:,.3f}"),
+        *((form, f"{count:,}") for form, count in found["image_formats"].items()),
+    ]  # fmt: skip
+    shorter = np.minimum(measured.width, measured.height)
+    read = f" (of {measured.samples_read:,} samples)" if measured.samples_read < manifest.samples else ""
+    charts = [
+        histogram(f"Words a caption{read}", measured.caption_words, whole=True),
+        histogram("Captions an image", measured.captions_per_image, whole=True),
+        histogram("Shorter side, pixels", shorter, whole=True),
+        histogram("Longer side, pixels", np.maximum(measured.width, measured.height), whole=True),
+        histogram("Width by height", measured.width / np.maximum(1, measured.height)),
+        histogram("Kilobytes an image", measured.image_bytes / 1000),
+    ]
+    blocks = [
+        f"<h1>{name}</h1>",
+        f'<div class="soft">fingerprint {manifest.fingerprint}</div>',
+        '<div class="numbers">'
+        + "".join(f'<div class="number"><b>{value}</b>{html.escape(label)}</div>' for label, value in numbers)
+        + "</div>",
+        f'<h2>Distributions</h2><div class="charts">{"".join(charts)}</div>',
+        "<h2>Source</h2>" + _table([(key, value) for key, value in found["source"].items() if value is not None]),
+        "<h2>Left out</h2>"
+        + (
+            _table([(f"{n:,}", reason) for reason, n in manifest.dropped.items()])
+            if manifest.dropped
+            else "<p>Nothing.</p>"
+        ),
+        f'<h2>Samples, spread evenly</h2><div class="grid">{"".join(_samples(manifest))}</div>',
+    ]
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{name}: shards</title><style>{STYLE}</style><body>{''.join(blocks)}</body></html>\n"
+    )
+
+
+def _table(rows: Sequence[tuple[Any, Any]]) -> str:
+    cells = "".join(f"<tr><th>{html.escape(str(a))}</th><td>{html.escape(str(b))}</td></tr>" for a, b in rows)
+    return f"<table>{cells}</table>"
+
+
+def histogram(title: str, values: np.ndarray, whole: bool = False) -> str:
+    """One chart as SVG. The axis ends at the 99.5th percentile where the rest is far out; the last bar then holds it, and says so.
+
+    whole: values are whole numbers, and bars hold whole numbers of them.
+    """
+    import numpy as np
+
+    width, height, left, bottom = 420, 150, 44, 20
+    head = f"<figure><figcaption>{html.escape(title)}</figcaption>"
+    if not len(values):
+        return f'{head}<div class="soft">none</div></figure>'
+    least, most = float(values.min()), float(values.max())
+    if least == most:
+        return f'{head}<div class="soft">all {least:,.5g}</div></figure>'
+    cap = float(np.quantile(values, 0.995))
+    beyond = most > least + 1.5 * (cap - least) and cap > least
+    end = cap if beyond else most
+    if whole:
+        step = max(1, -(-int(end - least + 1) // BARS))
+        edges = np.arange(least, end + 1 + step, step)[: int((end - least) // step) + 2].astype(float)
+    else:
+        edges = np.linspace(least, end, BARS + 1)
+    counts, _ = np.histogram(np.minimum(values, edges[-1] - (1 if whole else 0)), edges)
+    slot, tallest = (width - left) / len(counts), max(1, int(counts.max()))
+    bars = []
+    for number, count in enumerate(counts.tolist()):
+        tall = (height - bottom - 8) * count / tallest
+        low, high = edges[number], edges[number + 1] - (1 if whole else 0)
+        last = beyond and number == len(counts) - 1
+        span = (
+            f"{low:,.4g} or more" if last else f"{low:,.5g}" if whole and low == high else f"{low:,.4g} to {high:,.4g}"
+        )
+        bars.append(
+            f'<rect x="{left + number * slot + 0.5:.1f}" y="{height - bottom - tall:.1f}" width="{max(0.8, slot - 1):.1f}" '
+            f'height="{tall:.1f}"><title>{span}: {count:,}</title></rect>'
+        )
+    middle = float(np.median(values))
+    ticks = [(left, "start", f"{least:,.4g}"), (width, "end", f"{end:,.4g}{'+' if beyond else ''}")]
+    texts = "".join(f'<text x="{x}" y="{height - 5}" text-anchor="{anchor}">{word}</text>' for x, anchor, word in ticks)
+    return (
+        f'{head}<svg viewBox="0 0 {width} {height}" role="img"><line x1="{left}" x2="{width}" y1="{height - bottom}" '
+        f'y2="{height - bottom}"/><text x="{left - 6}" y="14" text-anchor="end">{tallest:,}</text>'
+        f'<text x="{(left + width) / 2}" y="{height - 5}" text-anchor="middle">median {middle:,.4g}</text>'
+        f"{''.join(bars)}{texts}</svg></figure>"
+    )
+
+
+def _samples(manifest: Manifest) -> list[str]:
+    """Figures of SHOWN samples; one that cannot be read says so in its place."""
+    step = max(1, manifest.samples / SHOWN)
+    wanted = sorted({int(number * step) for number in range(min(SHOWN, manifest.samples))})
+    cells, seen = [], 0
+    for shard in manifest.shards:
+        rows = [number - seen for number in wanted if seen <= number < seen + shard.samples]
+        seen += shard.samples
+        if not rows:
+            continue
+        index = read_index(manifest.folder / shard.index)
+        with open(manifest.folder / shard.name, "rb") as tar:
+            for row in rows:
+                tar.seek(int(index.image_offset[row]))
+                image = tar.read(int(index.image_size[row]))
+                tar.seek(int(index.text_offset[row]))
+                text = tar.read(int(index.text_size[row]))
+                cells.append(_sample(index.key[row], image, text, index.text_format[row]))
+    return cells
+
+
+def _sample(key: str, image: bytes, text: bytes, text_format: str) -> str:
+    try:
+        captions = captions_of(text, text_format, key)
+        picture = f'<img alt="" src="{_thumbnail(image)}">'
+    except (ValueError, DataError) as error:
+        captions, picture = [], f"<p>cannot be read: {html.escape(str(error))}</p>"
+    said = "".join(f"<p>{html.escape(caption)}</p>" for caption in captions[:5])
+    return f'<div class="sample">{picture}{said}<code>{html.escape(key)}</code></div>'
+
+
+def _thumbnail(raw: bytes) -> str:
+    from data_tools.pixels.decode import data_url, open_image, upright
+
+    return data_url(upright(open_image(raw, least=THUMBNAIL)), THUMBNAIL)

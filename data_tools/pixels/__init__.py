@@ -1,0 +1,1 @@
+"""Image bytes to training pixels: decoding, augmentation, the views of a batch."""

@@ -1,0 +1,1 @@
+"""Altered captions and images that VLDeformer and matching are trained against."""

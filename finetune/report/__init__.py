@@ -1,0 +1,1 @@
+"""Pictures and pages of runs: curves, run reports, comparisons, heat maps."""

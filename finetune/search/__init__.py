@@ -1,0 +1,1 @@
+"""Image search with a checkpoint: embedding a collection, answering a query, showing the answer."""

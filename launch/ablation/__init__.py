@@ -1,0 +1,1 @@
+"""`ligature ablate`: arms with the same seeds, compared in pairs."""

@@ -1,0 +1,1 @@
+"""One file a command of `ligature`; launch/table.py lists them."""

@@ -1,0 +1,1 @@
+"""What follows when a job ends: finished, requeued or held."""

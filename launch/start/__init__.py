@@ -1,0 +1,1 @@
+"""Starting ranks: on this machine, on a list of hosts, under SLURM."""

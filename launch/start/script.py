@@ -1,0 +1,324 @@
+"""The batch script of a job, as text to be read: what it asks of SLURM, the environment, the ranks, and what happens when they end."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.start.config import SlurmConfig
+from runtime.errors import Interrupted, RecipeError, RunHeld, Superseded
+
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One job, or one task of an array: the `ligature` command line of its ranks, and the folder for its script and logs."""
+
+    command: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    tasks: list[Task]
+    """One; of an array, one each, or a single one that reads `$SLURM_ARRAY_TASK_ID`."""
+    array: int
+    """Tasks of the array; 0: no array."""
+    threads: int
+    """Of each rank, for arithmetic on CPUs."""
+    config: SlurmConfig
+    working_folder: Path
+    ligature: str
+    """How the ranks call `ligature`."""
+    resumes: bool
+    """Whether the stage goes on where it was stopped; scoring begins anew, so a time limit that ended it would end it again."""
+
+
+def render(job: Job) -> str:
+    """The whole script."""
+    parts = [_head(job), _environment(job), _tasks(job), MEETING, _ranks(job), SUPERVISION.format(**_codes())]
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def _codes() -> dict[str, int]:
+    kinds = (RecipeError, RunHeld, Superseded, Interrupted)
+    return {kind.__name__: kind.exit_code for kind in kinds}
+
+
+def _head(job: Job) -> str:
+    config, folder = job.config, job.tasks[0].folder
+    torchrun = config.launcher == "torchrun"
+    cores = config.cpus_per_task or 1
+    options = {
+        "job-name": job.name,
+        "chdir": job.working_folder,
+        "output": folder / "logs" / ("job-%A_%a.log" if job.array else "job-%j.log"),
+        "open-mode": "append",
+        "array": f"0-{job.array - 1}" if job.array else None,
+        "nodes": config.nodes,
+        "ntasks-per-node": 1 if torchrun else config.ranks_per_node,
+        "gpus-per-node": ":".join(filter(None, [config.gpu_type, str(config.gpus_per_node)]))
+        if config.gpus_per_node
+        else None,
+        "cpus-per-task": cores * config.ranks_per_node if torchrun else cores,
+        "mem": config.memory,
+        "time": config.time,
+        "partition": config.partition,
+        "account": config.account,
+        "qos": config.qos,
+        "constraint": config.constraint,
+        # Sent to this script alone, which passes it on: srun's tasks of every launcher and container get it then.
+        "signal": f"B:USR1@{config.stop_before}",
+    }
+    lines = [f"#SBATCH --{name}={_spell(value)}" for name, value in options.items() if value is not None]
+    lines += ["#SBATCH --requeue", *(f"#SBATCH {line}" for line in config.sbatch)]
+    return "\n".join(["#!/bin/bash", "# Written by `ligature launch slurm`; launch again rather than edit it.", *lines])
+
+
+def _spell(value: object) -> str:
+    """An option's value; sbatch reads quotes as a shell does."""
+    text = str(value)
+    return (
+        text
+        if all(letter.isalnum() or letter in "-_./:%@+=,^~&|[]*" for letter in text)
+        else '"' + text.replace('"', '\\"') + '"'
+    )
+
+
+def _environment(job: Job) -> str:
+    config = job.config
+    lines = ["# --- environment"]
+    if config.modules:
+        lines.append(f"module load {shlex.join(config.modules)}")
+    if config.conda:
+        lines += ['source "$(conda info --base)/etc/profile.d/conda.sh"', f"conda activate {_shell_path(config.conda)}"]
+    if config.venv:
+        lines.append(f"source {_shell_path(config.venv)}/bin/activate")
+    variables = {"OMP_NUM_THREADS": str(job.threads)}
+    if config.network_interface:
+        variables |= dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), config.network_interface)
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in (variables | config.environment).items()]
+    # Only now: the scripts above trip over variables that are not set.
+    return "\n".join([*lines, *config.setup, "set -u -o pipefail"])
+
+
+def _shell_path(path: str) -> str:
+    """Quoted, but for a leading ~, which the shell is to expand."""
+    return "~/" + shlex.quote(path[2:]) if path.startswith("~/") else shlex.quote(path)
+
+
+def _tasks(job: Job) -> str:
+    lines = ["# --- what to run"]
+    if len(job.tasks) > 1:
+        lines += ["folders=(", *(f"  {shlex.quote(str(task.folder))}" for task in job.tasks), ")"]
+        lines += ["commands=(", *(f"  {shlex.quote(task.command)}" for task in job.tasks), ")"]
+        lines += ["folder=${folders[$SLURM_ARRAY_TASK_ID]}", "command=${commands[$SLURM_ARRAY_TASK_ID]}"]
+    else:
+        lines += [f"folder={shlex.quote(str(job.tasks[0].folder))}", f"command={shlex.quote(job.tasks[0].command)}"]
+    lines += [
+        f"ligature={shlex.quote(job.ligature)}",
+        f"ranks_per_node={job.config.ranks_per_node}",
+        f"world={job.config.world}",
+        f"max_crashes={job.config.max_crashes}",
+        f"resumes={'yes' if job.resumes else ''}",
+        "export folder command ligature ranks_per_node",
+    ]
+    return "\n".join(lines)
+
+
+MEETING = r"""
+# --- where the ranks meet: the first node by its name, or, where names do not resolve, by its address; a port of this start's own
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+start=${SLURM_RESTART_COUNT:-0}
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+if ! getent hosts "$first" > /dev/null; then
+  first=$(scontrol --oneliner show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
+fi
+port=$((20000 + (SLURM_JOB_ID * 7 + start) % 12000))
+while (: > "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do port=$((port + 1)); done
+export MASTER_ADDR=$first MASTER_PORT=$port job start
+mkdir -p "$folder/launch" "$folder/logs"
+events=$folder/launch/events.log
+export exits=$folder/launch/exits-$job-$start
+rm -f "$exits"
+"""
+
+RANK = r"""
+# --- a rank: its place, its node's log, and its exit code written down (the first that failed is the reason, the others follow from it)
+rank=$(cat <<'END'
+PLACE
+exec >> "$folder/logs/${SLURM_ARRAY_TASK_ID:+$SLURM_ARRAY_TASK_ID-}$SLURMD_NODENAME.log" 2>&1
+[ "$LOCAL_RANK" = 0 ] && echo "=== $(date +%FT%T) job $job start $start on $SLURMD_NODENAME: $command"
+process= asked=
+hand_on() { # where processes are tracked by cgroups SLURM signals this shell alone, not what it has started
+  asked=$1
+  [ -z "$process" ] || kill -s "$1" "$process" 2> /dev/null
+}
+for signal in TERM USR1 INT; do trap "hand_on $signal" "$signal"; done
+trap : HUP
+# Its process number and then its exit code come through a pipe: `wait` of bash 5.2 loses the code of what runs in the background where
+# a trap was running as it ended.
+exec {told}< <(
+  trap : TERM USR1 INT HUP
+  (echo "$BASHPID"; eval "exec $ligature $command" >&2)
+  echo $?
+)
+read -r process <&"$told"
+[ -z "$asked" ] || kill -s "$asked" "$process"
+read -r code <&"$told" || code=137
+echo "$code rank $RANK on $SLURMD_NODENAME" >> "$exits"
+exit "$code"
+END
+)
+"""
+
+PLACE = (
+    """export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$ranks_per_node"""
+)
+
+NODE = r"""
+# --- a node: torchrun starts its ranks, and passes on the signals that ask them to stop
+node=$(cat <<'END'
+exec {}
+END
+)
+export rank
+"""
+
+
+def _ranks(job: Job) -> str:
+    config, container = job.config, job.config.container
+    srun = ["srun", "--export=ALL", "--kill-on-bad-exit=1", f"--cpus-per-task={_cores_of_a_task(config)}"]
+    inside: list[str] = []
+    mounts = [
+        f"{path}:{path}" for path in dict.fromkeys(str(p) for p in [job.working_folder, *(t.folder for t in job.tasks)])
+    ]
+    if container.kind == "pyxis":
+        srun += [f"--container-image={container.image}", f"--container-mounts={','.join(mounts + container.mounts)}"]
+        srun += [f"--container-workdir={job.working_folder}", *container.options]
+    elif container.kind == "apptainer":
+        binds = [f"--bind={mount}" for mount in mounts + container.mounts]
+        inside = ["apptainer", "exec", *(["--nv"] if config.gpus_per_node else []), *binds]
+        inside += [f"--pwd={job.working_folder}", *container.options, container.image]
+    # torchrun tells its ranks their places by itself.
+    text = RANK.replace("PLACE\n", "" if config.launcher == "torchrun" else f"{PLACE}\n")
+    what = '"$rank"'
+    if config.launcher == "torchrun":
+        torchrun = ["python", "-m", "torch.distributed.run", f"--nnodes={config.nodes}", "--node-rank=$SLURM_NODEID"]
+        torchrun += [f"--nproc-per-node={config.ranks_per_node}", "--master-addr=$MASTER_ADDR"]
+        torchrun += ["--master-port=$MASTER_PORT"]
+        # As long as SLURM lets them: it kills what overstays by itself.
+        torchrun += [f"--signals-to-handle={SIGNALS}", "--shutdown-timeout=86400", '--no-python bash -c "$rank"']
+        if job.ligature != "ligature":
+            torchrun[0] = job.ligature.split(" -m ")[0]
+        text += NODE.format(" ".join(torchrun))
+        what = '"$node"'
+    lines = "\n".join(f"  {word}" for word in map(shlex.quote, [*srun, *inside]))
+    return text + f"\nranks=(\n{lines}\n  bash -c {what}\n)\n"
+
+
+def _cores_of_a_task(config: SlurmConfig) -> int:
+    """SLURM since 22.05 does not tell srun by itself, and all loader workers share one core then."""
+    return (config.cpus_per_task or 1) * (config.ranks_per_node if config.launcher == "torchrun" else 1)
+
+
+SUPERVISION = r"""
+# --- stop when asked, go on in the next start
+say() {{ echo "$(date +%FT%T) job $job start $start: $*" | tee -a "$events"; }}
+
+ours() {{ # whether this start of the job is SLURM's last word: it was not cancelled, requeued, or started elsewhere meanwhile
+  told=
+  for _ in {{1..60}}; do
+    told=" $(scontrol --oneliner show job "$job") " && break
+    sleep 30 # the controller is away
+  done
+  [[ $told =~ " JobState=RUNNING "|" Reason=TimeLimit " && $told == *" Restarts=$start "* ]]
+}}
+
+requeued= over= told=
+requeue() {{
+  requeued=yes
+  say "$1; requeued, goes on from its last checkpoint"
+  scontrol requeue "$job" || say "cannot be requeued here; launch it again"
+}}
+
+step= asked=
+near_the_limit() {{
+  [ -n "$resumes" ] || return # it has until then to finish
+  asked="the time limit is near"
+  say "asked to stop: $asked"
+  [ -z "$step" ] || kill -USR1 "$step" # srun hands it to the ranks
+}}
+ending() {{ # SLURM has sent the ranks SIGTERM as well, and SIGKILL follows: whoever has not saved by then goes on from further back
+  if ours && [[ $told == *" Reason=TimeLimit "* ]] && [ -z "$resumes" ]; then
+    over=yes
+    say "failed, not requeued: the time limit came, and this stage would begin anew; launch it again with a longer --time"
+  elif ours; then requeue "ended by the time limit before the ranks had stopped"; else say "being ended by SLURM (cancelled, requeued or preempted)"; fi
+}}
+trap near_the_limit USR1
+trap ending TERM
+
+say "started on $SLURM_JOB_NODELIST, ranks meet at $MASTER_ADDR:$MASTER_PORT"
+"${{ranks[@]}}" &
+step=$!
+[ -z "$asked" ] || kill -USR1 "$step"
+while true; do
+  wait "$step"
+  code=$?
+  kill -0 "$step" 2> /dev/null || break # it has ended: `wait` was not merely interrupted by a signal
+done
+wait "$step" 2> /dev/null # where it ended while a signal interrupted `wait`, its own code is still to be had
+last=$?
+first_exit=$(grep -m 1 -v '^0 ' "$exits" 2> /dev/null) # `137 rank 3 on n2`
+finished=$(grep -c '^0 ' "$exits" 2> /dev/null)
+why=${{first_exit%% *}}
+case $last in
+  127) ;; # `wait` had told it already
+  -1 | 255) [ "$finished" = "$world" ] && code=0 || code=${{why:-$code}} ;; # bash 5.2 loses it where a trap was running: the ranks tell
+  *) code=$last ;;
+esac
+why=${{why:-$code}}
+
+last_error() {{ # of this start, in the log of the node whose rank ended first
+  awk '/^=== / {{ found = "" }} /^(ligature[^:]*|srun: error): / || /^[A-Za-z_.]*(Error|Exception)(:|$)/ {{ found = $0 }} END {{ print found }}' \
+    "$folder"/logs/*"${{first_exit##* }}.log" | tail -n 1 | cut -c 1-300
+}}
+
+if [ "$code" = 0 ] && [ "$finished" = "$world" ]; then # srun says 0 as well when it loses a node
+  say "finished"
+  exit 0
+fi
+[ -z "$over" ] || exit "$code"
+if [ -n "$requeued" ] || ! ours; then
+  say "ended with code $why, after SLURM had taken the job away"
+  exit "$code"
+fi
+[ "$why" != 0 ] || why="0, though not every rank has finished"
+case $why in
+  {Interrupted} | 138 | 143) # saved, or a signal came before there was anything to save
+    requeue "stopped: ${{asked:-asked by a signal (preemption)}}"
+    exit {Interrupted} ;;
+  {RecipeError}) say "failed, not requeued: $(last_error)"; exit "$code" ;;
+  {RunHeld} | {Superseded}) say "failed, not requeued, as another process has the run: $(last_error)"; exit "$code" ;;
+esac
+if [ -n "$asked" ]; then
+  requeue "stopped with code $why: $asked"
+  exit {Interrupted}
+fi
+error=$(last_error)
+crash="crashed with code ${{first_exit:-$why}}${{error:+: $error}}"
+crashes=$(awk -v job="$job" '$3 == job && / start [0-9]+: held / {{ n = 0 }} $3 == job && / start [0-9]+: crashed / {{ n++ }} END {{ print n + 1 }}' "$events")
+if [ "$crashes" -le "$max_crashes" ]; then
+  requeue "$crash (crash $crashes of $max_crashes)"
+else
+  say "$crash"
+  say "held after crash $crashes; mend it, then: scontrol release $job"
+  scontrol update JobId="$job" Comment="held after crash $crashes: $crash"
+  scontrol requeuehold "$job"
+fi
+exit $((code ? code : 1))
+"""

@@ -1,0 +1,269 @@
+"""ALBEF's published checkpoints (salesforce/ALBEF, `.pth`) -> a checkpoint of ours to pretrain, fine-tune or evaluate.
+
+Their names become ours: the ViT is timm's already (fused query, key and value); BERT's first layers are the text encoder,
+those with cross-attention the fusion encoder; query, key and value are joined; the decoder of the MLM head is tied to the word
+embeddings. The momentum teacher (`*_m`) and the queues come along. Checkpoints fine-tuned for retrieval, whose text encoder
+has no `bert.` in its names and no MLM head, are read as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_tools.tokenizer import CaptionTokenizer, load_tokenizer
+from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
+from pretrain.model.alignment_model import AlignmentModel, Temperature
+from pretrain.model.image_encoder import interpolate_positions
+from pretrain.weights.load import describe_model
+from pretrain.weights.starting import from_bert
+from runtime.checkpoint import write_checkpoint
+from runtime.errors import CheckpointError
+from runtime.files import read_json
+
+HEADS = {"vision_proj": "image_projection", "text_proj": "text_projection", "itm_head": "matching_head"}
+NOT_WEIGHTS = ("image_queue", "text_queue", "queue_ptr", "idx_queue", "ptr_queue", "temp")
+
+
+@dataclasses.dataclass
+class Albef:
+    """What an ALBEF checkpoint holds, under our names."""
+
+    config: ModelConfig
+    student: dict[str, Tensor]
+    """Without the temperature's parameter, which is a function of `temperature`."""
+    teacher: dict[str, Tensor]
+    queue: dict[str, Tensor] | None
+    temperature: float
+    vocabulary: int
+    unused: list[str]
+
+
+def import_albef(
+    checkpoint: Path,
+    out: Path,
+    tokenizer: str = "bert-base-uncased",
+    bert_config: Path | None = None,
+    image_size: int | None = None,
+    caption_tokens: int = 30,
+    training: str = "pretrained",
+    image_heads: int | None = None,
+) -> list[str]:
+    """Write `checkpoint` as a folder of ours. -> lines that report what was and was not used.
+
+    tokenizer: folder or name; bert_config: ALBEF's `config_bert.json`, for the number of heads (else one for 64 of width);
+    image_size: pixels a side to interpolate position embeddings to; training: what score records say of the model; image_heads: of
+    the image encoder, whose heads are else as wide as the text's.
+    Raises CheckpointError where the file is no ALBEF checkpoint, does not fit tokenizer or configuration, or is fine-tuned and
+    `training` does not say so.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out} exists; choose another folder, or remove it")
+    albef = read_albef(checkpoint, bert_config, image_heads)
+    if caption_tokens > albef.config.text.positions:
+        raise CheckpointError(
+            f"--caption-tokens {caption_tokens} is more than the {albef.config.text.positions} positions of {checkpoint}"
+        )
+    words = load_tokenizer(tokenizer, caption_tokens).without_punctuation()
+    if words.vocabulary != albef.vocabulary:
+        raise CheckpointError(
+            f"{checkpoint} has {albef.vocabulary} words and the tokenizer {tokenizer} {words.vocabulary}; "
+            "give the tokenizer it was trained with (--tokenizer)"
+        )
+    if training == "pretrained" and not any(name.startswith("masked_language_head.") for name in albef.student):
+        raise CheckpointError(
+            f"{checkpoint} has no head for masked words, as ALBEF's checkpoints fine-tuned for retrieval have none; say on what with "
+            "--fine-tuned-on, or its scores would pass for zero-shot"
+        )
+    if image_size is not None:
+        resize(albef, image_size)
+    model, fresh = make_model(albef)
+    write(out, model, albef, words, training)
+    found = [part for part, there in (("teacher", albef.teacher), ("queue", albef.queue)) if there]
+    return [
+        f"{len(albef.student)} tensors and the temperature {albef.temperature:.4f} from {checkpoint}; with them: {', '.join(found) or 'no teacher, no queue'}",
+        f"random, because it has none: {', '.join(fresh) or 'nothing'}",
+        f"not used of it: {', '.join(albef.unused) or 'nothing'}",
+        f"{out}: image {albef.config.image.image_size} px, {albef.config.image.heads} heads, text {albef.config.text.layers} + {albef.config.fusion.layers} layers, {caption_tokens} tokens a caption",
+    ]
+
+
+def read_albef(checkpoint: Path, bert_config: Path | None = None, image_heads: int | None = None) -> Albef:
+    """Read the file, safely (no code in it is run), and find its sizes from the tensors' shapes."""
+    theirs = _load(checkpoint)
+    # `module.` is left by DDP; retrieval checkpoints say `text_encoder.encoder` where others say `text_encoder.bert.encoder`.
+    theirs = {_plain_name(name): tensor for name, tensor in theirs.items()}
+    beside = Path(checkpoint).with_name("config_bert.json")
+    bert = read_json(bert_config or beside) if bert_config or beside.is_file() else {}
+    config = _find_sizes(theirs, bert, image_heads, checkpoint)
+    student, unused = our_names(
+        {name: tensor for name, tensor in theirs.items() if not _of_teacher(name)}, config.text.layers
+    )
+    teacher, _ = our_names(
+        {re.sub(r"^(\w+?)_m\.", r"\1.", name): tensor for name, tensor in theirs.items() if _of_teacher(name)},
+        config.text.layers,
+    )
+    queue = None
+    if "image_queue" in theirs and "text_queue" in theirs:
+        length = theirs["image_queue"].shape[1]
+        queue = {
+            "image": theirs["image_queue"].T.contiguous(),
+            "text": theirs["text_queue"].T.contiguous(),
+            "image_ids": torch.full((length,), -1),  # ALBEF's pretraining queue does not say which images these were
+            "counters": torch.tensor([int(theirs["queue_ptr"]) if "queue_ptr" in theirs else 0, length]),
+        }
+    # ALBEF clamps before a step, not after it, and not at all in fine-tuning: its last value may lie at a bound or beyond.
+    stored = float(theirs["temp"]) if "temp" in theirs else 0.07
+    temperature = min(max(stored, 1.001 * Temperature.low), Temperature.high / 1.001)
+    return Albef(
+        config,
+        student,
+        teacher,
+        queue,
+        temperature,
+        len(student["text_encoder.words.weight"]),
+        sorted(unused),
+    )
+
+
+def our_names(theirs: dict[str, Tensor], text_layers: int) -> tuple[dict[str, Tensor], list[str]]:
+    """ALBEF's tensors (weights, or gradients of them) under our names, and the names that have no place here."""
+    ours: dict[str, Tensor] = {}
+    text: dict[str, Tensor] = {}
+    unused = []
+    for name, tensor in theirs.items():
+        stem, _, kind = name.rpartition(".")
+        if name.startswith("visual_encoder."):
+            ours[f"image_encoder.vit.{name.removeprefix('visual_encoder.')}"] = tensor
+        elif stem in HEADS:
+            ours[f"{HEADS[stem]}.{kind}"] = tensor
+        elif name.startswith("text_encoder."):
+            text[name.removeprefix("text_encoder.")] = tensor
+        elif name not in NOT_WEIGHTS:
+            unused.append(name)
+    for name, tensor in from_bert(text, text_layers).items():
+        layer = re.fullmatch(r"bert\.encoder\.layer\.(\d+)\.crossattention\.(.+)\.(weight|bias)", name)
+        if layer is None:
+            if name.startswith(("text_encoder.", "fusion_encoder.", "masked_language_head.")):
+                ours[name] = tensor
+            elif "position_ids" not in name and "predictions.decoder" not in name:
+                unused.append(f"text_encoder.{name}")
+            continue
+        home = f"fusion_encoder.layers.{int(layer[1]) - text_layers}.cross_attention"
+        part, kind = layer[2], layer[3]
+        if part == "self.key":
+            value = text[name.replace("self.key", "self.value")]
+            ours[f"{home}.key_value.{kind}"] = torch.cat([tensor, value])
+        elif part != "self.value":
+            ours[
+                f"{home}.{ {'self.query': 'query', 'output.dense': 'output', 'output.LayerNorm': 'norm'}[part] }.{kind}"
+            ] = tensor
+    return ours, unused
+
+
+def resize(albef: Albef, image_size: int) -> None:
+    """Interpolate position embeddings; the class token's stays."""
+    patch = albef.config.image.patch
+    assert patch is not None
+    if image_size < patch or image_size % patch:
+        raise CheckpointError(f"--image-size {image_size} is no multiple of the patch of {patch} pixels")
+    name, side = "image_encoder.vit.pos_embed", image_size // patch
+    for weights in (albef.student, albef.teacher):
+        if name in weights:
+            weights[name] = interpolate_positions(weights[name], side)
+    albef.config.image.image_size = image_size
+
+
+def make_model(albef: Albef) -> tuple[AlignmentModel, list[str]]:
+    """-> the student, and the names of what the checkpoint does not have."""
+    albef.config.temperature = albef.temperature
+    model = AlignmentModel(albef.config, albef.vocabulary)
+    own = dict(model.named_parameters())
+    for name, weight in albef.student.items():
+        if name not in own or own[name].shape != weight.shape:
+            wanted = f"{tuple(own[name].shape)} is wanted" if name in own else "there is no such part"
+            raise CheckpointError(f"an ALBEF tensor does not fit: {name} is {tuple(weight.shape)}, {wanted}")
+        own[name].data.copy_(weight)
+    return model, [name for name in own if name not in albef.student and name != "temperature.logit"]
+
+
+def write(out: Path, model: AlignmentModel, albef: Albef, words: CaptionTokenizer, training: str) -> None:
+    tensors: dict[str, dict[str, Tensor]] = {"model": dict(model.named_parameters())}
+    if albef.teacher:
+        tensors["teacher"] = albef.teacher
+    if albef.queue:
+        tensors["queue"] = albef.queue
+    about = describe_model(albef.config, words.caption_tokens, training)
+    write_checkpoint(out, tensors, {"model": about}, words.save)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"no file {path}") from None
+    except Exception as error:  # a file that is something else fails in many ways (KeyError among them)
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{path} is not a checkpoint that loads safely, with tensors alone ({reason})") from error
+    weights = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not any(name.endswith("visual_encoder.cls_token") for name in weights):
+        raise CheckpointError(f"{path} is no ALBEF checkpoint: it has no visual_encoder.cls_token")
+    return weights
+
+
+def _plain_name(name: str) -> str:
+    name = name.removeprefix("module.")
+    return re.sub(r"^(text_encoder(?:_m)?)\.(embeddings|encoder|pooler)\.", r"\1.bert.\2.", name)
+
+
+def _of_teacher(name: str) -> bool:
+    return re.match(r"^\w+_m\.", name) is not None
+
+
+def _find_sizes(
+    theirs: dict[str, Tensor], bert: dict[str, Any], image_heads: int | None, checkpoint: Path
+) -> ModelConfig:
+    """Sizes from shapes. Heads leave no trace in them: BERT's configuration tells, else there is one for 64 of width."""
+    try:
+        patches = theirs["visual_encoder.patch_embed.proj.weight"]
+        width, patch = patches.shape[0], patches.shape[-1]
+        words = theirs["text_encoder.bert.embeddings.word_embeddings.weight"]
+        positions = theirs["text_encoder.bert.embeddings.position_embeddings.weight"]
+        side = math.isqrt(theirs["visual_encoder.pos_embed"].shape[1] - 1)
+        feed_forward = theirs["text_encoder.bert.encoder.layer.0.intermediate.dense.weight"].shape[0]
+        feature_dim = theirs["vision_proj.weight"].shape[0]
+    except KeyError as error:
+        raise CheckpointError(f"{checkpoint} is no ALBEF checkpoint: it has no {error.args[0]}") from None
+    blocks = _count(theirs, r"visual_encoder\.blocks\.(\d+)\.")
+    layers = _count(theirs, r"text_encoder\.bert\.encoder\.layer\.(\d+)\.")
+    crossing = [
+        int(match[1])
+        for name in theirs
+        if (match := re.match(r"text_encoder\.bert\.encoder\.layer\.(\d+)\.crossattention", name))
+    ]
+    first = min(crossing, default=layers)
+    text_width = words.shape[1]
+    heads = int(bert.get("num_attention_heads", max(1, text_width // 64)))
+    head_width = text_width // heads
+    image_heads = image_heads or (width // head_width if width % head_width == 0 else heads)
+    if width % image_heads:
+        raise CheckpointError(f"--image-heads {image_heads} does not divide the image encoder's width of {width}")
+    return ModelConfig(
+        ImageEncoderConfig("vit_base_patch16_224", side * patch, patch, width, blocks, image_heads),
+        TextEncoderConfig(
+            text_width, first, heads, feed_forward, float(bert.get("hidden_dropout_prob", 0.1)), len(positions)
+        ),
+        FusionEncoderConfig(layers=layers - first),
+        feature_dim,
+        codewords=0,
+    )
+
+
+def _count(names: dict[str, Tensor], pattern: str) -> int:
+    return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)

@@ -1,0 +1,43 @@
+"""A known share of images has other images' captions, and nothing is lost."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from data_tools.shapes.wrong_captions import spoil
+from runtime.errors import RecipeError
+from runtime.files import read_json, write_json
+
+
+@pytest.fixture
+def source(tmp_path):
+    images = [{"id": number, "file_name": f"{number}.png"} for number in range(50)]
+    annotations = [{"id": 2 * n + m, "image_id": n, "caption": f"{n} {m}"} for n in range(50) for m in range(2)]
+    write_json(tmp_path / "captions.json", {"images": images, "annotations": annotations})
+    return tmp_path / "captions.json"
+
+
+@pytest.mark.parametrize(("share", "wrong"), [(0.0, 0), (0.2, 10), (0.4, 20), (1.0, 50)])
+def test_so_many_images_have_another_ones_captions(source, tmp_path, share, wrong):
+    assert spoil(source, tmp_path / "out.json", share) == wrong
+    before, after = read_json(source), read_json(tmp_path / "out.json")
+    assert after["images"] == before["images"]
+    said = {image: [one["caption"] for one in after["annotations"] if one["image_id"] == image] for image in range(50)}
+    changed = [image for image, captions in said.items() if not captions[0].startswith(f"{image} ")]
+    assert len(changed) == wrong and all(len(captions) == 2 for captions in said.values())
+    assert Counter(one["caption"] for one in after["annotations"]) == Counter(
+        one["caption"] for one in before["annotations"]
+    )
+
+
+def test_it_is_a_function_of_the_seed_and_refuses_what_cannot_be(source, tmp_path):
+    for number, seed in enumerate((1, 1, 2)):
+        spoil(source, tmp_path / f"{number}.json", 0.2, seed)
+    first, again, other = (read_json(tmp_path / f"{number}.json") for number in range(3))
+    assert first == again != other
+    with pytest.raises(RecipeError, match="not between 0 and 1"):
+        spoil(source, tmp_path / "out.json", 1.5)
+    with pytest.raises(RecipeError, match="none to swap captions with"):
+        spoil(source, tmp_path / "out.json", 0.02)

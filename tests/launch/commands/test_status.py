@@ -1,0 +1,119 @@
+"""`ligature status`: what a run's folder tells, with and without SLURM. `ligature doctor`: what it finds, and says to do."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.cli import main
+from launch.commands import doctor
+
+TRAINING = {"steps": 100, "epochs": 30.0, "global_batch": 32}
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "logs").mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({"training": TRAINING}))
+    lines = [{"step": step, "train/samples_per_second": 64.0, "train/epoch": step / 10} for step in range(1, 41)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "checkpoints" / "latest").write_text("step-00000040\n")
+    return folder
+
+
+def told(capsys, folder: Path) -> dict[str, str]:
+    assert main(["status", str(folder)]) == 0
+    return {line[:11].strip(): line[12:] for line in capsys.readouterr().out.splitlines()}
+
+
+def test_a_run_tells_how_far_it_is(run, capsys):
+    lines = told(capsys, run)
+    assert lines["step"] == "40 of 100 (40 %)" and lines["rate"] == "2 steps/s, 64 samples/s"
+    assert lines["time left"] == "0:30 of training" and lines["checkpoint"].startswith("step-00000040, ")
+    assert "job" not in lines and "last error" not in lines
+
+
+def test_the_steps_of_so_many_epochs_follow_from_those_taken(run, capsys):
+    (run / "config.yaml").write_text(yaml.safe_dump({"training": TRAINING | {"steps": None}}))
+    assert told(capsys, run)["step"] == "40 of 300 (13 %)"  # ten steps an epoch
+
+
+def test_the_last_error_is_of_the_last_start(run, capsys):
+    log = run / "logs" / "n1.log"
+    log.write_text(
+        "=== job 1 start 0\nligature: the old one\n=== job 1 start 1\nValueError: no\nligature: the disk is full\n"
+    )
+    assert told(capsys, run)["last error"] == "ligature: the disk is full (n1.log)"
+    log.write_text(
+        "=== job 1 start 0\nligature: the old one\n=== job 1 start 1\nligature: stopped at step 4 of 9, saved in x\n"
+    )
+    assert "last error" not in told(capsys, run)  # that it stopped when asked is none
+
+
+def test_without_slurm_the_job_is_named(run, capsys, monkeypatch):
+    (run / "launch").mkdir()
+    (run / "launch" / "job.json").write_text('{"job": "7"}')
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert told(capsys, run)["job"] == "7; no SLURM on this machine to ask"
+
+
+def test_a_folder_that_is_no_run_is_one_line(tmp_path, capsys):
+    assert main(["status", str(tmp_path)]) == 2
+    assert "is no run's folder" in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+def test_versions_that_do_not_fit_are_named(monkeypatch):
+    from importlib import metadata
+
+    assert doctor.check_versions().level == "ok"
+    true = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.1" if name == "torch" else true(name))
+    found = doctor.check_versions()
+    assert found.level == "FAIL" and "needs torch" in found.text and "not 0.1" in found.text
+
+
+def test_a_disk_that_is_full_slow_or_closed_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "WRITTEN", doctor.MIB)
+    (found,) = doctor.check_disk(tmp_path / "not" / "there" / "yet")
+    assert found.level == "ok" and str(tmp_path) in found.text and list(tmp_path.iterdir()) == []
+    full = doctor.shutil.disk_usage(tmp_path)._replace(free=doctor.GIB)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: full)
+    (found,) = doctor.check_disk(tmp_path)
+    assert found.level == "FAIL" and "free some" in found.text
+
+
+def test_shards_that_are_cut_short_are_told(drawn, tmp_path):
+    import shutil
+
+    assert doctor.check_data(drawn / "test").level == "ok"
+    copy = tmp_path / "copy"
+    shutil.copytree(drawn / "test", copy)
+    shard = next(copy.glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    found = doctor.check_data(copy)
+    assert found.level == "FAIL" and shard.name in found.text
+
+
+def test_clocks_that_differ_name_the_rank():
+    assert doctor.check_clocks([5.0, 5.0004]).level == "ok"
+    found = doctor.check_clocks([15.0, 5.0, 15.0])
+    assert found.level == "warn" and "10.0 s" in found.text and "rank 1" in found.text
+
+
+def test_ranks_that_cannot_meet_say_what_to_do(capfd, monkeypatch):
+    """Rank 1 of two, alone: nobody answers at its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(doctor, "PATIENCE", 1)
+    assert main(["doctor", "--device", "cpu"]) == 1
+    assert "FAIL" in (said := capfd.readouterr().out) and "all-reduce" in said and "network_interface" in said

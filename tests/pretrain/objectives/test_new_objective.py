@@ -1,0 +1,63 @@
+"""The worked example of docs/codis.md is run as it stands."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+
+from pretrain.config import ObjectivesConfig, OtherObjective
+from runtime.errors import RecipeError
+
+PAGE = (Path(__file__).parents[3] / "docs" / "codis.md").read_text(encoding="utf-8")
+
+
+def block(language: str, holding: str) -> str:
+    return next(code for code in re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL) if holding in code)
+
+
+@pytest.fixture
+def example(tmp_path, monkeypatch):
+    """The page's recipe, its file where Python finds it."""
+    (tmp_path / "uniformity.py").write_text(block("python", "class Uniformity:"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield yaml.safe_load(block("yaml", "others:"))["objectives"]["others"]
+    sys.modules.pop("uniformity", None)
+
+
+def test_the_new_objective_of_the_docs_learns_and_splits(example):
+    task = tiny.task(tiny.recipe(objectives__others=example))
+    whole, _ = task.prepare(tiny.batch(16), 1.0, 16)
+    parts, _ = task.prepare(tiny.batch(16), 1.0, 4)
+    total, figures = task.student(whole[0])
+    plain, _ = tiny.task(tiny.recipe()).student(whole[0])
+    torch.testing.assert_close(total - plain, 0.1 * figures["uniformity"])
+    assert figures["uniformity"].isfinite()
+    total.backward()
+    assert task.student.model.image_projection.weight.grad.any()
+    split = torch.stack([task.student(part)[1]["uniformity"] for part in parts]).mean()
+    torch.testing.assert_close(split, figures["uniformity"])
+
+
+@pytest.mark.parametrize("use", ["uniformity.Uniform", "nowhere.Uniformity", "Uniformity", ""])
+def test_a_class_that_there_is_not_is_one_clear_line(example, use):
+    with pytest.raises(RecipeError, match="objectives.others.mine: cannot make .*name a class as module.Class"):
+        tiny.task(tiny.recipe(objectives__others={"mine": {"use": use}}))
+
+
+def test_an_objective_whose_loss_has_another_name_is_one_clear_line(example):
+    task = tiny.task(tiny.recipe(objectives__others={"spread": example["uniformity"]}))
+    (inputs,), _ = task.prepare(tiny.batch(8), 1.0, 8)
+    with pytest.raises(RecipeError, match="objectives.others.spread gave uniformity, and no `spread`, its loss"):
+        task.student(inputs)
+
+
+@pytest.mark.parametrize("name", ["codebook", "loss"])
+def test_the_name_of_a_figure_that_there_is_is_refused(name):
+    with pytest.raises(RecipeError, match=f"objectives.others.{name} has the name of a figure that there is"):
+        ObjectivesConfig(others={name: OtherObjective("uniformity.Uniformity")})

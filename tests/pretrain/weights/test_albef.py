@@ -1,0 +1,319 @@
+"""Importing ALBEF's checkpoints: other sizes, other resolutions, the files that are refused; and what comes out is a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+
+from launch.cli import main
+from pretrain import load_model
+from pretrain.config import PretrainRecipe
+from pretrain.model.image_encoder import interpolate_positions
+from pretrain.task import PretrainTask
+from pretrain.weights.albef import import_albef, read_albef
+from pretrain.weights.load import find_checkpoint
+from pretrain.weights.starting import load_starting_weights
+from runtime.checkpoint import read_tensors
+from runtime.errors import CheckpointError
+from runtime.ranks import Ranks
+from runtime.recipe import build
+
+
+def published(
+    folder: Path, text: int = 128, vision: int = 64, layers=(3, 1), blocks: int = 2, words: int = 24, **more
+) -> Path:
+    """A checkpoint in ALBEF's layout with random weights, of sizes unlike the fixture's (heads of 64, 3 + 1 layers)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def linear(name: str, out: int, into: int) -> dict[str, Tensor]:
+        return {
+            f"{name}.weight": torch.randn(out, into, generator=generator) * 0.05,
+            f"{name}.bias": torch.randn(out, generator=generator) * 0.05,
+        }
+
+    def norm(name: str, width: int) -> dict[str, Tensor]:
+        return {f"{name}.weight": torch.rand(width, generator=generator) + 0.5, f"{name}.bias": torch.zeros(width)}
+
+    weights: dict[str, Tensor] = {}
+    for suffix in ("", "_m"):
+        image, bert = f"visual_encoder{suffix}", f"text_encoder{suffix}.bert"
+        weights[f"{image}.cls_token"] = torch.randn(1, 1, vision, generator=generator)
+        weights[f"{image}.pos_embed"] = torch.randn(1, 5, vision, generator=generator)
+        weights[f"{image}.patch_embed.proj.weight"] = torch.randn(vision, 3, 16, 16, generator=generator) * 0.05
+        weights[f"{image}.patch_embed.proj.bias"] = torch.zeros(vision)
+        for block in range(blocks):
+            home = f"{image}.blocks.{block}"
+            weights |= norm(f"{home}.norm1", vision) | norm(f"{home}.norm2", vision)
+            weights |= linear(f"{home}.attn.qkv", 3 * vision, vision) | linear(f"{home}.attn.proj", vision, vision)
+            weights |= linear(f"{home}.mlp.fc1", 4 * vision, vision) | linear(f"{home}.mlp.fc2", vision, 4 * vision)
+        weights |= norm(f"{image}.norm", vision)
+        for name, rows in (("word", words), ("position", 40), ("token_type", 2)):
+            weights[f"{bert}.embeddings.{name}_embeddings.weight"] = torch.randn(rows, text, generator=generator)
+        weights |= norm(f"{bert}.embeddings.LayerNorm", text)
+        weights[f"{bert}.embeddings.position_ids"] = torch.arange(40)[None]
+        for number in range(sum(layers)):
+            home = f"{bert}.encoder.layer.{number}"
+            for attention, into in [("attention", text)] + [("crossattention", vision)] * (number >= layers[0]):
+                weights |= linear(f"{home}.{attention}.self.query", text, text)
+                weights |= linear(f"{home}.{attention}.self.key", text, into)
+                weights |= linear(f"{home}.{attention}.self.value", text, into)
+                weights |= linear(f"{home}.{attention}.output.dense", text, text)
+                weights |= norm(f"{home}.{attention}.output.LayerNorm", text)
+            weights |= linear(f"{home}.intermediate.dense", 3 * text, text)
+            weights |= linear(f"{home}.output.dense", text, 3 * text) | norm(f"{home}.output.LayerNorm", text)
+        head = f"text_encoder{suffix}.cls.predictions"
+        weights |= linear(f"{head}.transform.dense", text, text) | norm(f"{head}.transform.LayerNorm", text)
+        weights[f"{head}.bias"] = weights[f"{head}.decoder.bias"] = torch.zeros(words)
+        weights[f"{head}.decoder.weight"] = weights[f"{bert}.embeddings.word_embeddings.weight"]
+        weights |= linear(f"vision_proj{suffix}", 20, vision) | linear(f"text_proj{suffix}", 20, text)
+    weights |= linear("itm_head", 2, text)
+    weights["temp"] = torch.tensor(0.031)
+    weights["image_queue"], weights["text_queue"] = (
+        functional.normalize(torch.randn(20, 12, generator=generator), dim=0) for _ in range(2)
+    )
+    weights["queue_ptr"] = torch.tensor([6])
+    folder.mkdir(exist_ok=True)
+    torch.save({"model": weights | more, "epoch": 3}, folder / "ALBEF.pth")
+    tiny.tokenizer().save(folder)
+    return folder / "ALBEF.pth"
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("albef")
+    import_albef(published(folder), folder / "out", str(folder), caption_tokens=tiny.CAPTION_WORDS)
+    return folder / "out"
+
+
+def test_sizes_of_another_checkpoint_are_found(imported):
+    config = load_model(imported).network.config
+    assert (config.image.image_size, config.image.width, config.image.depth, config.image.heads) == (32, 64, 2, 1)
+    assert (config.text.width, config.text.layers, config.text.heads, config.text.feed_forward) == (128, 3, 2, 384)
+    assert (config.fusion.layers, config.feature_dim, config.text.positions, config.codewords) == (1, 20, 40, 0)
+
+
+def test_it_encodes_matches_and_holds_teacher_and_queue(imported):
+    model = load_model(imported)
+    torch.testing.assert_close(model.network.temperature(), torch.tensor([0.031]))
+    images = tiny.batch(2)["images"][0]
+    assert model.encode_image(images).norm(dim=-1).allclose(torch.ones(2))
+    assert 0 < float(model.match(images, ["a red square", "two circle"])[0]) < 1
+    queue, teacher = read_tensors(imported, "queue"), read_tensors(imported, "teacher")
+    assert queue["image"].shape == (12, 20) and queue["counters"].tolist() == [6, 12]
+    recipe = build(PretrainRecipe, {"model": vars(model.network.config) | {"image": vars(model.network.config.image), "text": vars(model.network.config.text), "fusion": vars(model.network.config.fusion)}, "teacher": {"queue": 12}, "objectives": {"codebook": {"weight": 0.0}}, "training": {"precision": "fp32"}})  # fmt: skip
+    task = PretrainTask(recipe, model.network, model.tokenizer, Ranks(), torch.device("cpu"))
+    task.teacher.load(teacher)
+    task.queue.load_state_dict(queue)
+    (inputs,), _ = task.prepare(tiny.batch(4), 1.0, 4)
+    assert len(inputs.keys.image_ids) == 16
+
+
+def test_pretraining_goes_on_from_it(imported, drawn, tmp_path):
+    """At rate 0 and momentum 1 what a step saves is what the run began from; the codebook alone is new."""
+    sizes = [
+        f"--model.{key}={value}"
+        for key, value in {
+            "image.architecture": "vit_base_patch16_224", "image.image_size": 32, "image.patch": 16, "image.width": 64,
+            "image.depth": 2, "image.heads": 1, "text.width": 128, "text.layers": 3, "text.heads": 2,
+            "text.feed_forward": 384, "text.positions": 40, "fusion.layers": 1, "feature_dim": 20, "codewords": 8,
+        }.items()
+    ]  # fmt: skip
+    asked = ["--data.train", str(drawn / "train"), "--data.caption_tokens", "20", "--data.workers", "0"]
+    asked += ["--training.global_batch", "8", "--training.steps", "1", "--training.precision", "fp32"]
+    asked += [
+        "--training.device",
+        "cpu",
+        "--optimizer.lr",
+        "0",
+        "--optimizer.min_lr",
+        "0",
+        "--teacher.ema_momentum",
+        "1",
+    ]
+    start = ["--checkpoint", str(imported), "--runs", str(tmp_path), "--name", "further"]
+    assert main(["pretrain", *start, *sizes, *asked]) == 0
+    for name in ("model", "teacher"):
+        theirs, ours = read_tensors(imported, name), read_tensors(find_checkpoint(tmp_path / "further"), name)
+        assert ours.keys() - theirs.keys() == ({"codebook"} if name == "model" else set())
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_the_joined_matrices_are_theirs_side_by_side(tmp_path):
+    path = published(tmp_path)
+    theirs, ours = torch.load(path, weights_only=True)["model"], read_albef(path)
+    layer = "text_encoder.bert.encoder.layer.3.crossattention.self"
+    joined = torch.cat([theirs[f"{layer}.{name}.weight"] for name in ("key", "value")])
+    assert torch.equal(ours.student["fusion_encoder.layers.0.cross_attention.key_value.weight"], joined)
+    joined = torch.cat(
+        [
+            theirs[f"text_encoder_m.bert.encoder.layer.1.attention.self.{name}.bias"]
+            for name in ("query", "key", "value")
+        ]
+    )
+    assert torch.equal(ours.teacher["text_encoder.layers.1.self_attention.query_key_value.bias"], joined)
+    assert ours.unused == []
+
+
+def test_position_embeddings_are_interpolated_to_another_resolution(tmp_path):
+    path = published(tmp_path)
+    import_albef(path, tmp_path / "out", str(tmp_path), image_size=64, caption_tokens=10)
+    found = load_file(tmp_path / "out" / "model.safetensors")["image_encoder.vit.pos_embed"]
+    theirs = torch.load(path, weights_only=True)["model"]["visual_encoder.pos_embed"]
+    grid = functional.interpolate(theirs[:, 1:].view(1, 2, 2, -1).permute(0, 3, 1, 2), 4, mode="bicubic")
+    assert torch.equal(found[:, :1], theirs[:, :1]) and found.shape == (1, 17, 64)
+    torch.testing.assert_close(found[0, 1:], grid[0].flatten(1).T)
+    assert torch.equal(interpolate_positions(theirs, 2), theirs)
+    assert load_model(tmp_path / "out").encode_image(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 20)
+    for size in (50, 0, -64):
+        with pytest.raises(CheckpointError, match="no multiple of the patch"):
+            import_albef(path, tmp_path / "other", str(tmp_path), image_size=size, caption_tokens=10)
+
+
+def test_position_embeddings_are_interpolated_alike_by_whoever_does_it(imported, tmp_path):
+    """At import, where a model is loaded at another size, and where a run begins from a file of the image encoder's weights."""
+    path = published(tmp_path)
+    import_albef(path, tmp_path / "out", str(tmp_path), image_size=64, caption_tokens=10)
+    name = "image_encoder.vit.pos_embed"
+    wanted = load_file(tmp_path / "out" / "model.safetensors")[name]
+    loaded = load_model(imported, image_size=64).network
+    torch.testing.assert_close(loaded.image_encoder.vit.pos_embed.data, wanted)
+    vit = {key.removeprefix("visual_encoder."): weight for key, weight in torch.load(path, weights_only=True)["model"].items() if key.startswith("visual_encoder.")}  # fmt: skip
+    torch.save(vit, tmp_path / "vit.pth")
+    sizes = {"image_size": 64, "patch": 16, "width": 64, "depth": 2, "heads": 1, "weights": str(tmp_path / "vit.pth")}
+    model = tiny.model(tiny.recipe(model__image={"architecture": "vit_tiny_patch16_224", **sizes}))
+    load_starting_weights(model)
+    torch.testing.assert_close(model.image_encoder.vit.pos_embed.data, wanted)
+
+
+@pytest.mark.parametrize(
+    ("stated", "asked", "heads"), [({}, None, (1, 2)), ({"num_attention_heads": 4}, None, (2, 4)), ({}, 4, (4, 2))]
+)
+def test_heads_of_the_image_encoder_are_as_wide_as_the_texts_unless_told(tmp_path, stated, asked, heads):
+    path = published(tmp_path)
+    (tmp_path / "config_bert.json").write_text(json.dumps(stated))
+    config = read_albef(path, image_heads=asked).config
+    assert (config.image.heads, config.text.heads) == heads
+    with pytest.raises(CheckpointError, match="--image-heads 5 does not divide"):
+        read_albef(path, image_heads=5)
+
+
+@pytest.mark.parametrize(("stored", "read"), [(0.0005, 0.001), (0.001, 0.001), (0.5, 0.5), (0.7, 0.5), (0.07, 0.07)])
+def test_a_temperature_at_a_bound_or_beyond_is_brought_within(tmp_path, stored, read):
+    path = published(tmp_path, temp=torch.tensor(stored))
+    import_albef(path, tmp_path / "out", str(tmp_path), caption_tokens=10)
+    assert float(load_model(tmp_path / "out").network.temperature()) == pytest.approx(read, rel=2e-3)
+
+
+def test_captions_are_read_without_punctuation_and_fit_the_positions(imported, tmp_path):
+    model = load_model(imported)
+    assert model.tokenizer.encode(["a red, (square)!"]) == model.tokenizer.encode(["a red square"])
+    with pytest.raises(CheckpointError, match="--caption-tokens 41 is more than the 40 positions"):
+        import_albef(published(tmp_path), tmp_path / "out", str(tmp_path), caption_tokens=41)
+
+
+def test_a_retrieval_checkpoint_without_mlm_head_and_teacher_is_read_and_says_so(tmp_path):
+    path = published(tmp_path)
+    weights = torch.load(path, weights_only=True)["model"]
+    kept = {
+        name.replace("text_encoder.bert.", "text_encoder."): tensor
+        for name, tensor in weights.items()
+        if "_m." not in name and ".cls." not in name and "queue" not in name
+    }
+    torch.save(kept, path)
+    with pytest.raises(CheckpointError, match="has no head for masked words.*say on what with --fine-tuned-on"):
+        import_albef(path, tmp_path / "out", str(tmp_path), caption_tokens=10)
+    report = import_albef(path, tmp_path / "out", str(tmp_path), caption_tokens=10, training="fine-tuned-on coco")
+    assert "no teacher, no queue" in report[0] and "masked_language_head.dense.weight" in report[1]
+    assert load_model(tmp_path / "out").training == "fine-tuned-on coco"
+    assert not (tmp_path / "out" / "teacher.safetensors").exists()
+
+
+def test_what_does_not_belong_is_told_and_what_does_not_fit_is_refused(tmp_path):
+    path = published(tmp_path, stray=torch.zeros(1))
+    assert read_albef(path).unused == ["stray"]
+    (tmp_path / "vocab").mkdir()
+    (tmp_path / "vocab" / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one"]))
+    with pytest.raises(CheckpointError, match="has 24 words and the tokenizer .* 6"):
+        import_albef(path, tmp_path / "out", str(tmp_path / "vocab"))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "config_bert.json").write_text(json.dumps({"num_attention_heads": 8}))
+    assert read_albef(path).config.text.heads == 8
+
+
+def test_files_that_are_no_albef_are_refused_in_one_line(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "other.pth")
+    for name in ("evil.pth", "text.pth", "other.pth", "missing.pth"):
+        assert main(["import", "albef", str(tmp_path / name), str(tmp_path / "out")]) == 1
+        said = capsys.readouterr()
+        assert said.err.startswith("ligature: ") and said.err.count("\n") == 1 and "executed" not in said.out
+    assert main(["import", "clip", "a", "b"]) == 2
+
+
+def test_export_holds_the_model_alone_and_loads_back(imported, tmp_path, capsys):
+    assert main(["export", str(imported), str(tmp_path / "plain")]) == 0
+    assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == [
+        "manifest.json",
+        "model.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    images = tiny.batch(3)["images"][0]
+    assert torch.equal(load_model(tmp_path / "plain").encode_image(images), load_model(imported).encode_image(images))
+    assert main(["export", str(imported), str(tmp_path / "plain")]) == 1 and "exists" in capsys.readouterr().err
+
+
+def test_the_imported_folder_evaluates_and_fine_tunes(imported, drawn, tmp_path, capsys):
+    small = [
+        "--training.global_batch",
+        "8",
+        "--training.steps",
+        "1",
+        "--training.precision",
+        "fp32",
+        "--training.device",
+        "cpu",
+    ]
+    places = [
+        "--checkpoint",
+        str(imported),
+        "--dataset",
+        "shapes",
+        "--data.train",
+        str(drawn / "train"),
+        "--data.workers",
+        "0",
+    ]
+    assert main(["finetune", "--runs", str(tmp_path), "--name", "tuned", *places, *small]) == 0
+    record = [
+        "--data",
+        str(drawn / "test"),
+        "--dataset",
+        "shapes",
+        "--split",
+        "test",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    for source in (imported, tmp_path / "tuned"):
+        out = tmp_path / f"{source.name}.json"
+        assert (
+            main(["evaluate", "--checkpoint", str(source), "--out", str(out), "--heads", "[dual, fusion]", *record])
+            == 0
+        )
+        assert 0 <= json.loads(out.read_text())["rsum"] <= 600
+    assert json.loads(out.read_text())["training"] == "fine-tuned-on shapes"
