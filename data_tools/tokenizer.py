@@ -42,7 +42,7 @@ class CaptionTokenizer:
         """Token ids of each caption, [CLS] first and [SEP] last, not padded."""
         return [encoding.ids for encoding in self.pipeline.encode_batch(captions)]
 
-    def truncated(self, captions: list[str]) -> int:
+    def count_truncated(self, captions: list[str]) -> int:
         """How many captions are longer than `caption_tokens`, so that their end is not read."""
         return sum(bool(encoding.overflowing) for encoding in self.pipeline.encode_batch(captions))
 
@@ -53,9 +53,9 @@ class CaptionTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self.pipeline.decode(list(ids))
 
-    def without_punctuation(self) -> CaptionTokenizer:
+    def drop_punctuation(self) -> CaptionTokenizer:
         """Reads captions from now on as ALBEF's `pre_caption` leaves them; its cut to 30 words is that to `caption_tokens` here."""
-        self.pipeline.normalizer = _without_punctuation(self.pipeline.normalizer)
+        self.pipeline.normalizer = _strip_punctuation(self.pipeline.normalizer)
         return self
 
     def save(self, folder: Path) -> None:
@@ -63,7 +63,7 @@ class CaptionTokenizer:
         write_text(Path(folder) / "tokenizer.json", self.pipeline.to_str())
 
 
-def _without_punctuation(then: normalizers.Normalizer | None) -> normalizers.Normalizer:
+def _strip_punctuation(then: normalizers.Normalizer | None) -> normalizers.Normalizer:
     first = [
         normalizers.Replace(Regex(r"[,.'!?\"()*#:;~]"), ""),
         normalizers.Replace(Regex("[-/]"), " "),
@@ -83,12 +83,12 @@ def train_tokenizer(
     captions: Iterable[str], vocabulary: int, caption_tokens: int, punctuation: bool = True
 ) -> CaptionTokenizer:
     """Learn a lower-case WordPiece vocabulary of at most `vocabulary` tokens, BERT's special tokens first, then single
-    letters. The same captions give the same vocabulary. punctuation: off, it is neither learned nor read (`without_punctuation`)."""
+    letters. The same captions give the same vocabulary. punctuation: off, it is neither learned nor read (`drop_punctuation`)."""
     captions = list(captions)
     pipeline = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     pipeline.normalizer = normalizers.BertNormalizer(lowercase=True)
     if not punctuation:
-        pipeline.normalizer = _without_punctuation(pipeline.normalizer)
+        pipeline.normalizer = _strip_punctuation(pipeline.normalizer)
     pipeline.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     pipeline.decoder = decoders.WordPiece()
 

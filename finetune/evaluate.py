@@ -209,7 +209,7 @@ SCORERS = {"dual": score_dual, "hat": score_hat, "vldeformer": score_vldeformer}
 
 def _truncated(tokenizer: Any, collection: Collection, ranks: Ranks) -> dict[str, Any]:
     """How many captions the model cannot read whole: said, and put into the record."""
-    cut = tokenizer.truncated(collection.captions)
+    cut = tokenizer.count_truncated(collection.captions)
     if cut and ranks.first:
         print(
             f"captions longer than {tokenizer.caption_tokens} tokens, whose end is not read: {cut:,} of {len(collection.captions):,}",

@@ -159,7 +159,7 @@ def prepare_tokenizer(
         else:
             made = load_tokenizer(source or recipe.data.tokenizer, recipe.data.caption_tokens)
             if not recipe.data.punctuation:
-                made.without_punctuation()
+                made.drop_punctuation()
         made.save(run.path)
     barrier()
     return load_tokenizer(run.path, recipe.data.caption_tokens)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_tools.pixels.decode import decode_image
-from data_tools.shards.manifest import Manifest, image_number, read_manifest
+from data_tools.shards.manifest import Manifest, hash_image_id, read_manifest
 from data_tools.shards.reader import RawSample, ShardReader
 from data_tools.sources import Choice, clean_caption, collect, detect_kind, safe_key
 from data_tools.sources.items import Dropped
@@ -68,7 +68,7 @@ class CaptionFile:
         key, captions, read = self.samples[sample]
         assert read is not None, "opened for its captions only"
         text = json.dumps({"captions": captions}).encode()
-        return RawSample(key, self.path.name, read(), text, "json", image_number(key))
+        return RawSample(key, self.path.name, read(), text, "json", hash_image_id(key))
 
 
 def open_collection(
@@ -107,7 +107,7 @@ class Collection(Dataset):
 
     def __init__(self, source: str | Path | Manifest | CaptionFile, captions_per_image: int | None = None) -> None:
         self.reader = source if isinstance(source, CaptionFile) else ShardReader(source)
-        self.place = self.reader.path if isinstance(self.reader, CaptionFile) else self.reader.where
+        self.place = self.reader.path if isinstance(self.reader, CaptionFile) else self.reader.location
         self.transform: Callable | None = None
         lists = [self.reader.captions(sample)[:captions_per_image] for sample in range(len(self.reader))]
         self.captions = [caption for captions in lists for caption in captions]

@@ -124,7 +124,7 @@ class ShardGallery(Gallery):
         try:
             return self.reader.key(number)
         except DataError:  # its index is gone or broken, and so is the sample
-            shard, row = self.reader.place(number)
+            shard, row = self.reader.locate(number)
             return f"{self.reader.shard(shard)[1].name}, sample {row}"
 
     def captions(self, number: int) -> list[str]:

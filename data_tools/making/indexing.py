@@ -18,7 +18,7 @@ from data_tools.shards.manifest import (
     Manifest,
     Shard,
     ShardIndex,
-    image_number,
+    hash_image_id,
     read_index,
     read_index_note,
     read_manifest,
@@ -97,9 +97,7 @@ def _index(tasks: Sequence[_Task], workers: int, piece: tuple[int, int]) -> list
 def _index_tar(task: _Task) -> _Indexed:
     contents = walk_tar(task.tar)
     lines = [_line(task.tar.name, problem, BROKEN) for problem in contents.problems]
-    lines += [
-        _line(f"{task.tar.name}/{name}", "not a plain file: never read", NOT_PLAIN) for name in contents.passed_over
-    ]
+    lines += [_line(f"{task.tar.name}/{name}", "not a plain file: never read", NOT_PLAIN) for name in contents.skipped]
     rows: list[tuple] = []
     image_ids: list[str] = []
     renamed, named, taken, samples = 0, False, set[str](), 0
@@ -204,7 +202,7 @@ def _keys_meet(tasks: Sequence[_Task]) -> bool:
     """Whether two tars have the same key. Holds 8 bytes a sample."""
     import numpy as np
 
-    numbers = [np.fromiter(map(image_number, read_index(task.index).key), np.int64) for task in tasks]
+    numbers = [np.fromiter(map(hash_image_id, read_index(task.index).key), np.int64) for task in tasks]
     every = np.concatenate(numbers)
     return len(np.unique(every)) < len(every)
 

@@ -251,7 +251,7 @@ class ShardIndex:
     captions: np.ndarray
     """(samples,) int32, how many captions the sample has."""
     image_id: np.ndarray
-    """(samples,) int64, 0 or more: `image_number` of what the source calls the image. Samples with the same number show
+    """(samples,) int64, 0 or more: `hash_image_id` of what the source calls the image. Samples with the same number show
     the same picture. A folder of an older Ligature has its keys' numbers here, all different."""
 
     def __len__(self) -> int:
@@ -264,7 +264,7 @@ class ShardIndex:
         import numpy as np
 
         named = image_ids if image_ids is not None else [row[0] for row in rows]
-        full = [(*row, image_number(name)) for row, name in zip(rows, named, strict=True)]
+        full = [(*row, hash_image_id(name)) for row, name in zip(rows, named, strict=True)]
         values = list(zip(*full, strict=True)) or [()] * len(_COLUMNS)
         columns: dict[str, Any] = {}
         for (name, kind), column in zip(_COLUMNS.items(), values, strict=True):
@@ -272,7 +272,7 @@ class ShardIndex:
         return cls(**columns)
 
 
-def image_number(image_id: str) -> int:
+def hash_image_id(image_id: str) -> int:
     """A source's image id (any text) -> 63 bits of its BLAKE2b: the same in every shard and on every machine."""
     return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "big") >> 1
 
@@ -321,7 +321,7 @@ def read_columns(source: Path | BinaryIO, columns: Sequence[str] = (), name: str
         raise DataError(f"{name} is no shard index: it has no column {missing[0]!r}")
     if missing:  # written before indexes had image ids
         keys = table.column("key").to_pylist()
-        table = table.append_column("image_id", pa.array([image_number(key) for key in keys], pa.int64()))
+        table = table.append_column("image_id", pa.array([hash_image_id(key) for key in keys], pa.int64()))
     return table
 
 

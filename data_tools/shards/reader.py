@@ -150,7 +150,7 @@ class ShardReader:
         return {**self.__dict__, "_tars": OrderedDict(), "_parts": OrderedDict()}
 
     @property
-    def where(self) -> str:
+    def location(self) -> str:
         """The folders, for messages."""
         return " + ".join(self.roots)
 
@@ -163,13 +163,13 @@ class ShardReader:
         folder = int(np.searchsorted(self._first_shards, number, side="right")) - 1
         return folder, self.manifests[folder].shards[number - int(self._first_shards[folder])]
 
-    def place(self, sample: int) -> tuple[int, int]:
+    def locate(self, sample: int) -> tuple[int, int]:
         """(shard number, row in the shard)."""
         shard = int(np.searchsorted(self._ends, sample, side="right"))
         return shard, sample - int(self.first_samples[shard])
 
     def key(self, sample: int) -> str:
-        shard, row = self.place(sample)
+        shard, row = self.locate(sample)
         part = self._part(shard, row // PART_ROWS)
         if part.reason:
             raise DataError(part.reason)
@@ -177,14 +177,14 @@ class ShardReader:
 
     def captions(self, sample: int) -> list[str]:
         """A sample's captions, without reading its image."""
-        found = self._read(*self.place(sample), with_image=False)
+        found = self._read(*self.locate(sample), with_image=False)
         if isinstance(found, BrokenSample):
             raise found
         return found.captions
 
     def __getitem__(self, sample: int) -> RawSample:
         """Raises BrokenSample."""
-        found = self._read(*self.place(sample))
+        found = self._read(*self.locate(sample))
         if isinstance(found, BrokenSample):
             raise found
         return found

@@ -35,7 +35,7 @@ class TarContents:
     members: list[Member] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     """What is broken, in words, with the place; nothing when the tar is whole."""
-    passed_over: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
     """Members that are links, devices, sparse, or named to lie elsewhere: never read."""
 
 
@@ -101,7 +101,7 @@ def _walk(path: str | Path, data: mmap.mmap, found: TarContents) -> None:
                 if plain:
                     found.members.append(Member(name, body, size))
                 else:
-                    found.passed_over.append(name)
+                    found.skipped.append(name)
             long_name, real_size, sparse = None, None, False
     if broken_since >= 0:
         found.problems.append(f"broken header at byte {broken_since:,}: nothing readable after it")

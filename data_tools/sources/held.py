@@ -89,7 +89,7 @@ def webdataset_tars(annotation: Path, choice: Choice, dropped: Dropped) -> Itera
                 wrong += [f"{tar.name}: {problem}" for problem in part.problems]
                 for problem in part.problems:
                     dropped.image(tar.name, problem, "broken places in tars")
-                for name in part.passed_over:
+                for name in part.skipped:
                     dropped.image(f"{tar.name}/{name}", "not a plain file: never read", "links, devices and odd paths")
                 for name in part.no_image:
                     dropped.image(f"{tar.name}/{name}", "no image", "captions without an image")
@@ -106,7 +106,7 @@ class _Listed:
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.problems: list[str] = []
-        self.passed_over: list[str] = []
+        self.skipped: list[str] = []
         self.no_image: list[str] = []
         self.samples = 0
 
@@ -117,7 +117,7 @@ def _list_numbered(task: tuple[int, Path]) -> _Listed:
 
 def _list_tar(tar: Path) -> _Listed:
     found, contents = _Listed(), walk_tar(tar)
-    found.problems, found.passed_over = contents.problems, contents.passed_over
+    found.problems, found.skipped = contents.problems, contents.skipped
     path = str(tar.resolve())
     for group in group_members(contents.members):
         if group.image is None:

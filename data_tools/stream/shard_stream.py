@@ -212,7 +212,7 @@ class ShardStream:
             )
         if state["fingerprint"] != self.data.fingerprint:
             raise DataError(
-                f"{self.reader.where} is not the data this run was reading (its manifest, filter, captions or weights differ); "
+                f"{self.reader.location} is not the data this run was reading (its manifest, filter, captions or weights differ); "
                 "set `data` back to what it was"
             )
         walk = self.examples.walk
@@ -248,7 +248,7 @@ class ShardStream:
         if len(self.bad) > self.max_bad_share * samples:
             where = f", listed in {self.quarantine.path}" if self.quarantine else ""
             raise DataError(
-                f"{len(self.bad):,} of {samples:,} samples of {self.reader.where} cannot be read, more than "
+                f"{len(self.bad):,} of {samples:,} samples of {self.reader.location} cannot be read, more than "
                 f"max_bad_share {self.max_bad_share:.2%}{where}; shard them again, or raise the share"
             )
 

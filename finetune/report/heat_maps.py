@@ -31,7 +31,7 @@ def attention_maps(hat: LoadedHat, image: Image.Image, caption: str) -> tuple[li
     if hat.model.config.attention == "mean":
         raise RecipeError(f"{hat.folder} compares mean tokens (hat.attention is `mean`): there is no attention to show")
     ids, mask = hat.tokenizer([caption])
-    if hat.tokenizer.truncated([caption]):
+    if hat.tokenizer.count_truncated([caption]):
         print(f"the caption is longer than {hat.tokenizer.caption_tokens} tokens: its end is not read", file=sys.stderr)
     pixels = EvaluationTransform(hat.model.encoders.image_size)(image)[None]
     levels = zip(hat.model.image_levels(pixels), hat.model.text_levels(ids, mask), strict=True)

@@ -70,7 +70,7 @@ def import_albef(
         raise CheckpointError(
             f"--caption-tokens {caption_tokens} is more than the {albef.config.text.positions} positions of {checkpoint}"
         )
-    words = load_tokenizer(tokenizer, caption_tokens).without_punctuation()
+    words = load_tokenizer(tokenizer, caption_tokens).drop_punctuation()
     if words.vocabulary != albef.vocabulary:
         raise CheckpointError(
             f"{checkpoint} has {albef.vocabulary} words and the tokenizer {tokenizer} {words.vocabulary}; "

@@ -50,9 +50,9 @@ def test_without_punctuation_it_reads_what_albef_leaves_of_a_caption(tmp_path, c
     def trained() -> CaptionTokenizer:
         return train_tokenizer([caption, left, "a , dog"], 200, 40)
 
-    without = trained().without_punctuation()
+    without = trained().drop_punctuation()
     assert without.encode([caption]) == trained().encode([left])
-    assert without.without_punctuation().encode([caption]) == trained().encode([left])
+    assert without.drop_punctuation().encode([caption]) == trained().encode([left])
     without.save(tmp_path)
     assert load_tokenizer(tmp_path, 40).encode([caption]) == trained().encode([left])
 

@@ -79,7 +79,7 @@ def test_a_folder_that_is_no_checkpoint(drawn, tmp_path, capfd):
 def test_a_broken_image_in_the_test_set_is_refused_by_its_key(drawn, captions, tmp_path, capfd, workers):
     shutil.copytree(drawn / "test", tmp_path / "test")
     reader = ShardReader(tmp_path / "test")
-    shard, row = reader.place(5)
+    shard, row = reader.locate(5)
     entry = reader.shard(shard)[1]
     index = read_index(tmp_path / "test" / entry.index)
     with open(tmp_path / "test" / entry.name, "r+b") as file:

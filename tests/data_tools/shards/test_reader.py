@@ -57,7 +57,7 @@ def test_samples_are_numbered_through_the_shards(folder):
     reader = ShardReader(folder)
     assert len(reader) == 2 * len(TEXTS)
     assert [reader.key(sample) for sample in (0, 1, 9, 10, 16)] == ["one0", "two0", "one1", "two1", "a_string1"]
-    assert reader.place(8) == (0, 8) and reader.place(9) == (1, 0)
+    assert reader.locate(8) == (0, 8) and reader.locate(9) == (1, 0)
 
 
 def test_a_sample_has_its_bytes_and_its_captions(folder):

@@ -20,7 +20,7 @@ from data_tools import ShardStream
 from data_tools.config import AugmentConfig
 from data_tools.making.writer import write_shards
 from data_tools.pixels.transforms import TrainTransform
-from data_tools.shards.manifest import image_number, read_index, read_manifest
+from data_tools.shards.manifest import hash_image_id, read_index, read_manifest
 from data_tools.shards.reader import ShardReader
 from data_tools.sources import CaptionedImage
 from data_tools.stream.order import SampleOrder
@@ -266,7 +266,7 @@ def test_images_belong_to_their_keys_and_ids_to_their_samples(folders):
     batches, _ = take(folders[37], 8, 5)
     for batch in batches:
         for key, image, number in zip(batch["keys"], batch["images"], batch["image_ids"].tolist(), strict=True):
-            assert image.getpixel((0, 0))[0] == int(key[1:]) and number == image_number(str(int(key[1:])))
+            assert image.getpixel((0, 0))[0] == int(key[1:]) and number == hash_image_id(str(int(key[1:])))
 
 
 def test_a_batch_holds_views_and_tokens(drawn):
