@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from benchmarks.ratios import Ratios
-from data_tools.shapes.scenes import write_source
+from data_tools.shapes.source import write_source
 
 HELP_AIM, STEP_AIM = 0.5, 15.0
 SHOWN = (

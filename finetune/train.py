@@ -14,7 +14,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from data_tools.in_order.collection import validation_collection
-from data_tools.pixels.packed import views_on
+from data_tools.pixels.packed import render_views
 from data_tools.pixels.transforms import TrainTransform
 from data_tools.stream.order import derived_seed, uniforms
 from data_tools.stream.shard_stream import ShardStream, open_stream
@@ -138,7 +138,7 @@ def retrieval_batch(batch: dict[str, Any], seed: int, device: torch.device) -> M
     draws = torch.from_numpy(uniforms(derived_seed(seed, NEGATIVES), batch["positions"].numpy(), 2)).to(device)
     nothing = torch.empty(0, device=device)
     return MicroBatch(
-        images=views_on(batch["images"], device)[0],
+        images=render_views(batch["images"], device)[0],
         text=TextBatch(batch["ids"].to(device), batch["mask"].to(device)),
         image_ids=ids,
         rows=torch.arange(len(ids), device=device),

@@ -25,7 +25,8 @@ def shard(arguments: list[str]) -> None:
 
 
 def shapes(arguments: list[str]) -> None:
-    from data_tools.shapes.scenes import SPLITS, write_source
+    from data_tools.shapes.scenes import SPLITS
+    from data_tools.shapes.source import write_source
     from runtime.recipe import OptionParser
 
     parser = OptionParser(
@@ -53,10 +54,10 @@ def shapes(arguments: list[str]) -> None:
         raise RecipeError(f"--wrong is {bad[0]}; it is a percentage above 0, 100 at most")
     write_source(options.out, counts, options.size, options.seed)
     for percent in options.wrong:
-        from data_tools.shapes.wrong_captions import spoil
+        from data_tools.shapes.wrong_captions import swap_captions
 
         out = options.out / f"captions_train_wrong{percent}.json"
-        spoil(options.out / "captions_train.json", out, percent / 100, options.seed)
+        swap_captions(options.out / "captions_train.json", out, percent / 100, options.seed)
     print(f"{options.out}: {', '.join(f'{count:,} {split}' for split, count in counts.items())}; captions_<split>.json")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_tools.pixels.packed import views_on
+from data_tools.pixels.packed import render_views
 from data_tools.stream.order import derived_seed, uniforms
 from data_tools.tokenizer import CaptionTokenizer
 from pretrain.config import OtherObjective, PretrainRecipe
@@ -138,7 +138,7 @@ class PretrainTask:
 
         batch: as ShardStream yields it; epoch: epochs consumed so far, for the ramp of the distillation.
         """
-        views = views_on(batch["images"], self.device)
+        views = render_views(batch["images"], self.device)
         text = TextBatch(
             batch["ids"].to(self.device, non_blocking=True), batch["mask"].to(self.device, non_blocking=True)
         )

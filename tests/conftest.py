@@ -39,7 +39,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the shard folders `train` (64 images in 4 shards), `validation` and `test` (24 each), 32 px, and their
     `source`. Read it only: copy what you want to break."""
     from data_tools.making.writer import ShardOptions, shard
-    from data_tools.shapes.scenes import write_source
+    from data_tools.shapes.source import write_source
 
     folder = tmp_path_factory.mktemp("drawn")
     write_source(folder / "source", COUNTS, size=32)

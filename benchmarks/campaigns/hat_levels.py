@@ -34,7 +34,9 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from data_tools.pixels.transforms import EvaluationTransform
-from data_tools.shapes.scenes import Caption, Group, Scene, World, describe, draw, fits, scenes
+from data_tools.shapes.drawing import draw
+from data_tools.shapes.scenes import Group, Scene, World, scenes
+from data_tools.shapes.sentences import Caption, describe, fits
 from finetune.heads.hat import LoadedHat
 from launch.ablation.workers import Workers, side_by_side
 from runtime.errors import LigatureError

@@ -45,7 +45,10 @@ from torch import Tensor
 
 from benchmarks.campaigns.hat_levels import claim_folder, half_interval, spell
 from benchmarks.ratios import clock
-from data_tools.shapes.scenes import SHAPES, World, describe, draw, relation_pairs, scenes, write_source
+from data_tools.shapes.drawing import draw
+from data_tools.shapes.scenes import SHAPES, World, scenes
+from data_tools.shapes.sentences import describe, relation_pairs
+from data_tools.shapes.source import write_source
 from finetune.encoders import load_encoder
 from finetune.heads.decomposed import LoadedVLDeformer
 from launch.ablation.workers import Workers, side_by_side

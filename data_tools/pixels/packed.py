@@ -98,7 +98,7 @@ def _resize(pixels: Tensor, side: int) -> Tensor:
     return pixels
 
 
-def views_on(images: Tensor | PackedImages, device: torch.device) -> Tensor:
+def render_views(images: Tensor | PackedImages, device: torch.device) -> Tensor:
     """A batch's images, wherever they are augmented -> (views, batch, 3, size, size) uint8 on the device."""
     return images.render(device) if isinstance(images, PackedImages) else images.to(device, non_blocking=True)
 

@@ -9,7 +9,7 @@ from runtime.errors import RecipeError
 from runtime.files import read_json, write_json
 
 
-def spoil(annotation: Path, out: Path, share: float, seed: int = 0) -> int:
+def swap_captions(annotation: Path, out: Path, share: float, seed: int = 0) -> int:
     """COCO captions in which a `share` of the images have all the captions of another of them. -> how many images.
 
     The chosen images pass their captions on in a ring, so none keeps its own, and every caption is still said once.

@@ -109,7 +109,7 @@ class ShardStream:
 
     A batch is a dictionary: `keys` (list of str), `positions` and `image_ids` (batch,) int64, `captions` (list of str),
     `images` (views, batch, 3, size, size) uint8 (a list of PIL images without a transform; PackedImages where the device
-    augments them: `views_on` turns either into views), and with a tokenizer `ids` (batch, words) int64 and `mask` (batch, words)
+    augments them: `render_views` turns either into views), and with a tokenizer `ids` (batch, words) int64 and `mask` (batch, words)
     bool. Samples with the same `image_ids` show the same picture.
 
     The cursor counts samples consumed by all ranks; `state_dict()` may be taken after any batch, prefetching workers or not, and

@@ -30,7 +30,7 @@ def demo(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     out, began = options.out, time.monotonic()
 
-    from data_tools.shapes.scenes import write_source
+    from data_tools.shapes.source import write_source
 
     if not (out / "source").exists():
         heading("drawing scenes")
@@ -84,7 +84,8 @@ def heading(text: str) -> None:
 
 def ambiguity(out: Path) -> str:
     """How many test captions fit more than one test image: no model can tell those apart."""
-    from data_tools.shapes.scenes import Caption, Group, Scene, fits
+    from data_tools.shapes.scenes import Group, Scene
+    from data_tools.shapes.sentences import Caption, fits
 
     scenes, captions = [], []
     for line in (out / "source" / "scenes.jsonl").read_text(encoding="utf-8").splitlines():

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from benchmarks.campaigns.vldeformer_scenes import Embedded, Matched, look
-from data_tools.shapes.scenes import World, draw, relation_pairs, write_source
+from data_tools.shapes.drawing import draw
+from data_tools.shapes.scenes import World
+from data_tools.shapes.sentences import relation_pairs
+from data_tools.shapes.source import write_source
 from launch.cli import main
 from pretrain.weights.load import load_model
 

@@ -73,7 +73,7 @@ def test_an_untrained_model_scores_chance(tmp_path):
     from retrieval.records import read_record
 
     shapes = tmp_path / "shapes"
-    from data_tools.shapes.scenes import write_source
+    from data_tools.shapes.source import write_source
 
     write_source(shapes, {"train": 64, "test": 250}, size=32, seed=3)
     for split in ("train", "test"):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_tools import ShardStream
 from data_tools.config import AugmentConfig
-from data_tools.pixels.packed import PackedImages, join_images, views_on
+from data_tools.pixels.packed import PackedImages, join_images, render_views
 from data_tools.pixels.transforms import TrainTransform
 from data_tools.pixels.views import View
 
@@ -31,7 +31,7 @@ def both_ways(size: int = 48, seeds: range = range(4), **settings) -> tuple[torc
     for where in ("workers", "device"):
         transform = TrainTransform(size, AugmentConfig(where=where, **settings), 2)
         images = [transform(smooth(shape, seed), seed) for shape in SIZES for seed in seeds]
-        made.append(views_on(join_images(images), CPU))
+        made.append(render_views(join_images(images), CPU))
     return made[0], made[1]
 
 
@@ -80,5 +80,5 @@ def test_a_stream_of_packed_batches_is_the_stream_of_views(drawn, workers):
     for views, packed in zip(read("workers", 0), read("device", workers), strict=True):
         assert views["keys"] == packed["keys"] and isinstance(packed["images"], PackedImages)
         assert len(packed["images"]) == 8
-        apart = views["images"].int() - views_on(packed["images"], CPU).int()
+        apart = views["images"].int() - render_views(packed["images"], CPU).int()
         assert apart.abs().max() <= 3 and apart.abs().float().mean() < 0.03  # drawn edges overshoot

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from data_tools.shapes.wrong_captions import spoil
+from data_tools.shapes.wrong_captions import swap_captions
 from runtime.errors import RecipeError
 from runtime.files import read_json, write_json
 
@@ -21,7 +21,7 @@ def source(tmp_path):
 
 @pytest.mark.parametrize(("share", "wrong"), [(0.0, 0), (0.2, 10), (0.4, 20), (1.0, 50)])
 def test_so_many_images_have_another_ones_captions(source, tmp_path, share, wrong):
-    assert spoil(source, tmp_path / "out.json", share) == wrong
+    assert swap_captions(source, tmp_path / "out.json", share) == wrong
     before, after = read_json(source), read_json(tmp_path / "out.json")
     assert after["images"] == before["images"]
     said = {image: [one["caption"] for one in after["annotations"] if one["image_id"] == image] for image in range(50)}
@@ -34,10 +34,10 @@ def test_so_many_images_have_another_ones_captions(source, tmp_path, share, wron
 
 def test_it_is_a_function_of_the_seed_and_refuses_what_cannot_be(source, tmp_path):
     for number, seed in enumerate((1, 1, 2)):
-        spoil(source, tmp_path / f"{number}.json", 0.2, seed)
+        swap_captions(source, tmp_path / f"{number}.json", 0.2, seed)
     first, again, other = (read_json(tmp_path / f"{number}.json") for number in range(3))
     assert first == again != other
     with pytest.raises(RecipeError, match="not between 0 and 1"):
-        spoil(source, tmp_path / "out.json", 1.5)
+        swap_captions(source, tmp_path / "out.json", 1.5)
     with pytest.raises(RecipeError, match="none to swap captions with"):
-        spoil(source, tmp_path / "out.json", 0.02)
+        swap_captions(source, tmp_path / "out.json", 0.02)

@@ -1,0 +1,166 @@
+"""Captions of scenes: sentences, the facts they state, and which scenes they fit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from itertools import permutations
+from random import Random
+from typing import Any
+
+from data_tools.shapes.scenes import OPPOSITE, RELATIONS, Scene, World, scenes
+
+OMISSION_SHARE = 0.25
+"""Captions that leave something out, as people do."""
+
+WORDS: dict[Any, tuple[str, ...]] = {
+    1: ("a", "a", "one", "a single"),
+    2: ("two", "two", "a pair of"),
+    3: ("three", "three", "a trio of"),
+    "small": ("small", "little", "tiny"),
+    "large": ("large", "big"),
+    "plain": ("plain", "solid"),
+    "striped": ("striped", "stripy"),
+    "dotted": ("dotted", "spotted"),
+    "purple": ("purple", "violet"),
+    "cyan": ("cyan", "turquoise"),
+    "circle": ("circle", "disc"),
+    "cross": ("cross", "plus sign"),
+    "ring": ("ring", "hoop"),
+    "left of": ("left of", "to the left of", "on the left of"),
+    "right of": ("right of", "to the right of", "on the right of"),
+    "above": ("above", "over", "higher than"),
+    "below": ("below", "under", "beneath", "lower than"),
+}
+"""Each value's ways to say it; a value not listed has its own name only."""
+SIDES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
+WITH_TEXTURE = {"striped": " with stripes", "dotted": " with dots"}
+WITH_SIDE = {"left": "on {its} left", "right": "on {its} right", "top": "above {it}", "bottom": "below {it}"}
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A sentence and the facts it states: of each group it names, some of its attributes and `place`; the background.
+
+    'a left of b' states that of the two, a is on the left and b on the right.
+    """
+
+    text: str
+    groups: tuple[dict[str, Any], ...]
+    background: str | None = None
+
+
+CaptionedScene = tuple[Scene, Caption]
+
+
+def fits(caption: Caption, scene: Scene) -> bool:
+    """Whether everything the caption states is true of the scene (which may hold more than it tells)."""
+    if caption.background not in (None, scene.background):
+        return False
+    facts = [vars(group) | {"place": place} for group, place in zip(scene.groups, scene.places, strict=True)]
+    return any(
+        all(said.items() <= truth.items() for said, truth in zip(caption.groups, arrangement, strict=True))
+        for arrangement in permutations(facts, len(caption.groups))
+    )
+
+
+def _say(value: Any, rng: Random) -> str:
+    return rng.choice(WORDS.get(value, (value,)))
+
+
+def _plural(noun: str) -> str:
+    return noun + ("es" if noun.endswith("s") else "s")
+
+
+def _noun_phrase(said: dict[str, Any], rng: Random) -> str:
+    """'two large striped red circles', 'a small blue square with dots'."""
+    texture, tail = said.get("texture"), ""
+    if texture in WITH_TEXTURE and rng.random() < 0.3:
+        tail = WITH_TEXTURE[texture]
+        texture = None
+    words = [_say(value, rng) for value in (said.get("size"), texture, said.get("colour"), said["shape"]) if value]
+    if said["count"] > 1:
+        words[-1] = _plural(words[-1])
+    count = _say(said["count"], rng)
+    return " ".join(["an" if count == "a" and words[0][0] in "aeio" else count, *words]) + tail
+
+
+def _sentence(said: list[dict[str, Any]], rng: Random) -> str:
+    """One or two groups as a clause, with their places if told."""
+    phrases, place = [_noun_phrase(facts, rng) for facts in said], said[0].get("place")
+    a, is_are = phrases[0], "is" if said[0]["count"] == 1 else "are"
+    if len(said) == 1:
+        here = f" {SIDES[place]}" if place else ""
+        return rng.choice((f"{a}{here}", f"{a}{here}", f"there {is_are} {a}{here}", f"a picture of {a}{here}"))
+    b = phrases[1]
+    if place is None:
+        return rng.choice((f"{a} and {b}", f"{a} next to {b}", f"there {is_are} {a} and {b}", f"{a} with {b}"))
+    relation, here, there = _say(RELATIONS[place], rng), SIDES[place], SIDES[OPPOSITE[place]]
+    its, it = ("its", "it") if said[1]["count"] == 1 else ("their", "them")
+    return rng.choice((
+        f"{a} {relation} {b}",
+        f"{a} {relation} {b}",
+        f"{a} {is_are} {relation} {b}",
+        f"there {is_are} {a} {relation} {b}",
+        f"{b}, with {a} {WITH_SIDE[place].format(its=its, it=it)}",
+        f"{a} {here} and {b} {there}",
+        f"{a} {here}, {b} {there}",
+        f"{here} {a}, {there} {b}",
+    ))  # fmt: skip
+
+
+def _facts(scene: Scene) -> list[dict[str, Any]]:
+    return [asdict(group) | {"place": place} for group, place in zip(scene.groups, scene.places, strict=True)]
+
+
+def _caption(scene: Scene, rng: Random) -> Caption:
+    said = _facts(scene)
+    if rng.random() < 0.5:
+        said.reverse()
+    for facts in said:
+        if facts["texture"] == "plain" and rng.random() < 0.75:  # what is plain is seldom called so
+            del facts["texture"]
+    if rng.random() < OMISSION_SHARE:
+        omitted = rng.choice(("size", "colour", "texture", "place", "group"))
+        if omitted == "group":
+            del said[1:]
+        else:
+            for facts in said if omitted == "place" else [rng.choice(said)]:
+                facts.pop(omitted, None)
+    text = _sentence(said, rng)
+    background = scene.background if rng.random() < 0.5 else None
+    if background:
+        text += rng.choice((" on a {} background", " on {}", " against a {} background")).format(background)
+    return Caption(text, tuple(said), background)
+
+
+def describe(scene: Scene, seed: int = 0, n: int = 5) -> list[Caption]:
+    """`n` captions with the facts they state."""
+    return [_caption(scene, Random(f"caption {seed} {index} {scene}")) for index in range(n)]
+
+
+def captions(scene: Scene, seed: int = 0, n: int = 5) -> list[str]:
+    """`n` captions in varied words, lower case."""
+    return [caption.text for caption in describe(scene, seed, n)]
+
+
+def relation_pairs(
+    count: int, seed: int = 0, split: str = "test", world: World | None = None
+) -> list[tuple[CaptionedScene, CaptionedScene]]:
+    """Pairs of scenes that differ only in which group stands where, with one caption each.
+
+    The two captions are made of the same words ('a red circle left of a blue square', 'a blue square left of a red
+    circle'): a bag of words scores 50 %.
+    """
+    rng, pairs = Random(f"relation pairs {seed}"), []
+    of_two = replace(world or World(), single_share=0.0)
+    for scene in scenes(split, count, seed, of_two):
+        said = _facts(scene)
+        first, second = (_noun_phrase(facts, rng) for facts in said)
+        here, there = SIDES[scene.place], SIDES[OPPOSITE[scene.place]]
+        frame = rng.choice(("{} " + _say(RELATIONS[scene.place], rng) + " {}", "{} " + f"{here} and {{}} {there}"))
+        after = [facts | {"place": place} for facts, place in zip(said[::-1], scene.places, strict=True)]
+        pairs.append((
+            (scene, Caption(frame.format(first, second), tuple(said))),
+            (scene.swapped(), Caption(frame.format(second, first), tuple(after))),
+        ))  # fmt: skip
+    return pairs
