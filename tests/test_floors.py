@@ -136,6 +136,7 @@ LIGHT = [
     "training.sick_steps",
     "finetune",
     "finetune.config",
+    "finetune.heads.config",
     "finetune.search.config",
     "retrieval",
     "data_tools",

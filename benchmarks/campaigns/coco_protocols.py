@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 from data_tools.tokenizer import CaptionTokenizer, train_tokenizer
-from finetune.config import HatConfig, ImageBackboneConfig
+from finetune.heads.config import HatConfig, ImageBackboneConfig
 from finetune.heads.hat import HatModel
 from finetune.heads.levels import BackboneEncoders, CheckpointEncoders, LevelEncoders
 from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from data_tools.tokenizer import CaptionTokenizer, pad_tokens
-from finetune.config import HardNegativesConfig
 from finetune.hard_negatives.lexicon import COCO_OBJECTS, Entry, Lexicon
+from finetune.heads.config import HardNegativesConfig
 
 TRIES = 8
 """Draws for an object word that is not the word it replaces."""

@@ -1,6 +1,6 @@
 """Words that a caption's words can be exchanged for: their kind, their base form, an antonym, and the same inflection again.
 
-`BuiltIn` is a few hundred words of captions; `finetune/hard_negatives/wordnet.py` reads WordNet, which knows all of them.
+`BuiltInLexicon` is a few hundred words of captions; `finetune/hard_negatives/wordnet.py` reads WordNet, which knows all of them.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ ENDINGS: dict[Kind, list[tuple[str, str]]] = {
 }  # fmt: skip
 
 
-class BuiltIn(Lexicon):
+class BuiltInLexicon(Lexicon):
     """The words below, for where there is no WordNet."""
 
     name = "the built-in lexicon"

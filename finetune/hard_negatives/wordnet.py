@@ -9,7 +9,7 @@ import mmap
 from functools import cache
 from pathlib import Path
 
-from finetune.hard_negatives.lexicon import CLOSED, BuiltIn, Entry, Kind, Lexicon, base_forms
+from finetune.hard_negatives.lexicon import CLOSED, BuiltInLexicon, Entry, Kind, Lexicon, base_forms
 from runtime.errors import DataError
 
 KINDS: dict[Kind, str] = {"noun": "noun", "verb": "verb", "adjective": "adj", "adverb": "adv"}
@@ -20,7 +20,7 @@ USUAL: dict[str, Kind] = {"left": "adjective", "right": "adjective", "building":
 """What captions mean by words of which WordNet's texts mean something else (to leave, a right, to build)."""
 SENSES = 2
 """Antonyms are looked for among so many of a word's most frequent senses: ripe is the opposite of green's third."""
-PLACES = ("/usr/share/wordnet", "/usr/share/wordnet/dict", "/usr/local/WordNet-3.0/dict")
+WORDNET_FOLDERS = ("/usr/share/wordnet", "/usr/share/wordnet/dict", "/usr/local/WordNet-3.0/dict")
 """Where `auto` looks."""
 
 
@@ -135,8 +135,8 @@ def find_line(text: mmap.mmap | bytes, key: bytes) -> bytes | None:
 def open_lexicon(source: str) -> Lexicon:
     """`built-in`, a WordNet folder, or `auto`: WordNet where Debian installs it, else the built-in lexicon."""
     if source == "auto":
-        source = next((place for place in PLACES if (Path(place) / "index.noun").is_file()), "built-in")
-    return BuiltIn() if source == "built-in" else WordNet(source)
+        source = next((place for place in WORDNET_FOLDERS if (Path(place) / "index.noun").is_file()), "built-in")
+    return BuiltInLexicon() if source == "built-in" else WordNet(source)
 
 
 def _mapped(path: Path) -> mmap.mmap:

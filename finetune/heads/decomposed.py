@@ -16,7 +16,7 @@ from torch.nn import functional
 from data_tools.in_order.collection import Collection
 from data_tools.pixels.transforms import EvaluationTransform
 from data_tools.tokenizer import CaptionTokenizer, load_tokenizer
-from finetune.config import VLDeformerConfig
+from finetune.heads.config import VLDeformerConfig
 from pretrain.config import ModelConfig
 from pretrain.encode import share, whole
 from pretrain.model.alignment_model import AlignmentModel

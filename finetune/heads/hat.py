@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from data_tools.in_order.collection import Collection
 from data_tools.tokenizer import CaptionTokenizer, load_tokenizer
-from finetune.config import FinetuneRecipe, HatConfig
+from finetune.config import FinetuneRecipe
 from finetune.heads.base import RetrievalTask
+from finetune.heads.config import HatConfig
 from finetune.heads.dual import GatherRows
 from finetune.heads.levels import BackboneEncoders, CheckpointEncoders, LevelEncoders
 from finetune.heads.stacked_attention import context_gram, mean_scores, pair_scores

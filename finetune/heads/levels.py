@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from finetune.config import HatConfig
+from finetune.heads.config import HatConfig
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.model.text_encoder import TextEncoder
 from pretrain.weights.starting import load_bert_encoder

@@ -7,7 +7,8 @@ import tiny_images
 import torch
 from torch import Tensor
 
-from finetune.config import FinetuneRecipe, HatConfig
+from finetune.config import FinetuneRecipe
+from finetune.heads.config import HatConfig
 from finetune.heads.hat import HatModel, HatTask
 from finetune.heads.hat_scoring import hat_scores
 from finetune.heads.levels import CheckpointEncoders

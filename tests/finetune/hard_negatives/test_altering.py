@@ -11,10 +11,10 @@ import torch
 
 from data_tools.in_order.collection import open_collection
 from data_tools.tokenizer import CaptionTokenizer, train_tokenizer
-from finetune.config import HardNegativesConfig
 from finetune.hard_negatives.altering import AlteredCaptions, choose_patches, exchange_patches
-from finetune.hard_negatives.lexicon import BuiltIn, Entry
-from finetune.hard_negatives.wordnet import PLACES, WordNet, find_line, open_lexicon
+from finetune.hard_negatives.lexicon import BuiltInLexicon, Entry
+from finetune.hard_negatives.wordnet import WORDNET_FOLDERS, WordNet, find_line, open_lexicon
+from finetune.heads.config import HardNegativesConfig
 from runtime.errors import DataError, RecipeError
 
 
@@ -49,7 +49,9 @@ def test_wordnets_files_say_what_a_word_is(wordnet, word, entry):
     assert wordnet.look_up(word) == entry
 
 
-@pytest.mark.skipif(not any((Path(place) / "index.noun").is_file() for place in PLACES), reason="no wordnet-base here")
+@pytest.mark.skipif(
+    not any((Path(place) / "index.noun").is_file() for place in WORDNET_FOLDERS), reason="no wordnet-base here"
+)
 def test_the_real_wordnet_says_the_same():
     real = open_lexicon("auto")
     for word, entry in READINGS:
@@ -103,7 +105,7 @@ def test_a_replacement_takes_the_words_inflection(wordnet, word, kind, base, ins
 
 
 def test_the_built_in_lexicon_knows_the_words_of_captions():
-    known = BuiltIn()
+    known = BuiltInLexicon()
     assert known.look_up("women") == Entry("noun", "woman") and known.look_up("circles") == Entry("noun", "circle")
     assert known.look_up("larger") == Entry("adjective", "large", "small")
     assert known.look_up("sits") == Entry("verb", "sit", "stand")
@@ -220,7 +222,7 @@ def test_settings_that_cannot_be_are_refused(settings, says):
 def test_nearly_every_caption_of_flickr8k_can_be_altered_by_the_built_in_lexicon(shared_data):
     captions = (shared_data / "data" / "flickr8k" / "Flickr8k.token.txt").read_text().splitlines()[:3000]
     texts = [line.split("\t")[1].lower() for line in captions]
-    known = BuiltIn()
+    known = BuiltInLexicon()
     able = sum(
         any((e := known.look_up(word)) and (e.kind == "noun" or e.antonym) for word in text.split()) for text in texts
     )
@@ -229,5 +231,5 @@ def test_nearly_every_caption_of_flickr8k_can_be_altered_by_the_built_in_lexicon
 
 def test_every_caption_of_drawn_scenes_can_be_altered(drawn):
     collection = open_collection(drawn / "train", None)
-    known = BuiltIn()
+    known = BuiltInLexicon()
     assert all(any(known.look_up(word) for word in caption.lower().split()) for caption in collection.captions[:100])

@@ -7,8 +7,9 @@ import pytest
 import small
 import torch
 
-from finetune.config import ExchangedWordsConfig, FinetuneRecipe
+from finetune.config import FinetuneRecipe
 from finetune.hard_negatives.exchanged_words import ExchangedWords, exchange_table
+from finetune.heads.config import ExchangedWordsConfig
 from launch.cli import main
 from pretrain.model.alignment_model import TextBatch
 from pretrain.objectives.state import MicroBatch, StudentState

@@ -17,7 +17,8 @@ import torch
 
 from data_tools.in_order.collection import open_collection
 from data_tools.pixels.transforms import EvaluationTransform
-from finetune.config import FinetuneRecipe, HatConfig, ImageBackboneConfig
+from finetune.config import FinetuneRecipe
+from finetune.heads.config import HatConfig, ImageBackboneConfig
 from finetune.heads.hat import LoadedHat, triplet_loss
 from finetune.heads.hat_scoring import hat_scores
 from finetune.heads.levels import BackboneEncoders

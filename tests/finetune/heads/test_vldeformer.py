@@ -14,8 +14,9 @@ import vldeformer_jobs
 from torch.nn.functional import cosine_similarity, normalize
 
 from data_tools.in_order.collection import open_collection
-from finetune.config import FinetuneRecipe, HardNegativesConfig, VLDeformerConfig
+from finetune.config import FinetuneRecipe
 from finetune.encoders import load_encoder
+from finetune.heads.config import HardNegativesConfig, VLDeformerConfig
 from finetune.heads.decomposed import LoadedVLDeformer
 from finetune.heads.vldeformer import VLDeformerTask, contrastive_loss, cosine_loss
 from finetune.train import retrieval_batch

@@ -18,7 +18,7 @@ from PIL import Image
 
 import runtime.files
 from data_tools.pixels.decode import upright
-from finetune.config import VLDeformerConfig
+from finetune.heads.config import VLDeformerConfig
 from finetune.heads.decomposed import LoadedVLDeformer
 from finetune.search.query import embed
 from launch.cli import main
