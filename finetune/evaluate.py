@@ -22,7 +22,7 @@ from finetune.own_scores import read_own_scores
 from finetune.shortlist import make_shortlists
 from pretrain.encode import encode_collection
 from pretrain.weights.load import find_checkpoint, load_model
-from retrieval.extended import extended_positives, numbered_captions
+from retrieval.extended import extended_positives, match_coco_captions
 from retrieval.protocols import folds_of
 from retrieval.records import score, table, write_record
 from runtime.errors import RecipeError
@@ -61,7 +61,7 @@ def evaluate(recipe: EvaluateRecipe) -> list[dict[str, Any]]:
     collection = open_collection(recipe.data, recipe.captions_per_image, recipe.images, recipe.split)
     folds_of(recipe.protocol, len(collection))  # before the work: is the protocol for so many images?
     if recipe.extended:
-        numbered_captions(collection.caption_image, collection.keys)
+        match_coco_captions(collection.caption_image, collection.keys)
     policy = "all" if recipe.captions_per_image is None else f"first {recipe.captions_per_image}"
     records = [
         _record(recipe, scored, collection.caption_image, collection.keys, policy)

@@ -56,9 +56,9 @@ def train(recipe: FinetuneRecipe, run: RunFolder, ranks: Ranks, device: torch.de
         checkpoint_activations(task.layers())
     told = recipe.data.validation
     validation = validation_collection(told, recipe.data.select_on_test) if told else None
-    watchdog.doing("taking the run", 0)
+    watchdog.enter_phase("taking the run", 0)
     run.open(recipe, ranks)
-    watchdog.doing("opening the data", 0)
+    watchdog.enter_phase("opening the data", 0)
     data, batch_size = open_training_set(recipe.data), recipe.training.global_batch // ranks.world
     transform = TrainTransform(task.image_size, recipe.data.augment, views=1)
     stream = open_stream(
@@ -101,7 +101,7 @@ def train(recipe: FinetuneRecipe, run: RunFolder, ranks: Ranks, device: torch.de
             group["lr"] = group["lr_share"] * recipe.optimizer.lr_at(step, steps)
         task.begin_step(epoch)
         torch.manual_seed(derived_seed(recipe.training.seed, step, ranks.rank))
-        watchdog.meet()
+        watchdog.enter_collective()
         loss, figures = losses(retrieval_batch(batch, recipe.training.seed, device))
         accelerator.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(named.values(), recipe.optimizer.clip_norm or math.inf)

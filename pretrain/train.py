@@ -29,7 +29,7 @@ from runtime.checkpoint import checkpoint_hash, read_tensors, verify_checkpoint,
 from runtime.checkpoint_writer import Write, host_copies
 from runtime.errors import CheckpointError, SickRun
 from runtime.files import read_json
-from runtime.ranks import Ranks, barrier, from_first, sum_over_ranks
+from runtime.ranks import Ranks, barrier, run_on_first, sum_over_ranks
 from runtime.recipe import write_recipe
 from runtime.run_folder import RunFolder
 from runtime.watchdog import Watchdog
@@ -54,20 +54,20 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     data = open_training_set(recipe.data)
     told = recipe.data.validation
     validation = validation_collection(told, recipe.data.select_on_test) if told else None
-    watchdog.doing("taking the run", 0)
+    watchdog.enter_phase("taking the run", 0)
     run.open(recipe, ranks)
-    watchdog.doing("looking for checkpoints", 0)
+    watchdog.enter_phase("looking for checkpoints", 0)
     resumed = find_resume(run, ranks)
     # The first rank's word: another may see a run that has gone on meanwhile.
     source = (
-        from_first(ranks, lambda: find_checkpoint(recipe.checkpoint)) if recipe.checkpoint and not resumed else None
+        run_on_first(ranks, lambda: find_checkpoint(recipe.checkpoint)) if recipe.checkpoint and not resumed else None
     )
-    watchdog.doing("making the tokenizer", 0)
+    watchdog.enter_phase("making the tokenizer", 0)
     tokenizer = prepare_tokenizer(recipe, run, data, ranks, source)
 
     torch.manual_seed(recipe.training.seed)
     model = AlignmentModel(recipe.model, tokenizer.vocabulary)
-    watchdog.doing("loading weights", 0)
+    watchdog.enter_phase("loading weights", 0)
     teacher = None
     if resumed is None:
         report = load_starting_weights(model)
@@ -81,7 +81,7 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     task = PretrainTask(recipe, model, tokenizer, ranks, device)
     if teacher:
         task.teacher.load(task.teacher.averages | teacher)
-    task.before_meeting = watchdog.meet
+    task.before_meeting = watchdog.enter_collective
     training = recipe.training.in_world(ranks.world)
     engine = Engine(task.student, recipe.optimizer, training, micro_batch, accumulation, device)
     task.gathered = engine.gathered
@@ -248,12 +248,12 @@ def find_resume(run: RunFolder, ranks: Ranks) -> Path | None:
             )
         return found
 
-    return from_first(ranks, find)
+    return run_on_first(ranks, find)
 
 
 def find_healthy(run: RunFolder, ranks: Ranks, until: int) -> Path:
     """The same, not after step `until`; later ones are thrown away. Raises SickRun where there is none."""
-    folder = from_first(ranks, lambda: run.checkpoints.newest_valid(until))
+    folder = run_on_first(ranks, lambda: run.checkpoints.newest_valid(until))
     if folder is None:
         raise SickRun(f"no checkpoint of step {until} or before to go back to; start again with a lower optimizer.lr")
     return folder

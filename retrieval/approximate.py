@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from retrieval.index import Index, check_queries, exact, merge, nearest
+from retrieval.index import Index, check_queries, exact_scores, merge_best, nearest
 from runtime.errors import DataError, LigatureError
 from runtime.files import read_json, replaced_file, write_json
 
@@ -33,7 +33,7 @@ def load_faiss() -> Any:
     return faiss
 
 
-def lists_of(index: Index) -> dict[str, Any] | None:
+def read_lists_info(index: Index) -> dict[str, Any] | None:
     """What is known of an index's lists; None where it has none."""
     path = index.folder / ABOUT
     return read_json(path) if path.is_file() else None
@@ -89,7 +89,7 @@ def describe_lists(about: dict[str, Any]) -> str:
 
 def open_lists(index: Index) -> tuple[Any, int, str]:
     """The lists of an index, mapped; how many to read; and what is known of their recall, in words."""
-    about = lists_of(index)
+    about = read_lists_info(index)
     if about is None:
         raise DataError(f"{index.folder} has no inverted lists; add them: ligature index … --approximate ivf")
     faiss = load_faiss()
@@ -117,5 +117,10 @@ def search_lists(
     rows = np.full((len(queries), count), -1, dtype=np.int64)
     for query, found in enumerate(candidates):
         found = found[found >= 0]
-        merge(scores[query], rows[query], exact(np.asarray(vectors[np.sort(found)]), queries[query]), np.sort(found))
+        merge_best(
+            scores[query],
+            rows[query],
+            exact_scores(np.asarray(vectors[np.sort(found)]), queries[query]),
+            np.sort(found),
+        )
     return scores, rows

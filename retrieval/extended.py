@@ -22,7 +22,7 @@ def extended_positives(
 
     Raises LigatureError where the package is not installed or the data is not that split.
     """
-    known, kept, images, captions = numbered_captions(caption_image, image_keys)
+    known, kept, images, captions = match_coco_captions(caption_image, image_keys)
     deepest = max(
         len(fitting)
         for truth in (known.cxc_gts, known.eccv_gts)
@@ -37,7 +37,9 @@ def extended_positives(
     return {name: {way: 100 * float(value) for way, value in ways.items()} for name, ways in found.items()}
 
 
-def numbered_captions(caption_image: np.ndarray, image_keys: list[str]) -> tuple[Any, np.ndarray, list[int], list[int]]:
+def match_coco_captions(
+    caption_image: np.ndarray, image_keys: list[str]
+) -> tuple[Any, np.ndarray, list[int], list[int]]:
     """-> the package's metrics, the captions (rows) that it knows, its numbers of the images, and of those captions.
 
     Raises LigatureError as `extended_positives` does: worth asking before anything is scored.

@@ -96,11 +96,11 @@ def join_parts(folder: Path, parts: int, about: dict[str, Any]) -> dict[str, Any
     counts = {"rows": rows, "width": width, "broken": broken.count("\n")}
     content = {"format": FORMAT, "version": VERSION, **about, **counts, "files": files}
     write_json(folder / MANIFEST, content)
-    tidy(folder)
+    remove_parts(folder)
     return content
 
 
-def tidy(folder: Path) -> None:
+def remove_parts(folder: Path) -> None:
     """Remove what a complete index needs no more: its parts, and what killed processes left."""
     remove_leftovers(folder)
     shutil.rmtree(folder / "parts", ignore_errors=True)
@@ -199,16 +199,16 @@ def nearest(vectors: np.ndarray, queries: np.ndarray, count: int) -> tuple[np.nd
             for query, (similar, bound) in enumerate(zip(coarse, least, strict=True), start=first):
                 chosen = np.flatnonzero(similar >= bound)
                 if len(chosen):
-                    merge(scores[query], rows[query], exact(block[chosen], queries[query]), chosen + start)
+                    merge_best(scores[query], rows[query], exact_scores(block[chosen], queries[query]), chosen + start)
     return scores, rows
 
 
-def exact(vectors: np.ndarray, query: np.ndarray) -> np.ndarray:
+def exact_scores(vectors: np.ndarray, query: np.ndarray) -> np.ndarray:
     """Dot products (rows,) in float64. Each row is summed by itself, so that equal vectors score equal wherever they stand."""
     return (vectors.astype(np.float64) * query.astype(np.float64)).sum(axis=1)
 
 
-def merge(scores: np.ndarray, rows: np.ndarray, more: np.ndarray, their_rows: np.ndarray) -> None:
+def merge_best(scores: np.ndarray, rows: np.ndarray, more: np.ndarray, their_rows: np.ndarray) -> None:
     """Put candidates among the best so far, in place: the highest scores first, equal ones by row."""
     all_scores, all_rows = np.concatenate([scores, more]), np.concatenate([rows, their_rows])
     order = np.lexsort((all_rows, -all_scores))[: len(scores)]

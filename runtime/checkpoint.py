@@ -111,7 +111,7 @@ def _discard(path: Path, staging: Path) -> None:
         bin.unlink()
 
 
-def pointed_to(checkpoints: Path, name: str) -> Path | None:
+def resolve_pointer(checkpoints: Path, name: str) -> Path | None:
     """The checkpoint that `latest` or `best` leads to, of a run's `checkpoints/`."""
     pointer = checkpoints / name
     return checkpoints / pointer.read_text().strip() if pointer.is_file() else None
@@ -221,5 +221,5 @@ class CheckpointFolder:
         return self.path_of(steps[-1]).name if steps else None
 
     def _named(self, name: str) -> str | None:
-        path = pointed_to(self.folder, name)
+        path = resolve_pointer(self.folder, name)
         return path.name if path else None

@@ -28,7 +28,7 @@ class Interrupts:
                 # A handler may run in the middle of a print: it writes to the descriptor, past Python's buffers.
                 os.write(2, f"ligature: {self.received.name} received; stopping at the next step boundary\n".encode())
 
-    def agreed(self) -> bool:
+    def received_on_any_rank(self) -> bool:
         """Whether any rank was asked to stop: all ranks get the same answer, so they stop at the same step."""
         from runtime.ranks import any_rank
 

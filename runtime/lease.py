@@ -99,7 +99,7 @@ def _started(pid: int) -> str | None:
 
 
 class Lease:
-    """A run's folder, held. Made by `take`; end it with `release`."""
+    """A run's folder, held. Made by `take_lease`; end it with `release`."""
 
     def __init__(self, run: Path, holder: Holder) -> None:
         self.run, self.folder, self.holder = run, run / "lease", holder
@@ -153,7 +153,7 @@ def _entries(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def take(run: Path) -> Lease:
+def take_lease(run: Path) -> Lease:
     """Hold the run's folder from here on. Raises RunHeld while another process does."""
     me = Holder.this_process()
     lease = Lease(run, me)

@@ -11,7 +11,7 @@ PLAIN_INTERVAL = 15.0
 """Seconds between two plain lines."""
 
 
-def spell_duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`3725` -> `1:02:05`, `65` -> `1:05`."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
@@ -38,7 +38,7 @@ class Progress:
 
     def time_left(self) -> str:
         rate = self.rate()
-        return spell_duration(max(0, self.total - self.done) / rate) if rate > 0 else "?"
+        return format_duration(max(0, self.total - self.done) / rate) if rate > 0 else "?"
 
     def show(self) -> None:
         """Nothing: ranks other than the first stay silent."""

@@ -58,15 +58,15 @@ def _slurm_tasks_here(world: int) -> int:
     return counts[node] if node < len(counts) else world
 
 
-def choose_device(asked: str, ranks: Ranks) -> torch.device:
+def choose_device(name: str, ranks: Ranks) -> torch.device:
     """`auto` takes a GPU where there is one; `cuda` without a GPU is an error, never a silent CPU."""
     import torch
 
-    if asked == "cuda" and not torch.cuda.is_available():
+    if name == "cuda" and not torch.cuda.is_available():
         raise RecipeError(
             "training.device is `cuda` but torch sees no GPU here; use a node with one, or --training.device cpu"
         )
-    if asked == "cpu" or not torch.cuda.is_available():
+    if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if 1 < count < ranks.local_world:  # one alone may be each rank's own, bound to it by SLURM
@@ -91,7 +91,7 @@ def use_precision(asked: str, device: torch.device) -> None:
     torch.backends.cudnn.allow_tf32 = asked == "tf32"  # torch allows it of itself
 
 
-def join(asked_device: str = "auto", timeout: float = 600.0) -> tuple[Ranks, torch.device]:
+def join(device_name: str = "auto", timeout: float = 600.0) -> tuple[Ranks, torch.device]:
     """Join (or, alone, make) the process group of this run: NCCL on GPUs, gloo on CPUs. Divides the cores among local ranks.
 
     Raises RankLost naming the ranks that did not come within `timeout` seconds.
@@ -104,7 +104,7 @@ def join(asked_device: str = "auto", timeout: float = 600.0) -> tuple[Ranks, tor
         places = (("RANK", ranks.rank), ("LOCAL_RANK", ranks.local_rank))
         worlds = (("WORLD_SIZE", ranks.world), ("LOCAL_WORLD_SIZE", ranks.local_world))
         os.environ.update({name: str(value) for name, value in places + worlds})
-    device = choose_device(asked_device, ranks)
+    device = choose_device(device_name, ranks)
     if not distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = distributed.HashStore() if ranks.world == 1 else _meet(ranks, timeout)
@@ -151,7 +151,7 @@ def _meet(ranks: Ranks, timeout: float) -> Any:
     return run
 
 
-def meeting_store(name: str) -> Any:
+def rendezvous_store(name: str) -> Any:
     """A connection of its own, with names of its own, to the store that the ranks of the default group met at."""
     from torch import distributed
     from torch.distributed.distributed_c10d import _get_default_store
@@ -192,7 +192,7 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def from_first(ranks: Ranks, make: Callable[[], T]) -> T:
+def run_on_first(ranks: Ranks, make: Callable[[], T]) -> T:
     """What `make()` returns on the first rank, on every rank. A LigatureError it raises stops them all; the first rank tells it."""
     import torch
     from torch import distributed
@@ -241,7 +241,7 @@ def any_rank(flag: bool) -> bool:
     return bool(flags.item())
 
 
-def tell_all(value: Any) -> list[Any]:
+def gather_values(value: Any) -> list[Any]:
     """A small value of each rank, in rank order, on every rank. A collective."""
     from torch import distributed
 

@@ -54,10 +54,10 @@ def read_recipe(kind: type[Recipe], arguments: list[str], command: str) -> Recip
         parsed = parser.parse_args([*arguments])
     except (ArgumentError, TypeError) as error:
         raise RecipeError(_one_line(str(error), keys_of(kind))) from None
-    return build(kind, parsed.as_dict())
+    return build_config(kind, parsed.as_dict())
 
 
-def build(kind: type[Recipe], values: dict[str, Any], prefix: str = "") -> Recipe:
+def build_config(kind: type[Recipe], values: dict[str, Any], prefix: str = "") -> Recipe:
     """Nested dictionaries -> dataclasses. Unknown keys are refused; `config` (the parser's own) is left out."""
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(kind)
@@ -72,9 +72,9 @@ def build(kind: type[Recipe], values: dict[str, Any], prefix: str = "") -> Recip
         if value is None and types.NoneType not in typing.get_args(hints[name]):
             raise RecipeError(f"{prefix}{name} is null; give it a value, or leave the key out for its default")
         if isinstance(value, dict) and (inner := _dataclass_in(hints[name])):
-            value = build(inner, value, f"{prefix}{name}.")
+            value = build_config(inner, value, f"{prefix}{name}.")
         elif isinstance(value, dict) and (named := _dataclass_in(typing.get_args(hints[name])[-1])):
-            value = {key: build(named, one, f"{prefix}{name}.{key}.") for key, one in value.items()}
+            value = {key: build_config(named, one, f"{prefix}{name}.{key}.") for key, one in value.items()}
         arguments[name] = value
     return kind(**arguments)
 
@@ -94,7 +94,7 @@ def load_recipe(kind: type[Recipe], path: Path) -> Recipe:
         raise RecipeError(f"no recipe at {path}")
     values = _read_yaml(Path(path))
     _check_keys(kind, values, f"{path}: ")
-    return build(kind, values)
+    return build_config(kind, values)
 
 
 def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -12,8 +12,8 @@ from typing import Any
 from runtime.checkpoint import CheckpointFolder
 from runtime.errors import RecipeError
 from runtime.files import read_json, write_json
-from runtime.lease import Lease, take
-from runtime.ranks import Ranks, from_first, ranks_from_environment
+from runtime.lease import Lease, take_lease
+from runtime.ranks import Ranks, ranks_from_environment, run_on_first
 from runtime.recipe import changed_keys, load_recipe, write_recipe
 
 PACKAGES = (
@@ -82,11 +82,11 @@ class RunFolder:
         """
 
         def take_and_write() -> None:
-            self.lease = self.checkpoints.lease = take(self.path)
+            self.lease = self.checkpoints.lease = take_lease(self.path)
             write_recipe(self.config, recipe)
             write_json(self.path / "environment.json", environment())
 
-        from_first(ranks, take_and_write)
+        run_on_first(ranks, take_and_write)
 
     def close(self) -> None:
         """Leave the folder to whoever comes next."""

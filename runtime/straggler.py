@@ -10,7 +10,7 @@ from pathlib import Path
 
 from runtime.errors import LigatureError
 from runtime.files import write_json
-from runtime.ranks import Ranks, tell_all
+from runtime.ranks import Ranks, gather_values
 
 SLOW = 1.5
 """A rank falls behind when its own work takes this many times the median rank's …"""
@@ -24,7 +24,7 @@ class StragglerWatch:
     """Steps are as long on every rank, for they wait for one another. What differs is the own work: the time from a step's start
     until the rank first needs the others (waiting for its data included). The slowest rank is the one with the most of it.
 
-    On a GPU the host runs ahead of the device, so the stage lets the device catch up where the own work ends (`Watchdog.meet`).
+    On a GPU the host runs ahead of the device, so the stage lets the device catch up where the own work ends (`Watchdog.enter_collective`).
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -37,11 +37,11 @@ class StragglerWatch:
         self._waited, self._own, self._taken = self._waited + waited, self._own + own, self._taken + taken
         self._count += 1
 
-    def look(self, step: int, folder: Path) -> dict[str, float]:
+    def report(self, step: int, folder: Path) -> dict[str, float]:
         """Means since the last look -> figures to log; the slowest rank is named on stderr when it begins to fall behind, and the
         ranks' figures are in `ranks.json` of `folder`. A collective."""
         count = max(1, self._count)
-        rows = tell_all((self._waited / count, self._own / count, self._taken / count, platform.node()))
+        rows = gather_values((self._waited / count, self._own / count, self._taken / count, platform.node()))
         self._waited, self._own, self._taken, self._count = 0.0, 0.0, 0.0, 0
         own = [row[1] for row in rows]
         usual = statistics.median_low(own)

@@ -24,7 +24,7 @@ from datetime import timedelta
 from typing import Any
 
 from runtime.errors import LigatureError, RankLost
-from runtime.ranks import Ranks, barrier, meeting_store
+from runtime.ranks import Ranks, barrier, rendezvous_store
 
 MISSED = 6
 """Beats that a rank may miss before it counts as dead."""
@@ -42,7 +42,8 @@ FAILURES = (
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OURS = tuple(
-    os.path.join(_ROOT, floor) for floor in ("runtime", "data_tools", "pretrain", "finetune", "launch", "tests")
+    os.path.join(_ROOT, floor)
+    for floor in ("runtime", "data_tools", "retrieval", "training", "pretrain", "finetune", "launch", "tests")
 )
 
 _watches = 0
@@ -65,7 +66,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._main = threading.main_thread().ident
 
-    def doing(self, phase: str, step: int) -> None:
+    def enter_phase(self, phase: str, step: int) -> None:
         """The main thread enters a phase of a step. Every rank enters the same phases in the same order."""
         now = time.monotonic()
         if step != self._step:
@@ -73,16 +74,16 @@ class Watchdog:
         self._phase, self._step, self._since = phase, step, now
         self._phases += 1
 
-    def meet(self) -> None:
+    def enter_collective(self) -> None:
         """The main thread is about to wait for the others: its own work of this step ends. Later calls in a step count nothing."""
         if self._phase == TOGETHER:
             return
         if _device_idle(self._step):
             self.own_work = time.monotonic() - self._step_began
-        self.doing(TOGETHER, self._step)
+        self.enter_phase(TOGETHER, self._step)
 
     def _watch(self) -> None:
-        seen: dict[int, Seen] = {}
+        seen: dict[int, RankStatus] = {}
         watched = range(self.ranks.world) if self.ranks.first else (0, self.ranks.rank)
         while not self._stopped.wait(self.beat):
             try:
@@ -100,8 +101,8 @@ class Watchdog:
                 return
             now = time.monotonic()
             for rank, text in zip(watched, told, strict=True):
-                seen.setdefault(rank, Seen(now)).look(json.loads(text), now)
-            if verdict := judge(seen, self.ranks, self.limit, MISSED * self.beat, now):
+                seen.setdefault(rank, RankStatus(now)).update(json.loads(text), now)
+            if verdict := diagnose(seen, self.ranks, self.limit, MISSED * self.beat, now):
                 if self.ranks.first:
                     self._spread(verdict, len(seen))
                 self._end(verdict)
@@ -144,7 +145,7 @@ class Watchdog:
         if self._store is None:
             global _watches
             _watches += 1  # every rank counts alike: nothing a former watch wrote is read
-            self._store = meeting_store(f"watch-{_watches}")
+            self._store = rendezvous_store(f"watch-{_watches}")
         self._store.set_timeout(timedelta(seconds=max(1.0, MISSED * self.beat)))
         self._tell()
         barrier()  # from here on every rank's beat is there to be read
@@ -185,14 +186,14 @@ class Watchdog:
 TOGETHER = "computing with the others"
 
 
-class Seen:
+class RankStatus:
     """When a rank's beats and phases were last seen to change, by the watching rank's own clock."""
 
     def __init__(self, now: float) -> None:
         self.beat: dict[str, Any] = {"beat": -1, "phases": -1, "left": ""}
         self.beaten = self.moved = now
 
-    def look(self, beat: dict[str, Any], now: float) -> None:
+    def update(self, beat: dict[str, Any], now: float) -> None:
         if beat["beat"] != self.beat["beat"]:
             self.beaten = now
         if beat["phases"] != self.beat["phases"]:
@@ -200,7 +201,7 @@ class Seen:
         self.beat = beat
 
 
-def judge(seen: dict[int, Seen], ranks: Ranks, limit: float, missing: float, now: float) -> str:
+def diagnose(seen: dict[int, RankStatus], ranks: Ranks, limit: float, missing: float, now: float) -> str:
     """The line that names who is to blame and what the others were doing; empty while all is well."""
     gone = [rank for rank, one in seen.items() if now - one.beaten > missing and not one.beat["left"]]
     # One that left said why itself; the others may be leaving too, so they are given a little time.
@@ -230,14 +231,14 @@ def judge(seen: dict[int, Seen], ranks: Ranks, limit: float, missing: float, now
     )
 
 
-def _names(blamed: list[int], seen: dict[int, Seen]) -> str:
+def _names(blamed: list[int], seen: dict[int, RankStatus]) -> str:
     shown = ", ".join(
         f"{rank} ({seen[rank].beat.get('host', '?')}, pid {seen[rank].beat.get('pid', '?')})" for rank in blamed[:8]
     )
     return f"rank{'s' * (len(blamed) > 1)} {shown}" + (f" and {len(blamed) - 8} more" if len(blamed) > 8 else "")
 
 
-def _words(seen: dict[int, Seen], some: list[int]) -> str:
+def _words(seen: dict[int, RankStatus], some: list[int]) -> str:
     """What ranks were doing, those that did the same in one clause."""
     groups: dict[str, list[int]] = {}
     for rank in some:

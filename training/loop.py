@@ -66,7 +66,7 @@ def run_loop(
     def settled() -> bool:
         """Wait for the checkpoint being written, if any. -> whether it stands; where not, its step was not the best one either."""
         nonlocal best, standing, writing
-        watchdog.doing("waiting for a checkpoint to be written", step)
+        watchdog.enter_phase("waiting for a checkpoint to be written", step)
         stands = not any_rank(not writer.finish())
         best = standing = best if stands else standing
         sick.returns = 0 if writing and stands else sick.returns
@@ -75,17 +75,17 @@ def run_loop(
 
     counting = progress(run.path.name, steps, "steps", step, silent=not ranks.first)
     with CheckpointWriter() as writer, watch_interrupts() as interrupts, counting as bar:
-        if interrupts.agreed():
+        if interrupts.received_on_any_rank():
             raise Interrupted(f"stopped at step {step} of {steps}, before a step was taken; the same command goes on")
         batches = iter(stream)
         while step < steps:
             began = time.monotonic()
             epoch = stream.epoch
-            watchdog.doing("reading data", step + 1)
+            watchdog.enter_phase("reading data", step + 1)
             with part("data wait"):
                 batch = next(batches)
             waited = time.monotonic() - began
-            watchdog.doing("its own part of the step", step + 1)
+            watchdog.enter_phase("its own part of the step", step + 1)
             figures = stage.take_step(batch, epoch, step)
             step += 1
             last, improved = step == steps, False
@@ -98,7 +98,7 @@ def run_loop(
                 if sick.exhausted:
                     settled()
                     healthy = sick.give_up_or_return(step, sick_log)
-                    watchdog.doing("going back to a checkpoint", step)
+                    watchdog.enter_phase("going back to a checkpoint", step)
                     step = stage.go_back(healthy)
                     bar.done = step
                     if log:
@@ -108,7 +108,7 @@ def run_loop(
             if step % config.log_every == 0 or last:
                 figures |= {"epoch": torch.tensor(stream.epoch)}
                 figures |= {"skipped_steps": torch.tensor(sick.skipped)}
-                shown = over_ranks(figures, device, ranks) | straggler.look(step, run.path)
+                shown = over_ranks(figures, device, ranks) | straggler.report(step, run.path)
                 shown |= {"samples_per_second": config.global_batch / shown["step_seconds"]}
                 shown |= {"checkpoint_stall": stalled, "quarantined": float(stream.count_bad())}
                 stalled = 0.0
@@ -118,7 +118,7 @@ def run_loop(
             writer.check()
             if stage.validate and (step % config.validate_every == 0 or last):
                 settled()
-                watchdog.doing("validating", step)
+                watchdog.enter_phase("validating", step)
                 scores = stage.validate()
                 improved = scores["validation/rsum"] > best
                 found = (scores[f"validation/{way}_R@10"] for way in ("image_to_text", "text_to_image"))
@@ -127,14 +127,14 @@ def run_loop(
                     log.write(step, scores)
             bar.advance(1)
 
-            stopping = interrupts.agreed()
+            stopping = interrupts.received_on_any_rank()
             # Nothing is kept of a sick streak but what a signal asks for: the last good checkpoint must not be pushed out by it.
             due = (improved or step % config.checkpoint_every == 0) and not sick.in_a_row
             if due or last or stopping:
                 began = time.monotonic()
                 settled()
                 best = scores["validation/rsum"] if improved else best
-                watchdog.doing("saving a checkpoint", step)
+                watchdog.enter_phase("saving a checkpoint", step)
                 writer.start(stage.save(step, best, improved))
                 writing, stalled = True, stalled + time.monotonic() - began
             saved = (stopping or last) and settled()

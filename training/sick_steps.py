@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import SickRun
-from runtime.ranks import Ranks, tell_all
+from runtime.ranks import Ranks, gather_values
 from training.config import SickStepConfig
 
 ENOUGH = 4
@@ -86,7 +86,7 @@ class SickSteps:
 
     def note(self, step: int, own_loss: float, keys: list[str], ranks: Ranks, log: Path) -> None:
         """Write a skipped step down, with every rank's loss and sample keys, and say it. A collective."""
-        told = tell_all((own_loss, keys))
+        told = gather_values((own_loss, keys))
         if not ranks.first:
             return
         loss, norm = self.judged

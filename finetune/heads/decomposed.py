@@ -29,7 +29,7 @@ from runtime.errors import CheckpointError
 from runtime.files import read_json
 from runtime.progress import progress
 from runtime.ranks import Ranks
-from runtime.recipe import build
+from runtime.recipe import build_config
 
 
 class SkippedCrossAttention(nn.Module):
@@ -131,8 +131,8 @@ class LoadedVLDeformer:
         self.tuned = kind == "vldeformer"
         if self.tuned:
             self.tokenizer: CaptionTokenizer = load_tokenizer(self.folder, about["caption_tokens"])
-            network = AlignmentModel(build(ModelConfig, about["model"]), self.tokenizer.vocabulary)
-            self.model = Decomposed(network, build(VLDeformerConfig, about["vldeformer"]).pooling)
+            network = AlignmentModel(build_config(ModelConfig, about["model"]), self.tokenizer.vocabulary)
+            self.model = Decomposed(network, build_config(VLDeformerConfig, about["vldeformer"]).pooling)
             load_weights(self.model, read_tensors(self.folder, "model"), self.folder)
         else:
             start = load_model(self.folder)

@@ -26,7 +26,7 @@ from runtime.checkpoint import checkpoint_hash, read_tensors, verify_checkpoint
 from runtime.errors import CheckpointError
 from runtime.files import read_json
 from runtime.ranks import Ranks, gather_rows
-from runtime.recipe import build
+from runtime.recipe import build_config
 
 
 class HatModel(nn.Module):
@@ -205,9 +205,9 @@ class LoadedHat:
             raise CheckpointError(f"{self.folder} is no HAT checkpoint; its head is {about.get('head', 'dual')}")
         self.tokenizer: CaptionTokenizer = load_tokenizer(self.folder, about["caption_tokens"])
         self.training: str = about["training"]
-        config = build(HatConfig, about["hat"])
+        config = build_config(HatConfig, about["hat"])
         if config.encoders == "checkpoint":
-            source_config = build(ModelConfig, about["model"])
+            source_config = build_config(ModelConfig, about["model"])
             encoders: LevelEncoders = CheckpointEncoders(AlignmentModel(source_config, self.tokenizer.vocabulary))
         else:
             encoders = BackboneEncoders(config, self.tokenizer.vocabulary, start=False)

@@ -22,7 +22,7 @@ from pretrain.config import PretrainRecipe
 from pretrain.encode import encode_collection
 from pretrain.weights.load import ImageTextModel, load_model
 from pretrain.word_maps import word_maps
-from runtime.checkpoint import pointed_to
+from runtime.checkpoint import resolve_pointer
 from runtime.errors import DataError
 from runtime.files import read_json, write_text
 from runtime.metrics import read_metrics
@@ -80,7 +80,7 @@ def report(run: Path, out: Path | None = None, data: str | None = None, limit: i
     where = data or (recipe.data.validation if recipe else None)
     if recipe is None:
         parts.append(note("This is no pretraining run: curves alone."))
-    elif not any(pointed_to(run / "checkpoints", name) for name in ("best", "latest")):
+    elif not any(resolve_pointer(run / "checkpoints", name) for name in ("best", "latest")):
         parts.append(note("There is no checkpoint yet: curves alone."))
     elif not where or not Path(where).exists():
         parts.append(

@@ -21,12 +21,12 @@ from data_tools.in_order.gallery import FileGallery, Gallery, TarGallery, open_g
 from finetune.encoders import Encoder, load_encoder
 from finetune.search.config import IndexRecipe
 from pretrain.weights.load import find_checkpoint
-from retrieval.index import BROKEN, MANIFEST, Index, Part, join_parts, part_path, tidy, write_part
+from retrieval.index import BROKEN, MANIFEST, Index, Part, join_parts, part_path, remove_parts, write_part
 from runtime.checkpoint import checkpoint_hash
 from runtime.errors import DataError, RecipeError
 from runtime.files import read_json, sha256_of, write_json, write_text
-from runtime.progress import progress, spell_duration
-from runtime.ranks import Ranks, barrier, from_first, join, use_precision
+from runtime.progress import format_duration, progress
+from runtime.ranks import Ranks, barrier, join, run_on_first, use_precision
 
 PLAN, LISTED = "plan.json", "files.json"
 CAPTIONS = 5
@@ -40,9 +40,9 @@ def index(recipe: IndexRecipe) -> None:
     out = Path(recipe.out)
     hash = checkpoint_hash(find_checkpoint(recipe.checkpoint))
     with claimed(out, ranks):
-        if from_first(ranks, lambda: _finished(out, hash, recipe)):
+        if run_on_first(ranks, lambda: _finished(out, hash, recipe)):
             if ranks.first:
-                tidy(out)
+                remove_parts(out)
                 print(f"{out} is complete: {_told(Index(out))}; nothing to do, remove it to index again")
         else:
             _make(recipe, out, ranks, device)
@@ -68,7 +68,7 @@ def claimed(out: Path, ranks: Ranks) -> Iterator[None]:
             raise DataError(f"{out} is being written by another `ligature index`; wait for it") from None
         return descriptor
 
-    descriptor = from_first(ranks, claim)
+    descriptor = run_on_first(ranks, claim)
     try:
         yield
     finally:
@@ -112,7 +112,7 @@ def _make(recipe: IndexRecipe, out: Path, ranks: Ranks, device: torch.device) ->
         parts = -(-len(gallery) // recipe.part_images)
         return [part for part in range(parts) if not part_path(out, part).is_dir()]
 
-    missing = from_first(ranks, begin)
+    missing = run_on_first(ranks, begin)
     gallery = open_gallery(recipe.data, _listed(out))  # on every rank the list that the first one wrote down
     parts = -(-len(gallery) // recipe.part_images)
     done = len(gallery) - sum(len(_numbers(part, recipe, gallery)) for part in missing)
@@ -131,12 +131,12 @@ def _make(recipe: IndexRecipe, out: Path, ranks: Ranks, device: torch.device) ->
     indexed = len(gallery) - sum(_count(part_path(out, part) / BROKEN) for part in range(parts))
     if not indexed:
         first = json.loads((part_path(out, 0) / BROKEN).read_text().splitlines()[0])
-        tidy(out)
+        remove_parts(out)
         raise DataError(
             f"none of the {len(gallery):,} images of {recipe.data} can be read; the first is {first['name']}: {first['reason']}"
         )
     join_parts(out, parts, read_json(out / "parts" / PLAN))
-    speed = f"; {took:,.1f} images a second, {spell_duration(len(gallery) / took)} for all" if took else ""
+    speed = f"; {took:,.1f} images a second, {format_duration(len(gallery) / took)} for all" if took else ""
     print(f"{out}: {_told(Index(out))}{speed}")
     for problem in gallery.problems if isinstance(gallery, TarGallery) else []:
         print(f"{recipe.data} is damaged: {problem}")
@@ -215,9 +215,9 @@ def encode(function: Callable, inputs: Any) -> np.ndarray:
 
 
 def _approximate(recipe: IndexRecipe, made: Index, device: torch.device) -> None:
-    from retrieval.approximate import build_lists, lists_of, load_faiss
+    from retrieval.approximate import build_lists, load_faiss, read_lists_info
 
-    stands, asked_by = lists_of(made), ""
+    stands, asked_by = read_lists_info(made), ""
     if recipe.queries:
         asked_by = f"{Path(recipe.queries).name}, {sha256_of(Path(recipe.queries))[:8]}"
     if stands and stands.get("target") == recipe.recall and asked_by in ("", stands["measured_with"]):

@@ -13,10 +13,10 @@ from launch.ablation.config import AblateRecipe, Comparison
 from launch.ablation.table import Found, draw, table
 from launch.ablation.workers import Workers, side_by_side
 from launch.commands.demo import heading
-from runtime.checkpoint import pointed_to
+from runtime.checkpoint import resolve_pointer
 from runtime.errors import RecipeError
 from runtime.files import read_json, write_json, write_text
-from runtime.progress import spell_duration
+from runtime.progress import format_duration
 from runtime.recipe import load_recipe, write_recipe
 
 
@@ -71,7 +71,7 @@ def run_arms(recipe: AblateRecipe, start: Callable[..., None]) -> str:
         found[condition][arm][seed] = measured
         write_json(results, found)
         left = (time.monotonic() - began) / made * (len(missing) - made)
-        heading(f"{made} of {len(missing)} runs, {spell_duration(left)} left")
+        heading(f"{made} of {len(missing)} runs, {format_duration(left)} left")
     found = read_results(results, recipe)
     text = table(found, recipe)
     write_text(folder / "table.md", text + "\n")
@@ -136,7 +136,7 @@ def _spell(value: Any) -> str:
 def _last_checkpoint(run_folder: Path) -> Path:
     """Not the best, which validation chooses, and which differs in age between arms."""
     checkpoints = run_folder / "checkpoints"
-    return pointed_to(checkpoints, "latest") or checkpoints
+    return resolve_pointer(checkpoints, "latest") or checkpoints
 
 
 def measures(record: Path, run_folder: Path, recipe: AblateRecipe) -> dict[str, float]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from launch.start.local import end_with_parent
 from runtime.errors import LigatureError
 from runtime.files import write_text
-from runtime.progress import spell_duration
+from runtime.progress import format_duration
 from runtime.recipe import OptionParser
 
 IMAGES = {"train": 8000, "validation": 250, "test": 500}
@@ -61,7 +61,7 @@ def demo(arguments: list[str]) -> None:
     print(ambiguity(out))
     print(
         f"\nIn {out}: the drawings (source/), shards/, the runs (pretrain/, finetune/), scores.json and its kin, table.md, "
-        f"curves.png.\nTook {spell_duration(time.monotonic() - began)}. Try: tensorboard --logdir {out}"
+        f"curves.png.\nTook {format_duration(time.monotonic() - began)}. Try: tensorboard --logdir {out}"
     )
 
 

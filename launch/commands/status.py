@@ -13,7 +13,7 @@ from typing import Any
 from runtime.errors import LigatureError, RecipeError
 from runtime.files import read_json
 from runtime.metrics import read_metrics
-from runtime.progress import spell_duration
+from runtime.progress import format_duration
 from runtime.recipe import OptionParser
 
 RECENT = 20
@@ -104,10 +104,10 @@ def progress_lines(folder: Path) -> dict[str, str]:
         rate = samples / config["training"]["global_batch"]
         lines["rate"] = f"{rate:.3g} steps/s, {samples:,.0f} samples/s"
         if steps and step < steps:
-            lines["time left"] = f"{spell_duration((steps - step) / rate)} of training"
+            lines["time left"] = f"{format_duration((steps - step) / rate)} of training"
     latest = folder / "checkpoints" / "latest"
     if latest.is_file():
-        age = spell_duration(max(0.0, time.time() - latest.stat().st_mtime))
+        age = format_duration(max(0.0, time.time() - latest.stat().st_mtime))
         lines["checkpoint"] = f"{latest.read_text().strip()}, {age} ago"
     else:
         lines["checkpoint"] = "none yet"

@@ -15,10 +15,10 @@ from data_tools.pixels.transforms import EvaluationTransform
 from data_tools.tokenizer import CaptionTokenizer, load_tokenizer
 from pretrain.config import ModelConfig
 from pretrain.model.alignment_model import AlignmentModel
-from runtime.checkpoint import checkpoint_hash, pointed_to, read_tensors, verify_checkpoint
+from runtime.checkpoint import checkpoint_hash, read_tensors, resolve_pointer, verify_checkpoint
 from runtime.errors import CheckpointError
 from runtime.files import read_json
-from runtime.recipe import build
+from runtime.recipe import build_config
 
 Images = Tensor | Sequence[Image.Image]
 Texts = Sequence[str]
@@ -79,7 +79,7 @@ def find_checkpoint(source: str | Path) -> Path:
     """A run's folder (its best checkpoint, else its latest), a checkpoint's, or an exported model's -> the folder to load."""
     source = Path(source)
     for name in ("best", "latest"):
-        if found := pointed_to(source / "checkpoints", name):
+        if found := resolve_pointer(source / "checkpoints", name):
             return found
     if (source / "model.json").is_file():
         return source
@@ -108,7 +108,7 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", image_siz
             "the checkpoint that it came from"
         )
     tokenizer = load_tokenizer(folder, about["caption_tokens"])
-    network = AlignmentModel(build(ModelConfig, about["model"]), tokenizer.vocabulary)
+    network = AlignmentModel(build_config(ModelConfig, about["model"]), tokenizer.vocabulary)
     load_weights(network, read_tensors(folder, "model"), folder)
     if image_size:
         network = at_resolution(network, image_size)

@@ -20,7 +20,7 @@ from pretrain.config import divide_batch
 from runtime.checkpoint import CheckpointFolder, write_checkpoint
 from runtime.errors import Superseded
 from runtime.files import read_json
-from runtime.lease import Lease, take
+from runtime.lease import Lease, take_lease
 
 GLOBAL_BATCH = 15_360
 WORLDS = (1024, 960, 768, 512, 480)
@@ -54,7 +54,7 @@ class Job:
         self.world, self.run = world, run
         micro_batch, accumulation = divide_batch(GLOBAL_BATCH, 64, world)
         self.local = micro_batch * accumulation
-        self.lease: Lease = take(run)
+        self.lease: Lease = take_lease(run)
         self.checkpoints = CheckpointFolder(run / "checkpoints", keep_last=2)
         self.checkpoints.lease = self.lease
         # Every rank has such a stream; they differ in the rank alone, and rank 0's state is what is saved.

@@ -15,7 +15,7 @@ from pretrain.model.alignment_model import AlignmentModel, TextBatch
 from pretrain.objectives.state import Keys, MicroBatch, StudentState
 from pretrain.task import PretrainTask
 from runtime.ranks import Ranks
-from runtime.recipe import build
+from runtime.recipe import build_config
 
 WORDS = "a red green blue small large square circle triangle star left right of above below near and two three".split()  # noqa: SIM905 (twenty quoted words read worse)
 CAPTION_WORDS = 10
@@ -61,7 +61,7 @@ def recipe(**changes: Any) -> PretrainRecipe:
         for section in sections:
             place = place.setdefault(section, {})
         place[key] = value
-    return build(PretrainRecipe, values)
+    return build_config(PretrainRecipe, values)
 
 
 def model(settings: PretrainRecipe | None = None, seed: int = 0) -> AlignmentModel:

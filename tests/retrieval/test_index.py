@@ -153,7 +153,7 @@ def test_an_index_that_is_not_whole_is_refused(made, tmp_path):
 
 def test_inverted_lists_find_what_they_say(tmp_path):
     pytest.importorskip("faiss")
-    from retrieval.approximate import build_lists, lists_of, open_lists, search_lists
+    from retrieval.approximate import build_lists, open_lists, read_lists_info, search_lists
 
     random = np.random.default_rng(3)
     vectors = unit(random.normal(size=(40, 1, 16)).repeat(50, 1).reshape(-1, 16) + 0.4 * random.normal(size=(2000, 16)))
@@ -164,7 +164,7 @@ def test_inverted_lists_find_what_they_say(tmp_path):
     with pytest.raises(DataError, match="no inverted lists"):
         open_lists(index)
     assert "recall@10" in build_lists(index, queries, "noisy copies", 0.9)
-    about = lists_of(index)
+    about = read_lists_info(index)
     assert about["recall@10"] >= 0.9 and about["read"] < about["lists"], "all lists read: nothing is approximate here"
     lists, read, _ = open_lists(index)
     found = search_lists(lists, read, index.vectors, queries, 10)

@@ -16,8 +16,8 @@ import torch
 from runtime.checkpoint import (
     CheckpointFolder,
     checkpoint_hash,
-    pointed_to,
     read_tensors,
+    resolve_pointer,
     verify_checkpoint,
     write_checkpoint,
 )
@@ -173,7 +173,7 @@ def test_going_back_removes_what_came_later_but_not_the_only_one(tmp_path):
         folder.commit(step, step == 5, lambda path, staging: write(path))
     assert folder.newest_valid(2) is None and folder.steps() == [3, 5], "nothing to go back to: nothing is thrown away"
     assert folder.newest_valid(4) == folder.path_of(3) and folder.steps() == [3]
-    assert pointed_to(tmp_path, "latest") == folder.path_of(3) and pointed_to(tmp_path, "best") is None
+    assert resolve_pointer(tmp_path, "latest") == folder.path_of(3) and resolve_pointer(tmp_path, "best") is None
 
 
 def test_a_writer_killed_in_the_middle_leaves_no_checkpoint(tmp_path):
@@ -202,12 +202,12 @@ def commit(folder: CheckpointFolder, *steps: int, best: int | None = None) -> No
 
 def test_latest_and_best_point_to_their_checkpoints(folder):
     commit(folder, 1, 2, 3, best=2)
-    assert pointed_to(folder.folder, "latest") == folder.path_of(3)
-    assert pointed_to(folder.folder, "best") == folder.path_of(2)
+    assert resolve_pointer(folder.folder, "latest") == folder.path_of(3)
+    assert resolve_pointer(folder.folder, "best") == folder.path_of(2)
 
 
 def test_a_run_without_checkpoints_has_none(folder):
-    assert pointed_to(folder.folder, "latest") is None and folder.newest_valid() is None and folder.steps() == []
+    assert resolve_pointer(folder.folder, "latest") is None and folder.newest_valid() is None and folder.steps() == []
 
 
 def test_the_newest_are_kept_and_the_best_beside_them(folder):
@@ -256,7 +256,7 @@ def test_a_broken_checkpoint_is_written_again_when_its_step_comes_back(folder):
 def test_a_whole_checkpoint_is_not_written_twice(folder):
     commit(folder, 1)
     folder.commit(1, True, lambda path, staging: pytest.fail("written twice"))
-    assert pointed_to(folder.folder, "best") == folder.path_of(1)
+    assert resolve_pointer(folder.folder, "best") == folder.path_of(1)
 
 
 def test_broken_later_checkpoints_do_not_push_out_the_one_just_written(tmp_path):
@@ -266,11 +266,11 @@ def test_broken_later_checkpoints_do_not_push_out_the_one_just_written(tmp_path)
     replace_byte(folder.path_of(4) / "state.json", 0)
     commit(folder, 2)
     assert folder.steps() == [1, 2]
-    assert pointed_to(folder.folder, "latest") == folder.newest_valid() == folder.path_of(2)
+    assert resolve_pointer(folder.folder, "latest") == folder.newest_valid() == folder.path_of(2)
 
 
 def test_best_does_not_point_into_an_abandoned_future(folder):
     commit(folder, 1, 4, best=4)
     shutil.rmtree(folder.path_of(4))
     commit(folder, 2)
-    assert pointed_to(folder.folder, "best") is None
+    assert resolve_pointer(folder.folder, "best") is None

@@ -17,7 +17,7 @@ from runtime import lease as leases
 from runtime.checkpoint import CheckpointFolder, verify_checkpoint, write_checkpoint
 from runtime.errors import LigatureError, RunHeld, Superseded
 from runtime.files import write_text
-from runtime.lease import FREE, Holder, Lease, take
+from runtime.lease import FREE, Holder, Lease, take_lease
 from runtime.metrics import MetricsLog, read_metrics
 
 
@@ -82,77 +82,77 @@ def entry(run: Path) -> str:
 
 def test_the_folder_tells_who_holds_it(run, monkeypatch):
     as_job(monkeypatch, 4711, 2)
-    lease = take(run)
+    lease = take_lease(run)
     assert Holder.parse(entry(run)) == lease.holder == Holder.this_process()
     assert (lease.holder.job, lease.holder.restart, lease.holder.pid) == ("4711", 2, os.getpid())
     lease.release()
     assert entry(run) == FREE
-    take(run).release()
+    take_lease(run).release()
 
 
 def test_a_living_holder_is_not_disturbed(run, in_a_child):
-    child = in_a_child(lambda: take(run))
+    child = in_a_child(lambda: take_lease(run))
     before = entry(run)
     with pytest.raises(RunHeld) as error:
-        take(run)
+        take_lease(run)
     assert f"process {child} on " in str(error.value) and "--name" in str(error.value) and "\n" not in str(error.value)
     assert entry(run) == before
 
 
 def test_a_killed_holder_is_succeeded_at_once(run, in_a_child, monkeypatch):
     monkeypatch.setattr(leases.time, "sleep", lambda seconds: pytest.fail("waited"))
-    kill(in_a_child(lambda: take(run)))
-    take(run).release()
+    kill(in_a_child(lambda: take_lease(run)))
+    take_lease(run).release()
 
 
 def test_a_zombie_is_dead(run, in_a_child):
-    child = in_a_child(lambda: take(run))
+    child = in_a_child(lambda: take_lease(run))
     os.kill(child, signal.SIGKILL)
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # dead, and still in the table
-    take(run).release()
+    take_lease(run).release()
 
 
 def test_a_process_number_that_came_back_is_another_process(run, in_a_child, monkeypatch):
     started = leases._started
     monkeypatch.setattr(leases, "_started", lambda pid: "1")
-    in_a_child(lambda: take(run))
+    in_a_child(lambda: take_lease(run))
     monkeypatch.setattr(leases, "_started", started)
-    take(run).release()
+    take_lease(run).release()
 
 
 def test_a_job_that_slurm_restarted_takes_over_at_once(run, in_a_child, monkeypatch):
     """Also from a holder that still runs, as far as anybody can see."""
     as_job(monkeypatch, 4711, 0)
-    in_a_child(lambda: take(run))
+    in_a_child(lambda: take_lease(run))
     as_job(monkeypatch, 4711, 1)
-    lease = take(run)
+    lease = take_lease(run)
     lease.check()
     as_job(monkeypatch, 4711, 0)
     with pytest.raises(RunHeld, match="belongs to restart 1 of job 4711; this is restart 0"):
-        take(run)
+        take_lease(run)
     lease.release()
 
 
 def test_another_job_waits_for_the_first_one(run, in_a_child, monkeypatch):
     as_job(monkeypatch, 4711, 0)
-    in_a_child(lambda: take(run))
+    in_a_child(lambda: take_lease(run))
     as_job(monkeypatch, 4712, 5)
     with pytest.raises(RunHeld, match=r"job 4711 \(restart 0\), process"):
-        take(run)
+        take_lease(run)
 
 
 def test_from_another_machine_the_heartbeat_decides(run, in_a_child, monkeypatch, capsys):
     monkeypatch.setattr(leases, "POLL", 0.01)
     pretend_machine(monkeypatch, "there")
     monkeypatch.setattr(leases, "HEARTBEAT", 0.01)
-    child = in_a_child(lambda: take(run))
+    child = in_a_child(lambda: take_lease(run))
     pretend_machine(monkeypatch, "here")
     with pytest.raises(RunHeld):
-        take(run)
+        take_lease(run)
     assert "waiting 60 s for a sign of life" in capsys.readouterr().err
     os.kill(child, signal.SIGSTOP)
     monkeypatch.setattr(leases, "EXPIRY", 0.2)
-    take(run).release()
+    take_lease(run).release()
 
 
 def test_where_nothing_is_known_of_machines_the_heartbeat_decides(run, in_a_child, monkeypatch):
@@ -160,16 +160,16 @@ def test_where_nothing_is_known_of_machines_the_heartbeat_decides(run, in_a_chil
     pretend_machine(monkeypatch, "")
     monkeypatch.setattr(leases, "POLL", 0.01)
     monkeypatch.setattr(leases, "EXPIRY", 0.05)
-    kill(in_a_child(lambda: take(run)))
-    take(run).release()
+    kill(in_a_child(lambda: take_lease(run)))
+    take_lease(run).release()
 
 
 @pytest.mark.parametrize("former", ["nobody", "released", "dead"])
 def test_of_many_starts_one_wins(run, in_a_child, former):
     if former == "released":
-        take(run).release()
+        take_lease(run).release()
     if former == "dead":
-        kill(in_a_child(lambda: take(run)))
+        kill(in_a_child(lambda: take_lease(run)))
     ready, go = os.pipe()
     children, told = [], []
     for _ in range(8):
@@ -178,7 +178,7 @@ def test_of_many_starts_one_wins(run, in_a_child, former):
         if not child:
             os.read(ready, 1)
             try:
-                take(run)
+                take_lease(run)
                 os.write(theirs, b"won")
             except RunHeld:
                 os.write(theirs, b"refused")
@@ -237,7 +237,7 @@ sys.addaudithook(_hook)  # for good: Python has no way to take one out
 
 def superseded_holder(run: Path) -> Lease:
     """The lease of this process, which another one is going to take from it."""
-    lease = take(run)
+    lease = take_lease(run)
     lease._stopping.set()
     return lease
 
@@ -275,7 +275,7 @@ def test_whenever_a_holder_is_succeeded_it_changes_nothing_any_more(tmp_path, mo
 
         def succeed(run=run, found=found) -> None:
             as_job(monkeypatch, 1, 1)
-            take(run)
+            take_lease(run)
             found |= contents(run)
 
         calls.clear()
@@ -302,10 +302,10 @@ def test_whenever_a_holder_is_succeeded_it_changes_nothing_any_more(tmp_path, mo
 
 def test_lines_of_a_succeeded_holder_do_not_reach_the_log(run, monkeypatch):
     as_job(monkeypatch, 1, 0)
-    former = MetricsLog(run, 0, take(run))
+    former = MetricsLog(run, 0, take_lease(run))
     former.write(1, {"train/loss": 1.0})
     as_job(monkeypatch, 1, 1)
-    lease = take(run)
+    lease = take_lease(run)
     log = MetricsLog(run, 1, lease)
     former._file.write(b'{"step": 2, "train/loss": 9.0}\n')  # checked before, written after
     with pytest.raises(Superseded):
@@ -319,9 +319,9 @@ def test_lines_of_a_succeeded_holder_do_not_reach_the_log(run, monkeypatch):
 
 def test_a_release_by_a_succeeded_holder_is_no_release(run, monkeypatch):
     as_job(monkeypatch, 1, 0)
-    former = take(run)
+    former = take_lease(run)
     as_job(monkeypatch, 1, 1)
-    lease = take(run)
+    lease = take_lease(run)
     former.release()
     assert entry(run) == lease.holder.name
     lease.check()
@@ -330,16 +330,16 @@ def test_a_release_by_a_succeeded_holder_is_no_release(run, monkeypatch):
 
 def test_what_a_dead_holder_left_half_done_is_removed(run, in_a_child):
     def leave() -> None:
-        (take(run).work / ".step-00000003.partial").mkdir()
+        (take_lease(run).work / ".step-00000003.partial").mkdir()
 
     kill(in_a_child(leave))
-    lease = take(run)
+    lease = take_lease(run)
     assert [path.name for path in lease.work.iterdir()] == ["alive"]
     lease.release()
 
 
 def test_a_disk_that_went_away_is_no_successor(run):
-    lease = take(run)
+    lease = take_lease(run)
     os.rename(run / "lease", run / "elsewhere")
     with pytest.raises(LigatureError) as error:
         lease.check()
@@ -352,4 +352,4 @@ def test_a_disk_that_went_away_is_no_successor(run):
 def test_a_lease_that_names_nobody_is_refused_in_one_line(run):
     (run / "lease" / "what").mkdir(parents=True)
     with pytest.raises(LigatureError, match="`what` in a run's lease/ names no process"):
-        take(run)
+        take_lease(run)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from runtime import progress as module
-from runtime.progress import progress, spell_duration
+from runtime.progress import format_duration, progress
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def clock(monkeypatch):
     [(0, "0:00"), (5, "0:05"), (65, "1:05"), (59.6, "1:00"), (3725, "1:02:05"), (90000, "25:00:00")],
 )
 def test_durations_are_spelt_as_clocks_do(seconds, spelt):
-    assert spell_duration(seconds) == spelt
+    assert format_duration(seconds) == spelt
 
 
 def test_a_plain_line_shows_count_rate_time_left_and_note(clock, capsys):

@@ -7,7 +7,7 @@ import watchdog_jobs
 from rank_processes import start_ranks
 
 from runtime.ranks import Ranks
-from runtime.watchdog import Seen, judge
+from runtime.watchdog import RankStatus, diagnose
 
 LIMIT = 6.0
 FAULTS = [
@@ -85,21 +85,21 @@ def test_ranks_that_stop_by_the_same_error_keep_its_code(ended):
 
 
 def test_of_a_thousand_ranks_those_that_entered_the_fewest_phases_are_named():
-    seen = {rank: Seen(0.0) for rank in range(1000)}
+    seen = {rank: RankStatus(0.0) for rank in range(1000)}
     for rank, one in seen.items():
         late = rank in (17, 18, 700)
         beat = {"beat": 1, "phases": 40 - late, "left": "", "host": "n", "pid": rank, "at": "x.py:1 f"}
-        one.look(beat | {"doing": "reading data, step 9" if late else "computing with the others, step 9"}, 0.0)
-        one.look(one.beat | {"beat": 2}, 99.0)
-    assert judge(seen, Ranks(0, 1000), 100.0, 30.0, 99.0) == ""
-    said = judge(seen, Ranks(0, 1000), 50.0, 30.0, 99.0)
+        one.update(beat | {"doing": "reading data, step 9" if late else "computing with the others, step 9"}, 0.0)
+        one.update(one.beat | {"beat": 2}, 99.0)
+    assert diagnose(seen, Ranks(0, 1000), 100.0, 30.0, 99.0) == ""
+    said = diagnose(seen, Ranks(0, 1000), 50.0, 30.0, 99.0)
     assert said.startswith("ranks 17 (n, pid 17), 18 (n, pid 18), 700 (n, pid 700) hangs: no progress for 99 s")
     assert "ranks" not in said.split("The others: ")[1] and "computing with the others, step 9 (x.py:1 f)" in said
 
 
 def test_where_all_stand_at_the_same_place_nobody_is_blamed():
-    seen = {rank: Seen(0.0) for rank in range(3)}
+    seen = {rank: RankStatus(0.0) for rank in range(3)}
     for one in seen.values():
-        one.look({"beat": 2, "phases": 4, "left": "", "doing": "computing with the others, step 9", "at": "a"}, 0.0)
+        one.update({"beat": 2, "phases": 4, "left": "", "doing": "computing with the others, step 9", "at": "a"}, 0.0)
         one.beaten = 99.0
-    assert "a collective hangs" in judge(seen, Ranks(0, 3), 50.0, 30.0, 99.0)
+    assert "a collective hangs" in diagnose(seen, Ranks(0, 3), 50.0, 30.0, 99.0)

@@ -19,10 +19,10 @@ def step_with_a_fault(fault: str, culprit: int, limit: float) -> None:
     ranks, _ = join("cpu", limit)
     with watch_ranks(ranks, limit) as watchdog:
         for step in range(1, 4):
-            watchdog.doing("reading data", step)
+            watchdog.enter_phase("reading data", step)
             if step == 3 and ranks.rank == culprit:
                 fail(fault)
-            watchdog.meet()
+            watchdog.enter_collective()
             distributed.all_reduce(torch.ones(1))
 
 

@@ -23,7 +23,7 @@ from pretrain.weights.starting import load_starting_weights
 from runtime.checkpoint import read_tensors
 from runtime.errors import CheckpointError
 from runtime.ranks import Ranks
-from runtime.recipe import build
+from runtime.recipe import build_config
 
 
 def published(
@@ -107,7 +107,7 @@ def test_it_encodes_matches_and_holds_teacher_and_queue(imported):
     assert 0 < float(model.match(images, ["a red square", "two circle"])[0]) < 1
     queue, teacher = read_tensors(imported, "queue"), read_tensors(imported, "teacher")
     assert queue["image"].shape == (12, 20) and queue["counters"].tolist() == [6, 12]
-    recipe = build(PretrainRecipe, {"model": vars(model.network.config) | {"image": vars(model.network.config.image), "text": vars(model.network.config.text), "fusion": vars(model.network.config.fusion)}, "teacher": {"queue": 12}, "objectives": {"codebook": {"weight": 0.0}}, "training": {"precision": "fp32"}})  # fmt: skip
+    recipe = build_config(PretrainRecipe, {"model": vars(model.network.config) | {"image": vars(model.network.config.image), "text": vars(model.network.config.text), "fusion": vars(model.network.config.fusion)}, "teacher": {"queue": 12}, "objectives": {"codebook": {"weight": 0.0}}, "training": {"precision": "fp32"}})  # fmt: skip
     task = PretrainTask(recipe, model.network, model.tokenizer, Ranks(), torch.device("cpu"))
     task.teacher.load(teacher)
     task.queue.load_state_dict(queue)

@@ -20,7 +20,7 @@ from pretrain.weights.load import describe_model, find_checkpoint
 from runtime.checkpoint import checkpoint_hash, write_checkpoint
 from runtime.errors import CheckpointError
 from runtime.files import read_json
-from runtime.recipe import build
+from runtime.recipe import build_config
 
 
 def saved(folder: Path, training: str = "pretrained", teacher: bool = True, **changes) -> Path:
@@ -101,7 +101,7 @@ def test_a_fine_tuned_model_is_refused(tmp_path):
 
 
 def test_the_recipe_says_what_the_run_began_from():
-    recipe = build(PretrainRecipe, {"checkpoint": "models/albef", "model": {"image": {"weights": "timm"}}})
+    recipe = build_config(PretrainRecipe, {"checkpoint": "models/albef", "model": {"image": {"weights": "timm"}}})
     assert (recipe.model.image.weights, recipe.model.text.weights) == ("none", "none")
     assert recipe.data.tokenizer == "models/albef"
 
