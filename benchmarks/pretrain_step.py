@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     times, rates = measure(step, options.steps, MatrixProduct(precision, device))
 
     counted, needed = counter.get_total_flops() / batch, step.budget.flops_per_sample
-    print(f"{recipe.name}: {step.budget.total / 1e6:.1f} M parameters, batch {batch}, {recipe.training.precision}, {kind}, "
+    print(f"{recipe.name}: {step.budget.total_parameters / 1e6:.1f} M parameters, batch {batch}, {recipe.training.precision}, {kind}, "
           f"{options.threads} thread(s), ZeRO {step.engine.stage}")  # fmt: skip
     for part, flops in step.budget.flops.items():
         print(f"  {part}: {flops / 1e9:.2f} GFLOP a sample ({flops / needed:.1%})")

@@ -122,7 +122,7 @@ def main() -> int:
     reached = work / one["step"] / one["rate"]
     machines = Cluster(1, 2, 0.0, two["rate"] / 1e12, reached, two["bytes_per_second"] * 8 / 1e9, 0.0, 0.0, 1.0)
     planned = 2 * options.batch / Pace.of(budget, int(two["stage"]), machines).samples_per_second
-    print(f"{recipe.name}, {budget.total / 1e6:.1f} M parameters, {options.batch} samples a process, fp32, gloo; "
+    print(f"{recipe.name}, {budget.total_parameters / 1e6:.1f} M parameters, {options.batch} samples a process, fp32, gloo; "
           f"load {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores")  # fmt: skip
     print(f"one process (ZeRO {one['stage']:.0f}): {one['step']:.2f} s a step; two (ZeRO {two['stage']:.0f}): {two['step']:.2f} s, of which "
           f"{two['communication']:.2f} s in collectives; an all-reduce carries {two['bytes_per_second'] / 1e9:.2f} GB/s")  # fmt: skip

@@ -105,7 +105,6 @@ def score_dual(recipe: EvaluateRecipe, collection: Collection, ranks: Ranks, dev
         model.tokenizer,
         collection,
         ranks,
-        device,
         recipe.batch_size,
         recipe.workers,
         keep_tokens="fusion" in heads,
@@ -180,7 +179,7 @@ def first_stage(
     dual = load_model(folder, device)
     if not dual.network.config.text.layers:
         raise RecipeError(f"shortlist_from: {folder} has no text layers, so no dual head to make shortlists by")
-    found = encode_collection(dual.network, dual.tokenizer, collection, ranks, device, size, workers, silent=False)
+    found = encode_collection(dual.network, dual.tokenizer, collection, ranks, size, workers, silent=False)
     return dual_scores(found).numpy(), {"checkpoint": dual.hash}
 
 

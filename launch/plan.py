@@ -166,7 +166,12 @@ def sizes_table(budget: Budget) -> Table:
     for part, spent in zip(parts, flops, strict=True):
         table.add_row(*part, *spent)
     table.add_row(
-        "all", f"{budget.total / 1e6:,.1f} M", "all", f"{budget.flops_per_sample / 1e9:,.2f} G", "", style="bold"
+        "all",
+        f"{budget.total_parameters / 1e6:,.1f} M",
+        "all",
+        f"{budget.flops_per_sample / 1e9:,.2f} G",
+        "",
+        style="bold",
     )
     return table
 
@@ -194,7 +199,7 @@ def assumptions(budget: Budget, cluster: Cluster) -> str:
     """What the figures rest on, in words."""
     return (
         f"\nAssumed: {cluster.peak_tflops:g} TFLOP/s a GPU, {cluster.utilisation:.0%} of it reached; {cluster.bytes_per_second / 1e9:g} GB/s sent by a GPU, "
-        f"{cluster.overlap:.0%} of it behind arithmetic; data never waited for; captions of {budget.words} tokens, "
+        f"{cluster.overlap:.0%} of it behind arithmetic; data never waited for; captions of {budget.caption_tokens} tokens, "
         f"{budget.masked_words:.1f} of them masked; vocabulary {budget.vocabulary:,}; queue full; teacher whole on every GPU. Memory leaves out the CUDA "
         f"context (about 1 GB) and fragmentation (plan for 10 %). * is the recipe's stage.\n"
     )

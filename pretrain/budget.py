@@ -72,7 +72,7 @@ class ImageSizes:
         return self.depth * (24 * self.tokens * self.width**2 + 4 * self.tokens**2 * self.width)
 
 
-def count_words(tokenizer: str) -> int | None:
+def vocabulary_size(tokenizer: str) -> int | None:
     """The vocabulary of a tokenizer's folder; of one that is not at hand, BERT's; None where one is to be trained."""
     if tokenizer == "train":
         return None
@@ -93,9 +93,9 @@ class Budget:
         self.single_stream = self.model.fusion.kind == "single_stream"
         self.micro_batch = micro_batch or recipe.training.micro_batch
         self.image, self.text = ImageSizes.of(recipe.model.image), recipe.model.text
-        self.words = recipe.data.caption_tokens
-        self.vocabulary = count_words(recipe.data.tokenizer) or recipe.data.vocabulary
-        self.masked_words = recipe.objectives.masked_language.share * (self.words - 2)
+        self.caption_tokens = recipe.data.caption_tokens
+        self.vocabulary = vocabulary_size(recipe.data.tokenizer) or recipe.data.vocabulary
+        self.masked_words = recipe.objectives.masked_language.share * (self.caption_tokens - 2)
         """Words to predict in a caption; [CLS] and [SEP] are never chosen."""
         self.bytes = 2 if recipe.training.precision == "bf16" else 4
         """Of a weight or an activation in computation."""
@@ -128,13 +128,13 @@ class Budget:
         }
 
     @property
-    def total(self) -> int:
+    def total_parameters(self) -> int:
         return sum(self.parameters.values())
 
     @property
     def teacher(self) -> int:
         """Weights of the teacher: no matching head, temperature or codebook."""
-        return self.total - self.parameters["matching head and temperature"] - self.parameters["codebook"]
+        return self.total_parameters - self.parameters["matching head and temperature"] - self.parameters["codebook"]
 
     # Floating-point operations of one sample
 
@@ -152,7 +152,7 @@ class Budget:
     @property
     def _pair_flops(self) -> int:
         """One caption fused with one image."""
-        w, f, n, t = self.text.width, self.text.feed_forward, self.words, self.image.tokens
+        w, f, n, t = self.text.width, self.text.feed_forward, self.caption_tokens, self.image.tokens
         if self.single_stream:
             return self.model.fusion.layers * (2 * (n + t) * (4 * w * w + 2 * w * f) + 4 * (n + t) ** 2 * w)
         return self.model.fusion.layers * (2 * n * (6 * w * w + 2 * w * f) + 4 * n * n * w + 4 * n * t * w)
@@ -162,7 +162,7 @@ class Budget:
         """The same where [CLS] alone is asked for: the last layer makes the keys and values of all tokens, and one token's state."""
         if not self.model.fusion.layers:
             return 0
-        w, f, n, t = self.text.width, self.text.feed_forward, self.words, self.image.tokens
+        w, f, n, t = self.text.width, self.text.feed_forward, self.caption_tokens, self.image.tokens
         if self.single_stream:
             spared = 2 * (n + t - 1) * (w * w + 2 * w * f) + 4 * (n + t - 1) * (n + t) * w
         else:
@@ -173,7 +173,11 @@ class Budget:
     def _language_flops(self) -> float:
         """A masked caption through the text encoder, the fusion encoder and the head at its masked words."""
         w = self.text.width
-        return self._text_flops(self.words) + self._pair_flops + self.masked_words * 2 * (w * w + w * self.vocabulary)
+        return (
+            self._text_flops(self.caption_tokens)
+            + self._pair_flops
+            + self.masked_words * 2 * (w * w + w * self.vocabulary)
+        )
 
     @property
     def _feature_flops(self) -> int:
@@ -183,7 +187,7 @@ class Budget:
     def flops(self) -> dict[str, float]:
         """Of one sample in one step, by what they are spent on."""
         d, codewords = self.model.feature_dim, self.model.codewords
-        encoders = self.image.block_flops + self._text_flops(self.words) + self._feature_flops
+        encoders = self.image.block_flops + self._text_flops(self.caption_tokens) + self._feature_flops
         fused = (self._read_flops if self.matching or self.language else 0) + 3 * self._matched_flops * self.matching
         fused += 3 * 4 * self.text.width * self.matching
         language = self._language_flops * self.language
@@ -203,7 +207,7 @@ class Budget:
             teacher += self._read_flops + self._language_flops
         again = 0
         if self.recipe.training.checkpoint_activations:
-            again = self.image.block_flops + (1 + self.language) * self._text_flops(self.words)
+            again = self.image.block_flops + (1 + self.language) * self._text_flops(self.caption_tokens)
             if not self.model.image.drop_path:
                 # A ViT block's last product is of no use to its backward pass, and left out.
                 again -= 8 * self.image.depth * self.image.tokens * self.image.width**2
@@ -230,7 +234,7 @@ class Budget:
     def activation_bytes(self) -> float:
         """What autograd keeps of one sample's forward pass until its backward pass. Where layers are computed again it is what goes
         into each of them, and all of the largest, whose turn it is."""
-        w, f, n, t, e = self.text.width, self.text.feed_forward, self.words, self.image.tokens, self.bytes
+        w, f, n, t, e = self.text.width, self.text.feed_forward, self.caption_tokens, self.image.tokens, self.bytes
         # Of a pair in a fusion layer: what a token keeps, its dropouts' masks, tokens, the copy of its image's keys and values; of an image.
         token, dropouts, tokens, copied, read = 12 * w + 2 * f, 3 * w, n, 2 * t * w, 2 * t * w
         if self.single_stream:
@@ -270,24 +274,24 @@ class Budget:
         share = 1 / world if stage else 1.0
         half = self.bytes == 2
         held = {
-            "parameters": self.bytes * self.total * (share if stage == 3 else 1.0),
+            "parameters": self.bytes * self.total_parameters * (share if stage == 3 else 1.0),
             # In float32 without ZeRO the parameters are the masters.
-            "masters": 4.0 * self.total * share if half or stage else 0.0,
-            "moments": 8.0 * self.total * share,
+            "masters": 4.0 * self.total_parameters * share if half or stage else 0.0,
+            "moments": 8.0 * self.total_parameters * share,
             "teacher": (4.0 + 2.0 * half) * self.teacher,
             # The keys of a step are the queue's and the batch's, joined in a copy.
             "queue": self.queue_bytes + 8.0 * self.model.feature_dim * self.keys,
         }
-        gradients = self.bytes * self.total * (share if stage >= 2 else 1.0)
+        gradients = self.bytes * self.total_parameters * (share if stage >= 2 else 1.0)
         activations = self.activation_bytes * self.micro_batch
         # Without ZeRO gradients are reduced in flat copies of at most the buffer's size; alone, not at all.
         whole = {0: FLAT, 1: 2 * BUCKET, 2: 2 * BUCKET, 3: BUCKET}[stage]
-        reduced = whole if gpu and stage else min(whole, self.total)
+        reduced = whole if gpu and stage else min(whole, self.total_parameters)
         buffer = float(reduced * (4 if stage == 1 else self.bytes)) if stage or world > 1 else 0.0
         _, accumulation = self.split(world)
         backward_begins = activations + (gradients if accumulation > 1 else 0.0) + (buffer if stage else 0.0)
         backward_ends = gradients + buffer
-        flat = 4 * self.total * share if half or stage else 0.0  # the masters' own gradient, float32
+        flat = 4 * self.total_parameters * share if half or stage else 0.0  # the masters' own gradient, float32
         step = gradients + flat
         fullest = sum(held.values()) + max(backward_begins, backward_ends, step)
         return held | {
@@ -306,7 +310,7 @@ class Budget:
     def traffic(self, stage: int, world: int) -> dict[str, float]:
         _, accumulation = self.split(world)
         ring = (world - 1) / world
-        whole = self.bytes * self.total
+        whole = self.bytes * self.total_parameters
         reduced = {0: 2 * whole, 1: whole, 2: whole * accumulation, 3: whole * accumulation}[stage] * ring
         gathered = {0: 0, 1: whole, 2: whole, 3: 2 * whole * accumulation}[stage] * ring
         half = self.bytes == 2
@@ -315,7 +319,7 @@ class Budget:
             "gradients": reduced,
             "parameters": gathered,
             # The teacher follows float32 masters, which ZeRO divides.
-            "teacher": 8.0 * self.total * ring if stage and half else 0.0,
+            "teacher": 8.0 * self.total_parameters * ring if stage and half else 0.0,
             "features": features,
         }
 
@@ -324,4 +328,4 @@ class Budget:
     @property
     def checkpoint_bytes(self) -> int:
         """Float32 masters and moments, the teacher, the queue."""
-        return 12 * self.total + 4 * self.teacher + self.queue_bytes
+        return 12 * self.total_parameters + 4 * self.teacher + self.queue_bytes

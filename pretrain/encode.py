@@ -37,18 +37,17 @@ def encode_collection(
     tokenizer: CaptionTokenizer,
     collection: Collection,
     ranks: Ranks,
-    device: torch.device,
     batch_size: int = 64,
     workers: int = 0,
     keep_tokens: bool = False,
     silent: bool = True,
 ) -> Encodings:
     """Encode all images and all captions in evaluation mode; each rank takes a run of whole batches."""
-    training = model.training
+    training, device = model.training, next(model.parameters()).device
     model.eval()
     images, captions = len(collection), collection.captions
     image_parts, token_parts, text_parts, state_parts, mask_parts = [], [], [], [], []
-    own_images, own_captions = share(images, batch_size, ranks), share(len(captions), batch_size, ranks)
+    own_images, own_captions = rank_share(images, batch_size, ranks), rank_share(len(captions), batch_size, ranks)
     with progress("encoding", images + len(captions), "items", silent=silent or not ranks.first) as bar:
         transform = EvaluationTransform(model.config.image.image_size)
         for pixels in collection.images(transform, own_images, batch_size, workers):
@@ -68,23 +67,23 @@ def encode_collection(
             bar.advance(len(ids) * ranks.world)
     model.train(training)
     dim, width, image_width = model.config.feature_dim, model.text_encoder.width, model.image_encoder.width
-    image = whole(image_parts, images, batch_size, (dim,), device)
-    text = whole(text_parts, len(captions), batch_size, (dim,), device)
+    image = gather_shares(image_parts, images, batch_size, (dim,), device)
+    text = gather_shares(text_parts, len(captions), batch_size, (dim,), device)
     if not keep_tokens:
         return Encodings(image, text)
     patches = model.image_encoder.tokens
     return Encodings(
         image,
         text,
-        whole(token_parts, images, batch_size, (patches, image_width), device),
-        whole(state_parts, len(captions), batch_size, (tokenizer.caption_tokens, width), device),
-        whole(
+        gather_shares(token_parts, images, batch_size, (patches, image_width), device),
+        gather_shares(state_parts, len(captions), batch_size, (tokenizer.caption_tokens, width), device),
+        gather_shares(
             [part.float() for part in mask_parts], len(captions), batch_size, (tokenizer.caption_tokens,), device
         ).bool(),
     )
 
 
-def share(count: int, batch_size: int, ranks: Ranks) -> range:
+def rank_share(count: int, batch_size: int, ranks: Ranks) -> range:
     """This rank's run of `count` items, in whole batches: a batch then holds the same items whatever the number of ranks, and
     so gives the same bits. The last ranks may have less to do, or nothing."""
     batches = -(-count // batch_size)
@@ -92,12 +91,14 @@ def share(count: int, batch_size: int, ranks: Ranks) -> range:
     return range(min(ranks.rank * each, count), min((ranks.rank + 1) * each, count))
 
 
-def whole(parts: list[Tensor], count: int, batch_size: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def gather_shares(
+    parts: list[Tensor], count: int, batch_size: int, shape: tuple[int, ...], device: torch.device
+) -> Tensor:
     """The ranks' runs joined, on the CPU. Runs are padded to one length for the exchange."""
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     own = torch.cat(parts) if parts else torch.zeros(0, *shape)
     if world == 1:
         return own.cpu()
     own = own.to(device)
-    padding = own.new_zeros(len(share(count, batch_size, Ranks(0, world))) - len(own), *shape)
+    padding = own.new_zeros(len(rank_share(count, batch_size, Ranks(0, world))) - len(own), *shape)
     return gather_rows(torch.cat([own, padding]))[:count].cpu()

@@ -29,7 +29,7 @@ from pretrain.task import Student
 from runtime.errors import CheckpointError
 from runtime.ranks import all_gather_into, ranks_from_environment
 from training.config import OptimizerConfig
-from training.profile import part
+from training.profile import profiled
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KEPT_WHOLE = 100_000
@@ -154,7 +154,7 @@ class Engine:
             return verdicts[0]
 
         self.adamw.allowed = allowed
-        with part("optimizer"):
+        with profiled("optimizer"):
             self.module.step()
         # Where a gradient is not finite DeepSpeed skips the step by itself and never asks.
         self.applied = verdicts[0] if verdicts else admits(norm()) and self.module.was_step_applied()

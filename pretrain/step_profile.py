@@ -17,7 +17,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from pretrain.model.bert_layers import CrossAttention
-from training.profile import PREFIX, part
+from training.profile import PREFIX, profiled
 
 if TYPE_CHECKING:
     from pretrain.model.alignment_model import AlignmentModel
@@ -67,7 +67,7 @@ class StepProfile:
         self._profile.__exit__(None, None, None)
         for hook in self._hooks:
             hook.remove()
-        times = by_part(self._profile.events(), self._on_gpu)
+        times = time_by_part(self._profile.events(), self._on_gpu)
         self._profile = None
         return table(times, self.steps)
 
@@ -86,7 +86,7 @@ class StepProfile:
                 open_marks: list[record_function] = []
 
                 def enter(module: nn.Module, inputs: Any, name: str = name, marks: list = open_marks) -> None:
-                    marks.append(part(name))
+                    marks.append(profiled(name))
                     marks[-1].__enter__()
 
                 def leave(module: nn.Module, inputs: Any, outputs: Any, marks: list = open_marks) -> None:
@@ -95,7 +95,7 @@ class StepProfile:
                 self._hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
 
-def by_part(events: Iterable[Any], gpu: bool) -> dict[tuple[str, str], float]:
+def time_by_part(events: Iterable[Any], gpu: bool) -> dict[tuple[str, str], float]:
     """Seconds by (part, `forward` or `backward`), from a profile's events; on a GPU those of its kernels."""
     events = list(events)
     made: dict[tuple[int, int], str] = {}

@@ -32,7 +32,7 @@ from pretrain.objectives.state import Everyone, Keys, Masked, MicroBatch, Plans,
 from pretrain.teacher import Teacher
 from runtime.errors import RecipeError
 from runtime.ranks import Ranks, gather_rows, sum_over_ranks
-from training.profile import part as profiled
+from training.profile import profiled
 
 # What the draws of one sample are for: each purpose has its own stream of numbers.
 NEGATIVES, MASKS = 1, 2

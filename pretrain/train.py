@@ -192,7 +192,7 @@ def validate(
     workers: int,
 ) -> dict[str, float]:
     """R@1, R@5 and R@10 in percent both ways by the features' cosine, and their sum."""
-    encodings = encode_collection(model, tokenizer, validation, ranks, device, batch_size, workers)
+    encodings = encode_collection(model, tokenizer, validation, ranks, batch_size, workers)
     return {
         f"validation/{name}": value
         for name, value in recalls((encodings.image @ encodings.text.T).numpy(), validation.caption_image).items()

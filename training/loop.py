@@ -23,7 +23,7 @@ from runtime.run_folder import RunFolder
 from runtime.straggler import StragglerWatch
 from runtime.watchdog import Watchdog, watch_ranks
 from training.config import LoopConfig
-from training.profile import part
+from training.profile import profiled
 from training.sick_steps import SickSteps
 
 
@@ -82,7 +82,7 @@ def run_loop(
             began = time.monotonic()
             epoch = stream.epoch
             watchdog.enter_phase("reading data", step + 1)
-            with part("data wait"):
+            with profiled("data wait"):
                 batch = next(batches)
             waited = time.monotonic() - began
             watchdog.enter_phase("its own part of the step", step + 1)

@@ -7,6 +7,6 @@ from torch.profiler import record_function
 PREFIX = "part: "
 
 
-def part(name: str) -> record_function:
-    """`with part("optimizer"):` what is done within counts there. Costs microseconds where no profile is taken."""
+def profiled(name: str) -> record_function:
+    """`with profiled("optimizer"):` what is done within counts there. Costs microseconds where no profile is taken."""
     return record_function(PREFIX + name)

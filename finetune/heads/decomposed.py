@@ -18,7 +18,7 @@ from data_tools.pixels.transforms import EvaluationTransform
 from data_tools.tokenizer import CaptionTokenizer, load_tokenizer
 from finetune.heads.config import VLDeformerConfig
 from pretrain.config import ModelConfig
-from pretrain.encode import share, whole
+from pretrain.encode import gather_shares, rank_share
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.model.bert_layers import BertLayer
 from pretrain.model.fusion_encoder import FusionEncoder
@@ -178,7 +178,7 @@ def encode_decomposed(
 ) -> tuple[Tensor, Tensor]:
     """All images and all captions, each once, the work shared by the ranks. -> (images, width) and (captions, width), on the CPU."""
     count, captions = len(collection), collection.captions
-    own, own_captions = share(count, batch_size, ranks), share(len(captions), batch_size, ranks)
+    own, own_captions = rank_share(count, batch_size, ranks), rank_share(len(captions), batch_size, ranks)
     images, texts = [], []
     transform = EvaluationTransform(model.image_encoder.vit.patch_embed.img_size[0])
     with progress("encoding", count + len(captions), "items", silent=silent or not ranks.first) as bar:
@@ -190,4 +190,6 @@ def encode_decomposed(
             texts.append(model.encode_text(ids.to(device), mask.to(device)))
             bar.advance(len(ids) * ranks.world)
     shape = (model.width,)
-    return whole(images, count, batch_size, shape, device), whole(texts, len(captions), batch_size, shape, device)
+    return gather_shares(images, count, batch_size, shape, device), gather_shares(
+        texts, len(captions), batch_size, shape, device
+    )

@@ -114,7 +114,7 @@ class DualTask(RetrievalTask):
     def similarity(
         self, collection: Collection, ranks: Ranks, device: torch.device, batch_size: int, workers: int
     ) -> np.ndarray:
-        found = encode_collection(self.model, self.tokenizer, collection, ranks, device, batch_size, workers)
+        found = encode_collection(self.model, self.tokenizer, collection, ranks, batch_size, workers)
         return dual_scores(found).numpy()
 
     def extra_figures(self) -> dict[str, Tensor]:

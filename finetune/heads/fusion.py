@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from finetune.shortlist import Shortlists
-from pretrain.encode import Encodings, share, whole
+from pretrain.encode import Encodings, gather_shares, rank_share
 from pretrain.model.alignment_model import AlignmentModel
 from runtime.progress import progress
 from runtime.ranks import Ranks
@@ -46,12 +46,12 @@ def fusion_scores(
     image, place = np.nonzero(lists.wanted()[:, shortest])
     text = shortest[place]
     scores = np.empty((len(lists.captions), len(lists.images)), dtype=np.float32)
-    logits, own = list[Tensor](), share(len(image), PAIRS, ranks)
+    logits, own = list[Tensor](), rank_share(len(image), PAIRS, ranks)
     with progress("re-ranking", len(image), "pairs", silent=not ranks.first) as bar:
         for start in range(own.start, own.stop, PAIRS):
             run = slice(start, min(start + PAIRS, own.stop))
             pairs = torch.from_numpy(image[run]), torch.from_numpy(text[run])
             logits.append(match_pairs(model, encodings, *pairs, device))
             bar.advance(len(logits[-1]) * ranks.world)
-    scores[image, text] = whole(logits, len(image), PAIRS, (), device).numpy()
+    scores[image, text] = gather_shares(logits, len(image), PAIRS, (), device).numpy()
     return lists.of(scores)

@@ -18,7 +18,7 @@ from data_tools.in_order.collection import Collection
 from data_tools.pixels.transforms import EvaluationTransform
 from data_tools.tokenizer import CaptionTokenizer, pad_tokens
 from finetune.heads.hat import HatModel
-from pretrain.encode import share, whole
+from pretrain.encode import gather_shares, rank_share
 from runtime.progress import progress
 from runtime.ranks import Ranks
 
@@ -64,7 +64,7 @@ def encode_captions(
     ends = lengths.cumsum(0)
     shape = int(ends[-1]), model.config.width
     levels = [torch.empty(shape, device=device) for _ in model.pairs]
-    own = share(len(ids), batch, ranks)
+    own = rank_share(len(ids), batch, ranks)
     for start in range(own.start, own.stop, batch):
         end = min(start + batch, own.stop)
         block, mask = (part.to(device) for part in pad_tokens(ids[start:end]))
@@ -73,7 +73,7 @@ def encode_captions(
             level[first:last] = words[mask]
     if ranks.world > 1:
         for rank in range(ranks.world):
-            part = share(len(ids), batch, Ranks(rank, ranks.world))
+            part = rank_share(len(ids), batch, Ranks(rank, ranks.world))
             if len(part):
                 first, last = int(ends[part.start] - lengths[part.start]), int(ends[part.stop - 1])
                 for level in levels:
@@ -117,7 +117,7 @@ def hat_scores(
         keep_freed_memory()
     texts = encode_captions(model, tokenizer, collection.captions, ranks, device, batch_size)
     images, captions = len(collection), len(collection.captions)
-    own = share(images, batch_size, ranks)
+    own = rank_share(images, batch_size, ranks)
     scores = torch.zeros(len(own), captions)
     pairs = images * captions if wanted is None else int(wanted.sum())
     transform = EvaluationTransform(model.encoders.image_size)
@@ -136,7 +136,7 @@ def hat_scores(
             done += len(pixels)
     model.train(training)
     # Back from the order of lengths into the collection's, in place of a second matrix.
-    found = whole([scores], images, batch_size, (captions,), device).numpy()
+    found = gather_shares([scores], images, batch_size, (captions,), device).numpy()
     place = np.empty(captions, dtype=np.int64)
     place[texts.order] = np.arange(captions)
     for start in range(0, images, 256):

@@ -153,7 +153,7 @@ def contents(run: Path, where: str, limit: int) -> list[str]:
     """The codebook's usage, its most used codewords, and word maps, on the data's first images."""
     model = load_model(run)
     collection = Collection(where)
-    encodings = encode_collection(model.network, model.tokenizer, collection, Ranks(), model.device)
+    encodings = encode_collection(model.network, model.tokenizer, collection, Ranks())
     images = min(limit, len(collection))
     captions = int((collection.caption_image < images).sum())
     image, text = encodings.image[:images], encodings.text[:captions]

@@ -27,7 +27,7 @@ def information_of_run(run: Path | str, data: str, scenes: str) -> dict[str, flo
     if model.network.codebook is None:
         return {}
     collection = Collection(data)
-    encodings = encode_collection(model.network, model.tokenizer, collection, Ranks(), model.device)
+    encodings = encode_collection(model.network, model.tokenizer, collection, Ranks())
     code = (encodings.image @ model.network.codewords().cpu().T).argmax(-1)
     known = {}
     for line in Path(scenes).read_text(encoding="utf-8").splitlines():

@@ -49,9 +49,9 @@ def test_a_mistake_is_one_line(capsys, change, says):
 def test_zero_divides_what_it_says():
     budget = Budget(PretrainRecipe(), 8)
     memory = {stage: budget.memory(stage, 64) for stage in range(4)}
-    assert memory[1]["moments"] * 64 == memory[0]["moments"] == 8 * budget.total
+    assert memory[1]["moments"] * 64 == memory[0]["moments"] == 8 * budget.total_parameters
     assert memory[1]["gradients"] == memory[0]["gradients"] == 64 * memory[2]["gradients"]
-    assert memory[3]["parameters"] * 64 == memory[2]["parameters"] == 2 * budget.total
+    assert memory[3]["parameters"] * 64 == memory[2]["parameters"] == 2 * budget.total_parameters
 
 
 def test_more_machines_are_faster_and_a_slower_network_slower():

@@ -33,7 +33,7 @@ class Pictures:
 def encode(count: int, each: int, keep_tokens: bool) -> dict[str, Tensor | None]:
     model = tiny.model().train()
     found = encode_collection(
-        model, tiny.tokenizer(), Pictures(count, each), ranks_from_environment(), torch.device("cpu"), 2, 0, keep_tokens
+        model, tiny.tokenizer(), Pictures(count, each), ranks_from_environment(), 2, 0, keep_tokens
     )
     assert model.training, "the model's mode is left as it was"
     return dict(vars(found))

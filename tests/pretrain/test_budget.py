@@ -7,7 +7,7 @@ import pytest
 import tiny
 from gloo_pool import GlooPool
 
-from pretrain.budget import Budget, count_words
+from pretrain.budget import Budget, vocabulary_size
 
 SHAPES = [
     {},
@@ -27,7 +27,7 @@ def budget(**changes) -> Budget:
 def test_parameters_are_the_models(changes):
     counted = budget_jobs.parameters(tiny.model(tiny.recipe(**changes)))
     planned = budget(**changes)
-    assert (planned.total, planned.teacher) == counted
+    assert (planned.total_parameters, planned.teacher) == counted
 
 
 DEEP = {"model__image__patch": 8, "model__image__width": 192, "model__image__depth": 8}
@@ -58,8 +58,8 @@ def test_words_are_counted_where_the_tokenizer_is_at_hand(tmp_path):
     tiny.tokenizer().save(tmp_path / "folder")
     (tmp_path / "words").mkdir()
     (tmp_path / "words" / "vocab.txt").write_text("[PAD]\n[UNK]\na\n")
-    counted = [count_words(str(tmp_path / name)) for name in ("folder", "words", "bert-base-uncased")]
-    assert counted == [tiny.tokenizer().vocabulary, 3, 30522] and count_words("train") is None
+    counted = [vocabulary_size(str(tmp_path / name)) for name in ("folder", "words", "bert-base-uncased")]
+    assert counted == [tiny.tokenizer().vocabulary, 3, 30522] and vocabulary_size("train") is None
 
 
 LARGER = {

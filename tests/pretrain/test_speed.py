@@ -12,7 +12,7 @@ from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.model.activations import checkpoint_activations
-from pretrain.step_profile import StepProfile, by_part
+from pretrain.step_profile import StepProfile, time_by_part
 
 ASKS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique_dim", "_unique2", "item"}
 """Operations whose result, or whose result's shape, the host must wait for."""
@@ -136,7 +136,7 @@ def test_a_kernel_counts_once_in_its_operation():
     )
     kernel = SimpleNamespace(**common, name="gemm", self_device_time_total=7.0, device_type=DeviceType.CUDA)
     span = SimpleNamespace(**common, name="part: transport", self_device_time_total=9.0, device_type=DeviceType.CUDA)
-    assert by_part([marked, launched, kernel, span], gpu=True) == {("transport", "forward"): pytest.approx(7e-6)}
+    assert time_by_part([marked, launched, kernel, span], gpu=True) == {("transport", "forward"): pytest.approx(7e-6)}
 
 
 def test_layers_compile_without_a_graph_break():
