@@ -47,7 +47,7 @@ def main() -> int:
     size = 16 * options.millions / 1e3
     print(f"{size:.2f} GB: training waits {stall:.2f} s ({size / stall:.1f} GB/s), the write takes {whole:.2f} s more")
     told = Ratios()
-    told.tell("stall / write", stall / whole, at_most=AIM)
+    told.record("stall / write", stall / whole, at_most=AIM)
     return told.close()
 
 

@@ -121,7 +121,7 @@ def claim(options: argparse.Namespace) -> bool:
                 times[side] += took[side]
         ratio = times["scan"] / times["exact"]
         shares = {side: useful[side] / times[side] / rate for side in times}
-        told.tell(f"{direction}: SCAN's time / ours", ratio, at_least=aim)
+        told.record(f"{direction}: SCAN's time / ours", ratio, at_least=aim)
         print(f"  share of the matrix product's rate: exact {shares['exact']:.0%}, "
               f"SCAN {shares['scan']:.0%}; {1e3 * times['exact'] / options.images / options.captions:.3f} ms a pair")  # fmt: skip
     return not told.close() and fine

@@ -161,17 +161,17 @@ def main(arguments: list[str] | None = None) -> int:
           f"{options.threads} thread(s), ZeRO {step.engine.stage}")  # fmt: skip
     for part, flops in step.budget.flops.items():
         print(f"  {part}: {flops / 1e9:.2f} GFLOP a sample ({flops / needed:.1%})")
-    told.tell("FLOPs by torch's counter / by hand", counted / needed, 0.97, 1.03)
+    told.record("FLOPs by torch's counter / by hand", counted / needed, 0.97, 1.03)
     taken = statistics.median(times)
-    told.tell("samples a second", batch / taken)
-    told.tell("matrix product, GFLOP/s", statistics.median(rates) / 1e9)
+    told.record("samples a second", batch / taken)
+    told.record("matrix product, GFLOP/s", statistics.median(rates) / 1e9)
     shares = [needed * batch / time / rate for time, rate in zip(times, rates, strict=True)]
-    told.tell("utilisation", statistics.median(shares), None if options.short else AIMS[kind])
+    told.record("utilisation", statistics.median(shares), None if options.short else AIMS[kind])
     if kind == "cpu":
         # The product's own three matrices are small beside it.
-        told.tell("host memory at the fullest moment, GB", resident("VmHWM"), at_most=MEMORY_AIM)
+        told.record("host memory at the fullest moment, GB", resident("VmHWM"), at_most=MEMORY_AIM)
     else:
-        told.tell("device memory at the fullest moment, GB", torch.cuda.max_memory_allocated() / 1e9)
+        told.record("device memory at the fullest moment, GB", torch.cuda.max_memory_allocated() / 1e9)
     if options.profile:
         profile = StepProfile(1, step.task.student.model, step.task.teacher.model, step.device)
         step.ready()

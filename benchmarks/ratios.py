@@ -12,13 +12,13 @@ import torch
 
 
 class Ratios:
-    """The figures of one benchmark. `tell` prints one; `close` hands them to `python -m benchmarks` and gives the exit code."""
+    """The figures of one benchmark. `record` prints one; `close` hands them to `python -m benchmarks` and gives the exit code."""
 
     def __init__(self) -> None:
         self.values: dict[str, float] = {}
         self.short: list[str] = []
 
-    def tell(
+    def record(
         self, name: str, value: float, at_least: float | None = None, at_most: float | None = None, unit: str = ""
     ) -> None:
         """name: the same words at every run, without figures; aims are of the full form on a quiet machine."""

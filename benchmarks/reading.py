@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
                 assert read_once == seen == manifest.samples, f"{name} saw {seen} of {manifest.samples} samples"
             how = "shuffled" if shuffled else "in order"
             print(f"{how}: ligature {rates['ligature']:,.0f}/s, webdataset {rates['webdataset']:,.0f}/s")
-            told.tell(f"{how}: ligature / webdataset", rates["ligature"] / rates["webdataset"], at_least=AIM)
+            told.record(f"{how}: ligature / webdataset", rates["ligature"] / rates["webdataset"], at_least=AIM)
         resume_at_the_end(folder, told)
         print(f"the disk's own: {copy_rate(folder, manifest, options.seconds) / mean:,.0f} samples/s by pread alone")
     return told.close()
@@ -124,7 +124,7 @@ def resume_at_the_end(folder: Path, told: Ratios) -> None:
     read = data.reader.read(samples)
     taken = time.process_time() - began
     assert all(isinstance(sample, RawSample) for sample in read)
-    told.tell("opened, and the last batch of epoch 1,000 read, s", taken, at_most=RESUME_AIM)
+    told.record("opened, and the last batch of epoch 1,000 read, s", taken, at_most=RESUME_AIM)
 
 
 def copy_rate(folder: Path, manifest: Manifest, seconds: float) -> float:

@@ -209,8 +209,8 @@ def all_pairs(sides: Sides, size: Size, whole: bool, told: Ratios) -> None:
         print(
             f"{count:7,} {fusion:14,.0f} {encoding:10,.2f} {comparing:10,.3f} {ratio:8,.0f}x {counted:8,.0f}x {ratio / counted:6.2f}"
         )
-    told.tell("all pairs: the measured ratio / what FLOPs predict, at least", min(shares), at_least=RATIO_AIM)
-    told.tell("fusion, share of the matrix product's rate", share, at_least=RATE_AIM)
+    told.record("all pairs: the measured ratio / what FLOPs predict, at least", min(shares), at_least=RATIO_AIM)
+    told.record("fusion, share of the matrix product's rate", share, at_least=RATE_AIM)
 
 
 def one_query(sides: Sides, size: Size, queries: int, told: Ratios) -> None:
@@ -236,7 +236,7 @@ def one_query(sides: Sides, size: Size, queries: int, told: Ratios) -> None:
             line("encoded", batch, whole, peak(sides.device))
             line("  its words", batch, encoding, "")
             p95 = [float(np.percentile(times[WARM_UP:], 95)) for times in (whole, encoding)]
-            told.tell(
+            told.record(
                 f"one query in batches of {batch}: P95 / that of its text encoding", p95[0] / p95[1], at_most=QUERY_AIM
             )
         for batch in size.query_batches:

@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     told = Ratios()
 
     def tell(what: str, value: float, unit: str, aim: float | None = None) -> None:
-        told.tell(what, value, at_most=aim, unit=unit)
+        told.record(what, value, at_most=aim, unit=unit)
 
     with tempfile.TemporaryDirectory() as scratch:
         folder, bare = Path(scratch), peak()

@@ -127,10 +127,10 @@ def main() -> int:
     print(f"one process (ZeRO {one['stage']:.0f}): {one['step']:.2f} s a step; two (ZeRO {two['stage']:.0f}): {two['step']:.2f} s, of which "
           f"{two['communication']:.2f} s in collectives; an all-reduce carries {two['bytes_per_second'] / 1e9:.2f} GB/s")  # fmt: skip
     told = Ratios()
-    told.tell("weak scaling, share of twice the samples a second", one["step"] / two["step"], at_least=EFFICIENCY_AIM)
-    told.tell("communication, share of the step", two["communication"] / two["step"])
-    told.tell("matrix product in each of two / in one alone", two["rate"] / one["rate"])
-    told.tell("the plan's step / the measured one", planned / two["step"], 1 - PLAN_AIM, 1 + PLAN_AIM)
+    told.record("weak scaling, share of twice the samples a second", one["step"] / two["step"], at_least=EFFICIENCY_AIM)
+    told.record("communication, share of the step", two["communication"] / two["step"])
+    told.record("matrix product in each of two / in one alone", two["rate"] / one["rate"])
+    told.record("the plan's step / the measured one", planned / two["step"], 1 - PLAN_AIM, 1 + PLAN_AIM)
     return told.close()
 
 

@@ -65,7 +65,7 @@ def main() -> int:
     options = parser.parse_args()
     told = Ratios()
     run(["--help"])
-    told.tell("ligature --help, s", run(["--help"])[0], at_most=HELP_AIM)
+    told.record("ligature --help, s", run(["--help"])[0], at_most=HELP_AIM)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_source(folder / "source", {"train": 128}, size=32)
@@ -82,7 +82,7 @@ def main() -> int:
         ]
         # The figures of a one-step run come after its step; its last checkpoint is written after them and counts too.
         own, wall = run([*recipe, "--training.steps", "1", "--training.log_every", "1"])
-        told.tell("command to first training step, s of its own", own, at_most=STEP_AIM)
+        told.record("command to first training step, s of its own", own, at_most=STEP_AIM)
         print(f"  {wall:.1f} s of the wall, load {os.getloadavg()[0]:.1f}")
         if not options.short:
             log = folder / "imports"

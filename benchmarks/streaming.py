@@ -169,7 +169,7 @@ def speed(images: list[bytes], small: list[bytes], operations: int, rounds: int,
         )
     for label, arm, _, aim in rows:
         if aim is not None:
-            found.tell(
+            found.record(
                 f"{label}, RandAugment {'on' if operations else 'off'}, x (a)", best["a"] / best[arm], at_least=aim
             )
 
@@ -191,7 +191,7 @@ def agreement(images: list[bytes], told: Ratios) -> None:
     print(f"\nPixels beside Pillow's of the same {AGREEMENT_VIEWS} crops (levels of 255; RandAugment off)")
     for where, found in apart.items():
         mean, largest = float(np.mean(found)), int(np.max(found))
-        told.tell(f"augment.where: {where}, mean absolute difference", mean, at_most=0.05)
+        told.record(f"augment.where: {where}, mean absolute difference", mean, at_most=0.05)
         print(f"  largest {largest}")
 
 

@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"  POT at {regularisation}: {1e3 * theirs[-1]:.0f} ms")
         ours = statistics.median(times)
         # Where it never comes as near, it had at least its patience on one modality.
-        told.tell(
+        told.record(
             f"{kind}: our time / POT's at equal distance",
             ours / min(theirs, default=options.patience * ours),
             at_most=AIM,
@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
         on_gpu = problems(options.samples, options.codewords, True).cuda()
         proximal_point(on_gpu)
         times = [seconds(lambda: proximal_point(on_gpu), on_gpu.device) for _ in range(10)]
-        told.tell("on the GPU, ms", 1e3 * statistics.median(times), at_most=1.0)
+        told.record("on the GPU, ms", 1e3 * statistics.median(times), at_most=1.0)
     return told.close()
 
 

@@ -130,9 +130,9 @@ def compare(arguments: list[str]) -> None:
         write_json(options.out, found)
     print(describe(found))
     if options.page:
-        from finetune.report.flips_page import write_flips
+        from finetune.report.flips_page import write_flips_page
 
-        print(write_flips(options.first, options.second, options.data, options.images, options.page))
+        print(write_flips_page(options.first, options.second, options.data, options.images, options.page))
 
 
 def import_weights(arguments: list[str]) -> None:
@@ -215,14 +215,14 @@ def report(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.limit < 1:
         raise RecipeError(f"--limit is {options.limit}; it must be 1 or more")
-    from finetune.report.run_page import report as run
+    from finetune.report.run_page import write_report as run
 
     print(run(options.run, options.out, options.data, options.limit))
 
 
 def index(arguments: list[str]) -> None:
     recipe = read_stage("index", arguments)
-    from finetune.search.embed import index as run
+    from finetune.search.indexing import build_index as run
 
     run(recipe)
 

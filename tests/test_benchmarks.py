@@ -32,9 +32,9 @@ def test_every_benchmark_has_a_short_form_and_bounds_by_figures_it_tells():
 def test_a_ratio_short_of_its_aim_gives_exit_code_1(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("LIGATURE_RATIOS", str(tmp_path / "ratios.json"))
     told = Ratios()
-    told.tell("speed", 3.0, at_least=2.0)
+    told.record("speed", 3.0, at_least=2.0)
     assert told.close() == 0
-    told.tell("time", 3.0, at_most=2.0, unit="s")
+    told.record("time", 3.0, at_most=2.0, unit="s")
     assert told.close() == 1
     assert json.loads((tmp_path / "ratios.json").read_text()) == {"speed": 3.0, "time": 3.0}
     assert "time: 3 s (aim: at most 2, short of it)" in capsys.readouterr().out

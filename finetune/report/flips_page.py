@@ -20,7 +20,7 @@ TOP = 5
 FRAME = "figure.right { border: 3px solid #2e9e5b } td, th { padding: 2px 14px 2px 0; text-align: left; font-weight: normal }"
 
 
-def write_flips(first: Path, second: Path, data: str, images: str, page: Path, count: int = 24) -> str:
+def write_flips_page(first: Path, second: Path, data: str, images: str, page: Path, count: int = 24) -> str:
     """Write the page: captions that `first` answers right and `second` wrong, those first where it errs by most. -> a line about it.
 
     first, second: score records evaluated with `save_scores`, of the same data and one gallery. Raises RecipeError or DataError.
@@ -50,7 +50,7 @@ def write_flips(first: Path, second: Path, data: str, images: str, page: Path, c
         raise RecipeError(
             f"{data} holds other images than those scored: its first is {collection.keys[0]}, theirs {keys[0]}"
         )
-    beaten = [better_ones(one, collection.caption_image) for one in scores]
+    beaten = [count_better_images(one, collection.caption_image) for one in scores]
     flipped = np.flatnonzero((beaten[0] == 0) & (beaten[1] > 0))
     order = flipped[np.argsort(-beaten[1][flipped], kind="stable")][:count]
     parts = [_counts(records, beaten)]
@@ -77,7 +77,7 @@ def write_flips(first: Path, second: Path, data: str, images: str, page: Path, c
     return f"{page}: {len(order):,} of {len(flipped):,} captions: {title}"
 
 
-def better_ones(scores: np.ndarray, caption_image: np.ndarray) -> np.ndarray:
+def count_better_images(scores: np.ndarray, caption_image: np.ndarray) -> np.ndarray:
     """(captions, images) -> (captions,) how many other images score as high as the right one or higher."""
     right = scores[np.arange(len(scores)), caption_image]
     return (scores >= right[:, None]).sum(1) - 1

@@ -61,7 +61,7 @@ class Codeword:
     """Of all images and captions, those it is nearest to."""
 
 
-def report(run: Path, out: Path | None = None, data: str | None = None, limit: int = 1000) -> Path:
+def write_report(run: Path, out: Path | None = None, data: str | None = None, limit: int = 1000) -> Path:
     """Write the page. -> its path, `report.html` in the run's folder unless said otherwise.
 
     data: shard folder for codewords and word maps (None: the run's validation data); limit: images of it to look at.

@@ -35,7 +35,7 @@ p { margin: 0 0 4px } code { font-size: 11px; color: var(--soft); overflow-wrap:
 """
 
 
-def write_page(answers: Answers, page: Path) -> None:
+def write_results_page(answers: Answers, page: Path) -> None:
     """Write the page. A picture that is no longer where it was indexed is said to be gone, in its place."""
     source = answers.index.about["source"]
     gallery, told = None, ""
@@ -46,7 +46,7 @@ def write_page(answers: Answers, page: Path) -> None:
                 gallery, told = None, f"{source['place']} is no longer what was indexed: no pictures"
         except DataError as error:
             told = str(error)
-    parts = [f'<div class="soft">{html.escape(answers.about)}</div>']
+    parts = [f'<div class="soft">{html.escape(answers.description)}</div>']
     if told:
         parts.append(f'<div class="soft">{html.escape(told)}</div>')
     for query, hits in zip(answers.queries, answers.hits, strict=True):

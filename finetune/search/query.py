@@ -15,7 +15,7 @@ import torch
 from data_tools.in_order.gallery import is_image
 from data_tools.pixels.decode import SOURCE_FORMATS, open_image, upright
 from finetune.encoders import Encoder, load_encoder
-from finetune.search.embed import encode
+from finetune.search.indexing import encode
 from pretrain.weights.load import find_checkpoint
 from retrieval.approximate import open_lists, search_lists
 from retrieval.index import Index, nearest
@@ -53,12 +53,12 @@ class Answers:
     queries: list[Query]
     hits: list[list[Hit]]
     """Of each query, best first."""
-    about: str
+    description: str
     """The index, and whether the search was exact, in words."""
-    encoding: float
-    """Seconds for encoding all queries."""
-    comparing: float
-    """Seconds for comparing them."""
+    encoding_seconds: float
+    """For encoding all queries."""
+    comparing_seconds: float
+    """For comparing them."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -121,8 +121,8 @@ def search(
         [Hit(float(score), **next(found)) for score, row in zip(*one, strict=True) if row >= 0]
         for one in zip(scores, rows, strict=True)
     ]
-    about = f"{how}, checkpoint {encoder.hash} ({encoder.training})"
-    return Answers(index, queries, hits, about, encoded - began, compared - encoded, notes)
+    description = f"{how}, checkpoint {encoder.hash} ({encoder.training})"
+    return Answers(index, queries, hits, description, encoded - began, compared - encoded, notes)
 
 
 def checkpoint_of(index: Index, given: str | None) -> Path:
@@ -225,7 +225,7 @@ def show(answers: Answers) -> None:
     many = f"{len(answers.queries):,} queries" if len(answers.queries) > 1 else "the query"
     console.print(
         Text(
-            f"{answers.about}; encoding {many} {1e3 * answers.encoding:.1f} ms, comparing {1e3 * answers.comparing:.1f} ms",
+            f"{answers.description}; encoding {many} {1e3 * answers.encoding_seconds:.1f} ms, comparing {1e3 * answers.comparing_seconds:.1f} ms",
             "dim",
         )
     )
@@ -252,9 +252,9 @@ def command(options: Any) -> None:
     for note in answers.notes:
         print(f"ligature: note: {note}", file=sys.stderr)
     if options.html:
-        from finetune.search.page import write_page
+        from finetune.search.page import write_results_page
 
-        write_page(answers, options.html)
+        write_results_page(answers, options.html)
     if options.json:
         print(as_json(answers))
     else:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from finetune.search.config import IndexRecipe
-from finetune.search.embed import index
+from finetune.search.indexing import build_index
 
 
 def make_index(settings: dict) -> None:
-    index(IndexRecipe(**settings))
+    build_index(IndexRecipe(**settings))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_tools.in_order.collection import open_collection
-from finetune.report.flips_page import better_ones
+from finetune.report.flips_page import count_better_images
 from launch.cli import main
 
 
@@ -32,8 +32,8 @@ def records(drawn, tmp_path):
 
 def test_better_ones_counts_ties_against():
     scores = np.array([[1.0, 3.0, 2.0], [0.0, 0.0, -1.0]])
-    assert better_ones(scores, np.array([1, 0])).tolist() == [0, 1]
-    assert better_ones(scores, np.array([0, 2])).tolist() == [2, 2]
+    assert count_better_images(scores, np.array([1, 0])).tolist() == [0, 1]
+    assert count_better_images(scores, np.array([0, 2])).tolist() == [2, 2]
 
 
 def test_it_shows_what_the_first_alone_gets_right_worst_first(records, drawn, capsys):

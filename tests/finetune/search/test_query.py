@@ -20,7 +20,7 @@ import runtime.files
 from data_tools.pixels.decode import upright
 from finetune.heads.config import VLDeformerConfig
 from finetune.heads.decomposed import LoadedVLDeformer
-from finetune.search.query import embed
+from finetune.search import indexing
 from launch.cli import main
 from pretrain.weights.load import describe_model, load_model
 from retrieval.index import Index
@@ -140,8 +140,8 @@ def test_a_killed_index_goes_on_to_the_same_bytes(made, photos, pretrained, tmp_
         killed_at(moment, count, recipe)
     assert (out / "index.json").exists() == (kills == MOMENTS[4])
     stood = len(list(out.glob("parts/part-????????")))
-    write = embed.write_part
-    monkeypatch.setattr(embed, "write_part", lambda *given: (written.append(given[1]), write(*given)))
+    write = indexing.write_part
+    monkeypatch.setattr(indexing, "write_part", lambda *given: (written.append(given[1]), write(*given)))
     index_jobs.make_index(recipe)
     assert contents(out) == contents(made)
     assert len(written) == (0 if kills == MOMENTS[4] else 8 - stood)  # what was committed is not done again

@@ -33,7 +33,7 @@ CAPTIONS = 5
 """Kept of each image, to be shown beside it and to measure an approximate index by."""
 
 
-def index(recipe: IndexRecipe) -> None:
+def build_index(recipe: IndexRecipe) -> None:
     """Make the index, or go on with it; on a finished one say so. Prints what it came to."""
     ranks, device = join(recipe.device)
     use_precision(recipe.precision, device)
