@@ -59,7 +59,7 @@ class Step:
         self.engine = Engine(
             self.task.student,
             recipe.optimizer,
-            recipe.training.in_world(ranks.world),
+            recipe.training.for_world_size(ranks.world),
             self.micro_batch,
             accumulation,
             device,

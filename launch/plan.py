@@ -125,7 +125,7 @@ def show(recipe: PretrainRecipe, cluster: Cluster, samples: int | None) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    training = recipe.training.in_world(cluster.world)
+    training = recipe.training.for_world_size(cluster.world)
     micro_batch, accumulation = divide_batch(training.global_batch, training.micro_batch, cluster.world)
     budget = Budget(recipe, micro_batch)
     console.print(

@@ -263,7 +263,7 @@ class TrainingConfig(LoopConfig):
         if self.compile and self.zero_stage == 3:
             raise RecipeError("training.compile does not go with training.zero_stage 3; use stage 0, 1 or 2 with it")
 
-    def in_world(self, world: int) -> TrainingConfig:
+    def for_world_size(self, world: int) -> TrainingConfig:
         """As it is carried out by so many ranks. A single one in float32 has nothing to divide: without ZeRO the parameters are the
         masters, and gradients stay where autograd put them (on a CPU a quarter less time, half the memory beside activations)."""
         if world == 1 and self.precision == "fp32" and not self.offload_optimizer:

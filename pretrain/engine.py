@@ -51,7 +51,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def decays(name: str, parameter: Tensor) -> bool:
+def has_weight_decay(name: str, parameter: Tensor) -> bool:
     """Weight decay is for matrices: biases, norms and the temperature take none (ALBEF's rule, its 0-d temperature mended)."""
     return parameter.ndim > 1 and not name.endswith(".bias")
 
@@ -86,8 +86,8 @@ class Engine:
         self.clip_norm = optimizer.clip_norm
         named = [(name, parameter) for name, parameter in student.model.named_parameters() if parameter.requires_grad]
         groups = [
-            {"params": [p for n, p in named if decays(n, p)], "weight_decay": optimizer.weight_decay},
-            {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+            {"params": [p for n, p in named if has_weight_decay(n, p)], "weight_decay": optimizer.weight_decay},
+            {"params": [p for n, p in named if not has_weight_decay(n, p)], "weight_decay": 0.0},
         ]
         adamw = GuardedAdamW(
             groups,
@@ -114,7 +114,7 @@ class Engine:
             "wall_clock_breakdown": False,
             "timers": {"throughput": {"enabled": False}},  # it would have the host wait for the GPU twice a micro-batch
         }
-        # DeepSpeed makes the masters from weights it has cast already, and at stage 0 decays them once before the first step.
+        # DeepSpeed makes the masters from weights it has cast already, and at stage 0 has_weight_decay them once before the first step.
         shapes = {name: parameter.shape for name, parameter in named}
         start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in named} if self.bf16 else {}
         self.module, *_ = deepspeed.initialize(

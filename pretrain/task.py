@@ -28,7 +28,7 @@ from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.levels import Levels
 from pretrain.objectives.masked_language import MaskedLanguage, mask_words, word_logits
 from pretrain.objectives.matching import Matching
-from pretrain.objectives.state import Everyone, Keys, Masked, MicroBatch, Plans, StudentState
+from pretrain.objectives.state import GlobalInputs, Keys, MaskedText, MicroBatch, Plans, StudentState
 from pretrain.teacher import Teacher
 from runtime.errors import RecipeError
 from runtime.ranks import Ranks, gather_rows, sum_over_ranks
@@ -123,7 +123,7 @@ class PretrainTask:
         self._codewords: Tensor | None = None
         steps = math.ceil(SEEN * recipe.model.codewords / (2 * recipe.training.global_batch))
         self._nearest: deque[Tensor] = deque(maxlen=max(1, steps))
-        self.before_meeting: Callable[[], None] = lambda: None
+        self.before_collective: Callable[[], None] = lambda: None
         """Called in each step before this rank waits for the others, its own part (the teacher's forward) done."""
         self.gathered: Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]] = lambda parameters: (
             nullcontext()
@@ -153,7 +153,7 @@ class PretrainTask:
             tokens = [image_tokens for image_tokens, _, _ in encoded]
             image = torch.cat([model.image_features(image_tokens) for image_tokens in tokens])
             text_feature = torch.cat([model.text_features(states) for _, states, _ in encoded])
-        self.before_meeting()
+        self.before_collective()
         with profiled("communication"):
             arrived = gather_rows(image), gather_rows(text_feature), gather_rows(ids)
         self._arrived = arrived
@@ -165,9 +165,9 @@ class PretrainTask:
         for level in range(len(model.config.levels) if self.student.weights["levels"] else 0):
             images, texts = (torch.cat([levels[level][side] for _, _, levels in encoded]) for side in (0, 1))
             level_keys.append(Keys(gather_rows(images), gather_rows(texts), arrived[2]))
-        everyone = None
+        global_inputs = None
         if self.student.weights["matching"] and self.recipe.objectives.matching.negatives == "all_ranks":
-            everyone = Everyone(gather_rows(views[0].contiguous()), self._gather_text(text))
+            global_inputs = GlobalInputs(gather_rows(views[0].contiguous()), self._gather_text(text))
 
         seed = self.recipe.training.seed
         draws = torch.from_numpy(uniforms(derived_seed(seed, NEGATIVES), batch["positions"].numpy(), 2)).to(self.device)
@@ -189,7 +189,7 @@ class PretrainTask:
                 masked=masked[number],
                 plans=Plans(plans.image[rows[part]], plans.text[rows[part]]) if plans else None,
                 level_keys=level_keys,
-                everyone=everyone,
+                global_inputs=global_inputs,
             )
             for number, part in enumerate(parts)
         ]
@@ -227,7 +227,7 @@ class PretrainTask:
         tokens: list[Tensor],
         parts: list[slice],
         distill_weight: float,
-    ) -> list[Masked | None]:
+    ) -> list[MaskedText | None]:
         """words and positions: on the host; mask: the words' again, on the device."""
         if not self.student.weights["masked_language"]:
             return [None] * len(parts)
@@ -241,7 +241,7 @@ class PretrainTask:
             self.recipe.objectives.masked_language.separators,
         )
         count = sum_over_ranks(chosen.sum().to(self.device, torch.float32)).clamp(min=1.0)
-        masked: list[Masked | None] = []
+        masked: list[MaskedText | None] = []
         for part, image_tokens in zip(parts, tokens, strict=True):
             altered_text = TextBatch(altered[part].to(self.device, non_blocking=True), mask[part])
             places = chosen[part].flatten().nonzero()[:, 0]
@@ -249,9 +249,9 @@ class PretrainTask:
             places, logits = places.to(self.device, non_blocking=True), None
             if distill_weight:
                 model = self.teacher.model
-                logits = word_logits(model, altered_text, places, model.fusion_encoder.read_images(image_tokens))
+                logits = word_logits(model, altered_text, places, model.fusion_encoder.prepare_images(image_tokens))
             normaliser = count / (self.ranks.world * len(parts))
-            masked.append(Masked(altered_text, places, labels, normaliser, logits))
+            masked.append(MaskedText(altered_text, places, labels, normaliser, logits))
         return masked
 
     def _plan(

@@ -81,8 +81,8 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     task = PretrainTask(recipe, model, tokenizer, ranks, device)
     if teacher:
         task.teacher.load(task.teacher.averages | teacher)
-    task.before_meeting = watchdog.enter_collective
-    training = recipe.training.in_world(ranks.world)
+    task.before_collective = watchdog.enter_collective
+    training = recipe.training.for_world_size(ranks.world)
     engine = Engine(task.student, recipe.optimizer, training, micro_batch, accumulation, device)
     task.gathered = engine.gathered
     views = 2 if recipe.teacher.second_view else 1
@@ -175,7 +175,7 @@ def describe(
 ) -> str:
     """What this run is, in two lines."""
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    training = recipe.training.in_world(ranks.world)
+    training = recipe.training.for_world_size(ranks.world)
     return (
         f"{recipe.name}: {millions:.1f} M parameters on {ranks.world} x {device.type}, {training.precision}, ZeRO {training.zero_stage}\n"
         f"global batch {training.global_batch} = {ranks.world} ranks x {accumulation} accumulated x {micro_batch}"

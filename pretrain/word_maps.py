@@ -23,13 +23,13 @@ def word_maps(model: AlignmentModel, images: Tensor, ids: Tensor, mask: Tensor, 
     """
     with torch.no_grad():
         image_tokens = model.image_encoder(images)
-    before = until_layer(model, image_tokens, ids, mask, layer)
+    before = run_until_layer(model, image_tokens, ids, mask, layer)
     with torch.enable_grad():
-        states, weights = with_attention(before.layers[0], before.states, before.mask, before.read[0])
+        states, weights = run_with_attention(before.layers[0], before.states, before.mask, before.read[0])
         for after, image in zip(before.layers[1:], before.read[1:], strict=True):
             states = after(states, before.mask, image)
         (gradient,) = torch.autograd.grad(model.matching_logits(states)[:, 1].sum(), weights)
-    return patches_of(weights.detach() * gradient.clamp(min=0), ids.shape[1], model.image_encoder)
+    return to_patch_grid(weights.detach() * gradient.clamp(min=0), ids.shape[1], model.image_encoder)
 
 
 @torch.no_grad()
@@ -37,9 +37,9 @@ def attention_maps(
     model: AlignmentModel, image_tokens: Tensor, ids: Tensor, mask: Tensor, layer: int | None = None
 ) -> Tensor:
     """The attention alone, mean over heads; no gradient needed. image_tokens: (pairs, 1 + patches, image width) -> as `word_maps`."""
-    before = until_layer(model, image_tokens, ids, mask, layer)
-    _, weights = with_attention(before.layers[0], before.states, before.mask, before.read[0])
-    return patches_of(weights.detach(), ids.shape[1], model.image_encoder)
+    before = run_until_layer(model, image_tokens, ids, mask, layer)
+    _, weights = run_with_attention(before.layers[0], before.states, before.mask, before.read[0])
+    return to_patch_grid(weights.detach(), ids.shape[1], model.image_encoder)
 
 
 class Until(NamedTuple):
@@ -55,7 +55,7 @@ class Until(NamedTuple):
 
 
 @torch.no_grad()
-def until_layer(model: AlignmentModel, image_tokens: Tensor, ids: Tensor, mask: Tensor, layer: int | None) -> Until:
+def run_until_layer(model: AlignmentModel, image_tokens: Tensor, ids: Tensor, mask: Tensor, layer: int | None) -> Until:
     """Raises ValueError where there is no such layer."""
     fusion = model.fusion_encoder
     layers = cast(list[BertLayer], list(fusion.layers))
@@ -65,22 +65,24 @@ def until_layer(model: AlignmentModel, image_tokens: Tensor, ids: Tensor, mask: 
     states = model.text_encoder(ids, mask)
     read: list[KeysValues | None] = [None] * len(layers)
     if isinstance(fusion, SingleStreamEncoder):
-        states, mask = fusion.join(states, mask, fusion.read_images(image_tokens))
+        states, mask = fusion.join(states, mask, fusion.prepare_images(image_tokens))
     else:
-        read = list(fusion.read_images(image_tokens))
+        read = list(fusion.prepare_images(image_tokens))
     for before, image in zip(layers[:chosen], read, strict=False):
         states = before(states, mask, image)
     return Until(states, mask, layers[chosen:], read[chosen:])
 
 
-def patches_of(maps: Tensor, words: int, encoder: ImageEncoder) -> Tensor:
+def to_patch_grid(maps: Tensor, words: int, encoder: ImageEncoder) -> Tensor:
     """(pairs, heads, queries, keys) of a layer's attention -> (pairs, words, rows, columns), without class token, mean over heads."""
     patches = encoder.vit.patch_embed.num_patches
     side = math.isqrt(patches)
     return maps.mean(1)[:, :words, -patches:].unflatten(-1, (side, side))
 
 
-def with_attention(layer: BertLayer, states: Tensor, mask: Tensor, image: KeysValues | None) -> tuple[Tensor, Tensor]:
+def run_with_attention(
+    layer: BertLayer, states: Tensor, mask: Tensor, image: KeysValues | None
+) -> tuple[Tensor, Tensor]:
     """A fusion layer in evaluation mode whose attention weights are at hand, to differentiate by: words to image tokens (pairs,
     heads, words, tokens), or in a single stream all to all (pairs, heads, words + tokens, words + tokens)."""
     if image is None:

@@ -79,7 +79,7 @@ class Matched:
     def score(self, tokens: Tensor, captions: list[str]) -> Tensor:
         """(images, tokens, width), captions -> logits (images, captions); a logit, for a probability of 1 would make ties."""
         network, (ids, mask) = self.model.network, self.model.tokenizer(captions)
-        states, read = network.text_encoder(ids, mask), network.fusion_encoder.read_images(tokens)
+        states, read = network.text_encoder(ids, mask), network.fusion_encoder.prepare_images(tokens)
         image, text = torch.meshgrid(torch.arange(len(tokens)), torch.arange(len(captions)), indexing="ij")
         chosen = text.flatten()
         logits = network.match(states[chosen], mask[chosen], read, image.flatten())

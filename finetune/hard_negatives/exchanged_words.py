@@ -51,7 +51,7 @@ class ExchangedWords:
         own = torch.arange(len(has), device=has.device)
         states = torch.cat([state.text_states, model.text_encoder(altered, text.mask)])
         mask = torch.cat([text.mask, text.mask])
-        logits = model.match(states, mask, state.images_read, torch.cat([own, own])).float()
+        logits = model.match(states, mask, state.prepared_images, torch.cat([own, own])).float()
         margin = torch.sub(*(logits[:, 1] - logits[:, 0]).chunk(2))
         # Of the global batch, as this rank's share: the mean over ranks is then the loss of all, however they lie.
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

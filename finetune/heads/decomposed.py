@@ -48,10 +48,10 @@ class SkippedCrossAttention(nn.Module):
     def enter_text(self, states: Tensor) -> Tensor:
         return states + self.segments.weight[TEXT]
 
-    def read_images(self, image_tokens: Tensor) -> list[tuple[Tensor]]:
+    def prepare_images(self, image_tokens: Tensor) -> list[tuple[Tensor]]:
         return [(self.entry(image_tokens) + self.segments.weight[IMAGE],)]
 
-    def alone(self, states: Tensor, mask: Tensor) -> Tensor:
+    def run_layers(self, states: Tensor, mask: Tensor) -> Tensor:
         for layer in self.layers:
             states = layer(states, mask)
         return states
@@ -75,12 +75,12 @@ class Decomposed(nn.Module):
 
     def text_states(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask: (texts, words) -> (texts, words, width)."""
-        return self.joint.alone(self.joint.enter_text(self.text_encoder(ids, mask)), mask)
+        return self.joint.run_layers(self.joint.enter_text(self.text_encoder(ids, mask)), mask)
 
     def image_states(self, images: Tensor) -> Tensor:
         """(images, 3, size, size) uint8 -> (images, 1 + patches, width)."""
-        ((tokens,),) = self.joint.read_images(self.image_encoder(images))
-        return self.joint.alone(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
+        ((tokens,),) = self.joint.prepare_images(self.image_encoder(images))
+        return self.joint.run_layers(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """-> unit-norm embeddings (texts, width), float32."""

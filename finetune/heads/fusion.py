@@ -28,7 +28,7 @@ def match_pairs(
     images, rows = image.unique(return_inverse=True)
     mask = encodings.text_mask[text]
     words = int(mask.sum(-1).max())
-    read = model.fusion_encoder.read_images(encodings.image_tokens[images].to(device))
+    read = model.fusion_encoder.prepare_images(encodings.image_tokens[images].to(device))
     states = encodings.text_states[text, :words].to(device)
     logits = model.match(states, mask[:, :words].to(device), read, rows.to(device))
     return (logits[:, 1] - logits[:, 0]).cpu()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pretrain.config import ModelConfig
-from pretrain.model.bert_layers import ReadImages, start_weights
+from pretrain.model.bert_layers import PreparedImages, initialize_weights
 from pretrain.model.fusion_encoder import FusionEncoder
 from pretrain.model.image_encoder import ImageEncoder
 from pretrain.model.single_stream import SingleStreamEncoder
@@ -44,7 +44,7 @@ class MaskedLanguageHead(nn.Module):
         self.dense = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
-        self.apply(start_weights(width))
+        self.apply(initialize_weights(width))
 
     def forward(self, states: Tensor, words: Tensor) -> Tensor:
         """states: (masked words, width); words: (vocabulary, width) -> logits (masked words, vocabulary)."""
@@ -130,9 +130,11 @@ class AlignmentModel(nn.Module):
         """(texts, words, width) -> unit-norm features (texts, feature_dim), float32, from [CLS]."""
         return _unit(self.text_projection(text_states[:, 0]))
 
-    def match(self, states: Tensor, mask: Tensor, images: ReadImages, image_of_text: Tensor | None = None) -> Tensor:
+    def match(
+        self, states: Tensor, mask: Tensor, images: PreparedImages, image_of_text: Tensor | None = None
+    ) -> Tensor:
         """Each text fused with one image and judged, arguments as the fusion encoder's -> (texts, 2): no match, match."""
-        return self.matching_logits(self.fusion_encoder(states, mask, images, image_of_text, first_alone=True))
+        return self.matching_logits(self.fusion_encoder(states, mask, images, image_of_text, first_only=True))
 
     def matching_logits(self, fused_states: Tensor) -> Tensor:
         """(pairs, words, width) -> (pairs, 2): no match, match."""

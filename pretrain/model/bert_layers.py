@@ -14,7 +14,7 @@ from torch.nn import functional
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of image tokens for one layer: (images, heads, tokens, width / heads) each."""
-ReadImages = Sequence[tuple[Tensor, ...]]
+PreparedImages = Sequence[tuple[Tensor, ...]]
 """What a fusion encoder made of images, to be fused with any number of texts: tensors whose rows are the images."""
 
 
@@ -28,9 +28,9 @@ class SelfAttention(nn.Module):
         self.output = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
 
-    def forward(self, states: Tensor, mask: Tensor, first_alone: bool = False) -> Tensor:
+    def forward(self, states: Tensor, mask: Tensor, first_only: bool = False) -> Tensor:
         query, key, value = (split_heads(part, self.heads) for part in self.query_key_value(states).chunk(3, dim=-1))
-        if first_alone:
+        if first_only:
             query, states = query[:, :, :1], states[:, :1]
         attended = attend(query, key, value, mask[:, None, None, :], self.dropout if self.training else 0.0)
         return self.norm(states + functional.dropout(self.output(attended), self.dropout, self.training))
@@ -72,13 +72,13 @@ class BertLayer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-12)
 
     def forward(
-        self, states: Tensor, mask: Tensor, image: KeysValues | None = None, first_alone: bool = False
+        self, states: Tensor, mask: Tensor, image: KeysValues | None = None, first_only: bool = False
     ) -> Tensor:
         """states: (texts, words, width); mask: (texts, words) bool, True where a word is; image: keys and values per text.
 
-        -> the new states; `first_alone`: the first word's, which has read all of them, (texts, 1, width).
+        -> the new states; `first_only`: the first word's, which has read all of them, (texts, 1, width).
         """
-        states = self.self_attention(states, mask, first_alone)
+        states = self.self_attention(states, mask, first_only)
         if self.cross_attention is not None:
             assert image is not None, "a layer with cross-attention needs image tokens"
             states = self.cross_attention(states, image)
@@ -96,7 +96,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
     return functional.scaled_dot_product_attention(query, key, value, mask, dropout).transpose(1, 2).flatten(2)
 
 
-def deviation(width: int) -> float:
+def initial_std(width: int) -> float:
     """Of a fresh linear layer's weights: BERT's and ViT's 0.02 at width 768, and as loud an output at any other width.
 
     With 0.02 in a narrow model queries and keys are so small that attention starts flat and stays flat (docs/decisions.md).
@@ -104,12 +104,12 @@ def deviation(width: int) -> float:
     return 0.02 * (768 / width) ** 0.5
 
 
-def start_weights(width: int) -> Callable[[nn.Module], None]:
-    """BERT's initialisation for `nn.Module.apply`: normal weights (`deviation(width)`; 0.02 for embeddings), no bias."""
+def initialize_weights(width: int) -> Callable[[nn.Module], None]:
+    """BERT's initialisation for `nn.Module.apply`: normal weights (`initial_std(width)`; 0.02 for embeddings), no bias."""
 
     def start(module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=deviation(width) if isinstance(module, nn.Linear) else 0.02)
+            nn.init.normal_(module.weight, std=initial_std(width) if isinstance(module, nn.Linear) else 0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 

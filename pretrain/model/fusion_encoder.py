@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pretrain.config import FusionEncoderConfig, TextEncoderConfig
-from pretrain.model.bert_layers import BertLayer, KeysValues, start_weights
+from pretrain.model.bert_layers import BertLayer, KeysValues, initialize_weights
 
 
 class FusionEncoder(nn.Module):
@@ -17,9 +17,9 @@ class FusionEncoder(nn.Module):
             BertLayer(text.width, text.heads, text.feed_forward, text.dropout, image_width)
             for _ in range(config.layers)
         )
-        self.apply(start_weights(text.width))
+        self.apply(initialize_weights(text.width))
 
-    def read_images(self, image_tokens: Tensor) -> list[KeysValues]:
+    def prepare_images(self, image_tokens: Tensor) -> list[KeysValues]:
         """Keys and values of each layer, made once per image: (images, tokens, image width) -> per layer (images, heads, tokens, …)."""
         read = []
         for layer in self.layers:
@@ -33,15 +33,15 @@ class FusionEncoder(nn.Module):
         mask: Tensor,
         images: list[KeysValues],
         image_of_text: Tensor | None = None,
-        first_alone: bool = False,
+        first_only: bool = False,
     ) -> Tensor:
         """Fuse each text with one image.
 
-        states: (texts, words, width), mask: (texts, words) bool; images: `read_images` of all the images there are;
+        states: (texts, words, width), mask: (texts, words) bool; images: `prepare_images` of all the images there are;
         image_of_text: (texts,) the row of each text's image, or None where text i has image i. -> (texts, words, width);
-        first_alone: [CLS] alone, (texts, 1, width), for which the last layer computes no other word.
+        first_only: [CLS] alone, (texts, 1, width), for which the last layer computes no other word.
         """
         for layer, (key, value) in zip(self.layers, images, strict=True):
             chosen = (key, value) if image_of_text is None else (key[image_of_text], value[image_of_text])
-            states = layer(states, mask, chosen, first_alone and layer is self.layers[-1])
+            states = layer(states, mask, chosen, first_only and layer is self.layers[-1])
         return states

@@ -10,7 +10,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from pretrain.config import ImageEncoderConfig
-from pretrain.model.bert_layers import deviation
+from pretrain.model.bert_layers import initial_std
 from runtime.errors import RecipeError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -54,7 +54,7 @@ class ImageEncoder(nn.Module):
         with torch.no_grad():
             for module in self.vit.modules():
                 if isinstance(module, nn.Linear):
-                    nn.init.trunc_normal_(module.weight, std=deviation(self.width))
+                    nn.init.trunc_normal_(module.weight, std=initial_std(self.width))
             if self.vit.pos_embed is not None:  # some of timm's rotate instead
                 self.vit.pos_embed.normal_(std=config.position_std)
         self.tokens: int = self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens

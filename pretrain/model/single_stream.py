@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pretrain.config import FusionEncoderConfig, TextEncoderConfig
-from pretrain.model.bert_layers import BertLayer, ReadImages, start_weights
+from pretrain.model.bert_layers import BertLayer, PreparedImages, initialize_weights
 
 TEXT, IMAGE = 0, 1
 """Rows of the segment embedding, the paper's [T] and [V]."""
@@ -33,24 +33,24 @@ class SingleStreamEncoder(nn.Module):
         self.layers = nn.ModuleList(
             BertLayer(text.width, text.heads, text.feed_forward, text.dropout) for _ in range(config.layers)
         )
-        self.apply(start_weights(text.width))
+        self.apply(initialize_weights(text.width))
 
     def enter_text(self, states: Tensor) -> Tensor:
         """(texts, words, width) -> the same, marked [T]."""
         return self._enter(states, TEXT)
 
-    def read_images(self, image_tokens: Tensor) -> ReadImages:
+    def prepare_images(self, image_tokens: Tensor) -> PreparedImages:
         """(images, tokens, image width) -> one tensor (images, tokens, width) marked [V], in the form `forward` takes."""
         return [(self._enter(self.entry(image_tokens), IMAGE),)]
 
-    def alone(self, states: Tensor, mask: Tensor, first_alone: bool = False) -> Tensor:
+    def run_layers(self, states: Tensor, mask: Tensor, first_only: bool = False) -> Tensor:
         """The layers on one modality that has entered, or on both joined. states: (batch, tokens, width); mask: (batch, tokens)."""
         for layer in self.layers:
-            states = layer(states, mask, first_alone=first_alone and layer is self.layers[-1])
+            states = layer(states, mask, first_only=first_only and layer is self.layers[-1])
         return states
 
     def join(
-        self, states: Tensor, mask: Tensor, images: ReadImages, image_of_text: Tensor | None = None
+        self, states: Tensor, mask: Tensor, images: PreparedImages, image_of_text: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """What the layers read: words, then image tokens, (texts, words + tokens, width), and its mask. Arguments as `forward`'s."""
         ((tokens,),) = images
@@ -63,18 +63,18 @@ class SingleStreamEncoder(nn.Module):
         self,
         states: Tensor,
         mask: Tensor,
-        images: ReadImages,
+        images: PreparedImages,
         image_of_text: Tensor | None = None,
-        first_alone: bool = False,
+        first_only: bool = False,
     ) -> Tensor:
         """Fuse each text with one image.
 
-        states: (texts, words, width), mask: (texts, words) bool; images: `read_images` of all the images there are;
+        states: (texts, words, width), mask: (texts, words) bool; images: `prepare_images` of all the images there are;
         image_of_text: (texts,) the row of each text's image, or None where text i has image i. -> (texts, words, width);
-        first_alone: [CLS] alone, (texts, 1, width), for which the last layer computes no other token.
+        first_only: [CLS] alone, (texts, 1, width), for which the last layer computes no other token.
         """
         joined = self.join(states, mask, images, image_of_text)
-        return self.alone(*joined, first_alone)[:, : states.shape[1]]
+        return self.run_layers(*joined, first_only)[:, : states.shape[1]]
 
     def _enter(self, states: Tensor, segment: int) -> Tensor:
         return functional.dropout(self.norm(states + self.segments.weight[segment]), self.dropout, self.training)

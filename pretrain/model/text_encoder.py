@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pretrain.config import TextEncoderConfig
-from pretrain.model.bert_layers import BertLayer, start_weights
+from pretrain.model.bert_layers import BertLayer, initialize_weights
 
 
 class TextEncoder(nn.Module):
@@ -24,7 +24,7 @@ class TextEncoder(nn.Module):
         self.layers = nn.ModuleList(
             BertLayer(config.width, config.heads, config.feed_forward, config.dropout) for _ in range(config.layers)
         )
-        self.apply(start_weights(config.width))
+        self.apply(initialize_weights(config.width))
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids: (texts, words) int64; mask: (texts, words) bool, True where a word is -> (texts, words, width)."""

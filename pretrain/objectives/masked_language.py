@@ -9,8 +9,8 @@ from torch import Tensor
 from data_tools.stream.order import uniforms
 from data_tools.tokenizer import CaptionTokenizer
 from pretrain.model.alignment_model import AlignmentModel, TextBatch
-from pretrain.model.bert_layers import ReadImages
-from pretrain.objectives.state import Masked, StudentState
+from pretrain.model.bert_layers import PreparedImages
+from pretrain.objectives.state import MaskedText, StudentState
 
 
 def mask_words(
@@ -39,10 +39,10 @@ def mask_words(
     return torch.where(chosen, altered, ids), chosen
 
 
-def word_logits(model: AlignmentModel, text: TextBatch, places: Tensor, images_read: ReadImages) -> Tensor:
+def word_logits(model: AlignmentModel, text: TextBatch, places: Tensor, prepared_images: PreparedImages) -> Tensor:
     """Predictions for the words at `places` alone (masked words, vocabulary): the full batch x length x vocabulary never exists."""
     states = model.text_encoder(text.ids, text.mask)
-    fused = model.fusion_encoder(states, text.mask, images_read)
+    fused = model.fusion_encoder(states, text.mask, prepared_images)
     return model.masked_language_logits(fused.flatten(0, 1)[places])
 
 
@@ -53,11 +53,11 @@ class MaskedLanguage:
         """-> `masked_language`, normalised by the count of masked words in the global batch."""
         masked = state.batch.masked
         assert masked is not None, "the task masks words where this objective is on"
-        logits = word_logits(state.model, masked.text, masked.places, state.images_read)
+        logits = word_logits(state.model, masked.text, masked.word_indices, state.prepared_images)
         return {"masked_language": masked_language_loss(logits, masked, state.batch.distill_weight)}
 
 
-def masked_language_loss(logits: Tensor, masked: Masked, distill_weight: float) -> Tensor:
+def masked_language_loss(logits: Tensor, masked: MaskedText, distill_weight: float) -> Tensor:
     """logits: (masked words, vocabulary) -> a scalar; 0 (with a graph) where no word is masked."""
     log_probability = torch.log_softmax(logits, -1)
     loss = -log_probability.gather(-1, masked.labels[:, None]).sum() * (1 - distill_weight)

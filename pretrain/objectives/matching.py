@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pretrain.config import MatchingConfig
-from pretrain.model.bert_layers import ReadImages
+from pretrain.model.bert_layers import PreparedImages
 from pretrain.objectives.state import StudentState
 from runtime.errors import RecipeError
 
@@ -47,15 +47,15 @@ class Matching:
         if self.all_ranks:
             wrong_image, has_image = self.draw_from_all(state, state.text, batch.keys.image, batch.draws[:, 0])
             wrong_text, has_text = self.draw_from_all(state, state.image, batch.keys.text, batch.draws[:, 1])
-            assert batch.everyone is not None
-            others = model.fusion_encoder.read_images(model.image_encoder(batch.everyone.images[wrong_image]))
-            images: ReadImages = [
+            assert batch.global_inputs is not None
+            others = model.fusion_encoder.prepare_images(model.image_encoder(batch.global_inputs.images[wrong_image]))
+            images: PreparedImages = [
                 tuple(torch.cat(parts) for parts in zip(own_part, other_part, strict=True))
-                for own_part, other_part in zip(state.images_read, others, strict=True)
+                for own_part, other_part in zip(state.prepared_images, others, strict=True)
             ]
             wrong_image = own + size
             # The global batch's captions may be padded further than this micro-batch's.
-            ids, mask = batch.everyone.text.ids[wrong_text], batch.everyone.text.mask[wrong_text]
+            ids, mask = batch.global_inputs.text.ids[wrong_text], batch.global_inputs.text.mask[wrong_text]
             longest = max(ids.shape[1], batch.text.ids.shape[1])
             wrong_states = functional.pad(model.text_encoder(ids, mask), (0, 0, 0, longest - ids.shape[1]))
             wrong_mask = functional.pad(mask, (0, longest - ids.shape[1]))
@@ -65,7 +65,7 @@ class Matching:
             # As in ALBEF: the similarities of the contrastive loss, which are to the teacher's features.
             wrong_image, has_image = self.draw(state, state.text, batch.keys.image[batch.rows], batch.draws[:, 0])
             wrong_text, has_text = self.draw(state, state.image, batch.keys.text[batch.rows], batch.draws[:, 1])
-            images, own_states, own_mask = state.images_read, state.text_states, batch.text.mask
+            images, own_states, own_mask = state.prepared_images, state.text_states, batch.text.mask
             wrong_states, wrong_mask = own_states[wrong_text], own_mask[wrong_text]
         states = torch.cat([own_states, own_states, wrong_states])
         mask = torch.cat([own_mask, own_mask, wrong_mask])
@@ -97,11 +97,11 @@ class Matching:
     @torch.no_grad()
     def draw_from_all(self, state: StudentState, queries: Tensor, keys: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """The same among the global batch: rows of it (batch,)."""
-        if state.batch.everyone is None:
+        if state.batch.global_inputs is None:
             raise RecipeError(
                 "matching.negatives all_ranks is for pretraining, whose task gathers all inputs; use nearby"
             )
-        samples = len(state.batch.everyone.images)
+        samples = len(state.batch.global_inputs.images)
         candidates = keys[:samples]
         similarity = similarities(state, queries, candidates)
         same = state.batch.image_ids[:, None] == state.batch.keys.image_ids[None, :samples]

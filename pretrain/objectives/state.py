@@ -8,22 +8,22 @@ from functools import cached_property
 from torch import Tensor
 
 from pretrain.model.alignment_model import AlignmentModel, TextBatch
-from pretrain.model.bert_layers import ReadImages
+from pretrain.model.bert_layers import PreparedImages
 
 
 @dataclass
-class Masked:
+class MaskedText:
     """Captions with words to predict."""
 
     text: TextBatch
     """The altered captions (batch, words)."""
-    places: Tensor
+    word_indices: Tensor
     """(masked words,) int64: where the words to predict are, in rows of words laid end to end. Places and no mask: how many
     there are is the shape, and no device need be asked."""
     labels: Tensor
     """(masked words,) their true ids, in row order."""
     normaliser: Tensor | float
-    """Masked words of the global batch divided by the number of micro-batches in it (ranks x accumulation steps): the mean
+    """MaskedText words of the global batch divided by the number of micro-batches in it (ranks x accumulation steps): the mean
     over micro-batches of `sum / normaliser` is the sum over the global batch divided by its count of masked words."""
     teacher_logits: Tensor | None = None
     """(masked words, vocabulary), the teacher's prediction from the same altered captions and its own view of the image."""
@@ -42,7 +42,7 @@ class Keys:
 
 
 @dataclass
-class Everyone:
+class GlobalInputs:
     """Inputs of the global batch, in global sample order: negatives are chosen among them, and encoded again."""
 
     images: Tensor
@@ -75,11 +75,11 @@ class MicroBatch:
     """(batch, 2) uniform numbers that belong to the samples: for the negative image, for the negative text."""
     keys: Keys
     distill_weight: float
-    masked: Masked | None = None
+    masked: MaskedText | None = None
     plans: Plans | None = None
     level_keys: list[Keys] = field(default_factory=list)
     """The teacher's features of the global batch at each level."""
-    everyone: Everyone | None = None
+    global_inputs: GlobalInputs | None = None
     """Where negatives come from all ranks."""
     positions: Tensor | None = None
     """(batch,) the samples' places in the endless order, on the CPU, for heads that draw more numbers of their own."""
@@ -109,6 +109,6 @@ class StudentState:
         return self.model.text_features(self.text_states)
 
     @cached_property
-    def images_read(self) -> ReadImages:
+    def prepared_images(self) -> PreparedImages:
         """What the fusion encoder reads of the images: made once for matched pairs, negatives and masked captions."""
-        return self.model.fusion_encoder.read_images(self.image_tokens)
+        return self.model.fusion_encoder.prepare_images(self.image_tokens)

@@ -60,7 +60,7 @@ class ImageTextModel:
                 f"{self.folder} has no fusion encoder, so no matching probability; use encode_image and encode_text"
             )
         ids, mask = (part.to(self.device) for part in self.tokenizer(list(texts)))
-        read = self.network.fusion_encoder.read_images(self.network.image_encoder(self._pixels(images)))
+        read = self.network.fusion_encoder.prepare_images(self.network.image_encoder(self._pixels(images)))
         return torch.softmax(self.network.match(self.network.text_encoder(ids, mask), mask, read), -1)[:, 1]
 
     def _need_features(self) -> None:

@@ -16,7 +16,7 @@ from pretrain.model.alignment_model import AlignmentModel, TextBatch
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.masked_language import masked_language_loss, word_logits
 from pretrain.objectives.matching import draw_negatives
-from pretrain.objectives.state import Keys, Masked, MicroBatch, StudentState
+from pretrain.objectives.state import Keys, MaskedText, MicroBatch, StudentState
 from pretrain.teacher import Teacher
 from pretrain.weights.albef import Albef as Read
 from pretrain.weights.albef import make_model, our_names, read_albef
@@ -48,7 +48,7 @@ class Albef:
 
     def fuse(self, model: AlignmentModel, image_tokens: Tensor, ids: Tensor) -> Tensor:
         states = model.text_encoder(ids, self.text.mask)
-        return model.fusion_encoder(states, self.text.mask, model.fusion_encoder.read_images(image_tokens))
+        return model.fusion_encoder(states, self.text.mask, model.fusion_encoder.prepare_images(image_tokens))
 
 
 @pytest.fixture(scope="module")
@@ -152,16 +152,18 @@ def losses(albef: Albef) -> dict[str, Tensor]:
     contrastive = Contrastive(ContrastiveConfig(intra_modal=False))(state)["contrastive"]
 
     both = torch.cat([rows, rows.roll(1)])
-    fused = model.fusion_encoder(states.repeat(2, 1, 1), albef.text.mask.repeat(2, 1), state.images_read, both)
+    fused = model.fusion_encoder(states.repeat(2, 1, 1), albef.text.mask.repeat(2, 1), state.prepared_images, both)
     labels = torch.cat([torch.ones_like(rows), torch.zeros_like(rows)])
     matching = functional.cross_entropy(model.matching_logits(fused), labels)
 
     chosen = albef.inputs["mlm_labels"] != -100
     altered, places = TextBatch(albef.inputs["masked_input_ids"], albef.text.mask), chosen.flatten().nonzero()[:, 0]
     with torch.no_grad():
-        opinion = word_logits(teacher.model, altered, places, teacher.model.fusion_encoder.read_images(teacher_tokens))
-    masked = Masked(altered, places, albef.inputs["mlm_labels"][chosen], float(chosen.sum()), opinion)
-    words = word_logits(model, altered, places, state.images_read)
+        opinion = word_logits(
+            teacher.model, altered, places, teacher.model.fusion_encoder.prepare_images(teacher_tokens)
+        )
+    masked = MaskedText(altered, places, albef.inputs["mlm_labels"][chosen], float(chosen.sum()), opinion)
+    words = word_logits(model, altered, places, state.prepared_images)
     return {
         "itc": contrastive,
         "itm": matching,

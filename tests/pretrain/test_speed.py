@@ -70,7 +70,7 @@ def test_the_teacher_takes_no_gradient_and_the_word_head_sees_masked_words_alone
     task.teacher.model.image_encoder.register_forward_hook(lambda m, i, output: kept.append(output.requires_grad))
     (inputs,), _ = task.prepare(tiny.batch(8), 2.0, 8)
     task.student(inputs)
-    masked = len(inputs.masked.places)
+    masked = len(inputs.masked.word_indices)
     assert heads == [masked, masked] and 0 < masked < inputs.text.mask.sum()
     assert kept == [False]
 
@@ -142,7 +142,7 @@ def test_a_kernel_counts_once_in_its_operation():
 def test_layers_compile_without_a_graph_break():
     model = tiny.model()
     tokens, states, mask = torch.randn(2, 5, 32), torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool)
-    image = model.fusion_encoder.read_images(tokens)[0]
+    image = model.fusion_encoder.prepare_images(tokens)[0]
     for layer, inputs in (
         (model.image_encoder.vit.blocks[0], (tokens,)),
         (model.text_encoder.layers[0], (states, mask)),
@@ -179,7 +179,7 @@ def test_compiled_layers_are_compiled_once_for_each_way_they_are_called(monkeypa
             torch.manual_seed(0)
             states, read = (
                 model.text_encoder(ids, mask),
-                model.fusion_encoder.read_images(model.image_encoder(batch["images"][0])),
+                model.fusion_encoder.prepare_images(model.image_encoder(batch["images"][0])),
             )
             loss = model.match(states, mask, read).sum() + model.fusion_encoder(states, mask, read).sum()
             used = [*model.fusion_encoder.parameters(), *model.text_encoder.layers.parameters()]

@@ -52,7 +52,7 @@ def test_the_loss_is_of_the_two_matching_logits_by_pairs_of_one(model):
 
     def logit(image, caption):
         words, there = model.tokenizer([caption])
-        read = network.fusion_encoder.read_images(network.image_encoder(images[image][None]))
+        read = network.fusion_encoder.prepare_images(network.image_encoder(images[image][None]))
         states = network.fusion_encoder(network.text_encoder(words, there), there, read, torch.tensor([0]))
         no, yes = network.matching_logits(states)[0].tolist()
         return yes - no

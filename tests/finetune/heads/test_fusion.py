@@ -45,7 +45,7 @@ def test_a_pair_scores_what_the_model_gives_it_alone(model, encodings):
     for number in range(4):
         mask = encodings.text_mask[text[number]][None]
         with torch.no_grad():
-            read = model.fusion_encoder.read_images(encodings.image_tokens[image[number]][None])
+            read = model.fusion_encoder.prepare_images(encodings.image_tokens[image[number]][None])
             fused = model.fusion_encoder(encodings.text_states[text[number]][None], mask, read)
             logits = model.matching_logits(fused)[0]
         assert found[number].item() == pytest.approx((logits[1] - logits[0]).item(), abs=1e-5)

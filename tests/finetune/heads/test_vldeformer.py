@@ -43,19 +43,19 @@ def test_decomposed_is_the_joint_model_under_a_block_diagonal_mask(monkeypatch, 
     pixels, ids, mask = inputs()
     fusion, words = model.fusion_encoder, ids.shape[1]
     joined, both = fusion.join(
-        model.text_encoder(ids, mask), mask, fusion.read_images(model.image_encoder(pixels)), None
+        model.text_encoder(ids, mask), mask, fusion.prepare_images(model.image_encoder(pixels)), None
     )
     place = torch.arange(joined.shape[1]) < words
     block = place[:, None] == place[None]
     plain = bert_layers.attend
     with monkeypatch.context() as patch:
         patch.setattr(bert_layers, "attend", lambda q, k, v, allowed, drop: plain(q, k, v, allowed & block, drop))
-        wanted = fusion.alone(joined, both)
+        wanted = fusion.run_layers(joined, both)
     parts = vldeformer_jobs.decomposed("single_stream", text_layers=text_layers)
     text, image = parts.text_states(ids, mask), parts.image_states(pixels)
     assert (text - wanted[:, :words]).abs()[mask].max() < 1e-6
     assert (image - wanted[:, words:]).abs().max() < 1e-6
-    assert (text - fusion.alone(joined, both)[:, :words]).abs()[mask].max() > 1e-2, "together they see each other"
+    assert (text - fusion.run_layers(joined, both)[:, :words]).abs()[mask].max() > 1e-2, "together they see each other"
 
 
 def test_of_cross_attention_layers_everything_else_runs():

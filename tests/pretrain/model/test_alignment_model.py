@@ -70,7 +70,7 @@ def test_shapes(model):
     ids, mask = batch["ids"], batch["mask"]
     tokens = model.image_encoder(batch["images"][0])
     states = model.text_encoder(ids, mask)
-    fused = model.fusion_encoder(states, mask, model.fusion_encoder.read_images(tokens))
+    fused = model.fusion_encoder(states, mask, model.fusion_encoder.prepare_images(tokens))
     assert tokens.shape == (5, 5, 32) and states.shape == fused.shape == (5, tiny.CAPTION_WORDS, 32)
     for features in (model.image_features(tokens), model.text_features(states)):
         assert features.shape == (5, 16)
@@ -84,7 +84,7 @@ def test_shapes(model):
 def test_padding_never_changes_a_caption_nor_what_is_fused_from_it(model):
     batch = tiny.batch(6)
     ids, mask = batch["ids"], batch["mask"]
-    images = model.fusion_encoder.read_images(model.image_encoder(batch["images"][0]))
+    images = model.fusion_encoder.prepare_images(model.image_encoder(batch["images"][0]))
     states = model.text_encoder(ids, mask)
     fused = model.fusion_encoder(states, mask, images)
     assert mask.sum(1).unique().numel() > 2
@@ -106,8 +106,8 @@ def test_fusing_with_chosen_images_is_fusing_with_their_tokens_repeated(model):
     tokens, mask = model.image_encoder(batch["images"][0]), batch["mask"]
     states = model.text_encoder(batch["ids"], mask)
     chosen = torch.tensor([3, 3, 0, 5, 1, 3])
-    shared = model.fusion_encoder(states, mask, model.fusion_encoder.read_images(tokens), chosen)
-    repeated = model.fusion_encoder(states, mask, model.fusion_encoder.read_images(tokens[chosen]))
+    shared = model.fusion_encoder(states, mask, model.fusion_encoder.prepare_images(tokens), chosen)
+    repeated = model.fusion_encoder(states, mask, model.fusion_encoder.prepare_images(tokens[chosen]))
     torch.testing.assert_close(shared, repeated, atol=1e-6, rtol=1e-6)
 
 
@@ -118,12 +118,12 @@ def test_a_match_is_judged_by_cls_as_if_all_words_had_been_computed(kind):
     batch = tiny.batch(6)
     mask, chosen = batch["mask"], torch.tensor([3, 3, 0, 5, 1, 3])
     found = []
-    for first_alone in (True, False):
+    for first_only in (True, False):
         states = model.text_encoder(batch["ids"], mask)
-        read = model.fusion_encoder.read_images(model.image_encoder(batch["images"][0]))
-        fused = model.fusion_encoder(states, mask, read, chosen, first_alone)
-        assert fused.shape[1] == (1 if first_alone else tiny.CAPTION_WORDS)
-        logits = model.match(states, mask, read, chosen) if first_alone else model.matching_logits(fused)
+        read = model.fusion_encoder.prepare_images(model.image_encoder(batch["images"][0]))
+        fused = model.fusion_encoder(states, mask, read, chosen, first_only)
+        assert fused.shape[1] == (1 if first_only else tiny.CAPTION_WORDS)
+        logits = model.match(states, mask, read, chosen) if first_only else model.matching_logits(fused)
         used = [
             weight for name, weight in model.named_parameters() if name.startswith(("fusion", "text_enc", "image_enc"))
         ]
@@ -139,7 +139,7 @@ def test_gradients_through_shared_images_are_those_of_repeated_ones(model):
     found = []
     for share in (True, False):
         tokens = model.image_encoder(batch["images"][0]).detach().requires_grad_()
-        read = model.fusion_encoder.read_images(tokens if share else tokens[chosen])
+        read = model.fusion_encoder.prepare_images(tokens if share else tokens[chosen])
         fused = model.fusion_encoder(states, mask, read, chosen if share else None)
         weights = torch.linspace(-1, 1, fused.numel()).view_as(fused)
         found.append(torch.autograd.grad((fused * weights)[mask].sum(), tokens)[0])

@@ -9,7 +9,7 @@ import torch
 
 from pretrain.model import bert_layers
 from pretrain.weights.load import ImageTextModel
-from pretrain.word_maps import attention_maps, with_attention, word_maps
+from pretrain.word_maps import attention_maps, run_with_attention, word_maps
 from runtime.errors import CheckpointError, RecipeError
 
 KIND = {"model__fusion": {"kind": "single_stream", "layers": 2}}
@@ -27,7 +27,7 @@ def model():
 
 
 def fused(model, images, ids, mask, image_of_text=None):
-    read = model.fusion_encoder.read_images(model.image_encoder(images))
+    read = model.fusion_encoder.prepare_images(model.image_encoder(images))
     return model.fusion_encoder(model.text_encoder(ids, mask), mask, read, image_of_text)
 
 
@@ -136,10 +136,10 @@ def test_word_maps_are_of_the_words_attention_to_patches(model):
     images, ids, mask = batch["images"][0], batch["ids"], batch["mask"]
     tokens = model.image_encoder(images)
     joined, both = model.fusion_encoder.join(
-        model.text_encoder(ids, mask), mask, model.fusion_encoder.read_images(tokens)
+        model.text_encoder(ids, mask), mask, model.fusion_encoder.prepare_images(tokens)
     )
     layer = model.fusion_encoder.layers[0]
-    found, weights = with_attention(layer, joined, both, None)
+    found, weights = run_with_attention(layer, joined, both, None)
     torch.testing.assert_close(found, layer(joined, both))
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
     maps = attention_maps(model, tokens, ids, mask, 0)

@@ -9,7 +9,7 @@ from scipy import stats
 
 from pretrain.model.alignment_model import TextBatch
 from pretrain.objectives.masked_language import MaskedLanguage, mask_words, masked_language_loss, word_logits
-from pretrain.objectives.state import Masked
+from pretrain.objectives.state import MaskedText
 
 TOKENIZER = tiny.tokenizer()
 SPECIALS = (TOKENIZER.pad, TOKENIZER.cls, TOKENIZER.sep)
@@ -80,18 +80,20 @@ def test_the_loss_is_that_of_the_full_tensor_of_logits(distill_weight):
 
     def full(model):
         states = model.text_encoder(altered.ids, altered.mask)
-        fused = model.fusion_encoder(states, altered.mask, model.fusion_encoder.read_images(tokens))
+        fused = model.fusion_encoder(states, altered.mask, model.fusion_encoder.prepare_images(tokens))
         return model.masked_language_head(fused, model.text_encoder.words.weight)
 
     def few(model):
-        return word_logits(model, altered, places, model.fusion_encoder.read_images(tokens))
+        return word_logits(model, altered, places, model.fusion_encoder.prepare_images(tokens))
 
     labels = torch.where(chosen, text.ids, -100)
     log_probability = torch.log_softmax(full(network), -1)
     hard = torch.nn.functional.nll_loss(log_probability.flatten(0, 1), labels.flatten(), ignore_index=-100)
     soft = -(torch.softmax(full(teacher), -1) * log_probability).sum(-1)[chosen].mean()
     wanted = (1 - distill_weight) * hard + distill_weight * soft
-    masked = Masked(altered, places, text.ids[chosen], float(chosen.sum()), few(teacher) if distill_weight else None)
+    masked = MaskedText(
+        altered, places, text.ids[chosen], float(chosen.sum()), few(teacher) if distill_weight else None
+    )
     loss = masked_language_loss(few(network), masked, distill_weight)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6), "logits are rounded to float32"
 
@@ -102,7 +104,7 @@ def test_micro_batches_with_unequal_counts_average_to_the_loss_of_the_whole_batc
 
     def losses(micro_batch: int) -> list[torch.Tensor]:
         made, _ = task.prepare(tiny.batch(16, step=1), 1.0, micro_batch)
-        assert micro_batch == 16 or len({len(inputs.masked.places) for inputs in made}) > 1
+        assert micro_batch == 16 or len({len(inputs.masked.word_indices) for inputs in made}) > 1
         return [objective(tiny.state(task.student.model, inputs))["masked_language"] for inputs in made]
 
     (whole,) = losses(16)

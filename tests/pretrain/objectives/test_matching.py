@@ -115,7 +115,7 @@ def test_the_loss_is_the_cross_entropy_of_matched_and_wrong_pairs():
             (sample, wrong_image[sample], 0),
             (wrong_text[sample], sample, 0),
         ):
-            read = model.fusion_encoder.read_images(state.image_tokens[image, None])
+            read = model.fusion_encoder.prepare_images(state.image_tokens[image, None])
             fused = model.fusion_encoder(state.text_states[text, None], state.batch.text.mask[text, None], read)
             logits = model.matching_logits(fused)[0].double()
             total -= torch.log_softmax(logits, -1)[label].item()
@@ -136,7 +136,7 @@ def test_a_batch_of_one_learns_from_its_positive_alone():
     state = prepared(1)
     loss = Matching(MatchingConfig())(state)["matching"]
     logits = state.model.matching_logits(
-        state.model.fusion_encoder(state.text_states, state.batch.text.mask, state.images_read)
+        state.model.fusion_encoder(state.text_states, state.batch.text.mask, state.prepared_images)
     )
     torch.testing.assert_close(loss, -torch.log_softmax(logits, -1)[0, 1])
 
