@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from runtime.errors import RecipeError
+from runtime.recipe import free
 
 
 @dataclass
@@ -113,15 +114,15 @@ class ReadConfig:
     """Shard folder that R@K is measured on during the run; none: no validation, and `latest` is all there is."""
     select_on_test: bool = False
     """Insist on a validation folder that was made from a test split."""
-    workers: int = 2
+    workers: int = free(2)
     """Loader processes of each rank; 0 decodes in the training process."""
     captions: Literal["one", "all"] = "one"
     """`one`: an epoch has each image once, with one of its captions; `all`: once with each caption."""
-    max_bad_share: float = 0.01
+    max_bad_share: float = free(0.01)
     """The run stops when more than this share of the samples could not be decoded."""
     filter: FilterConfig = field(default_factory=FilterConfig)
     shuffle: ShuffleConfig = field(default_factory=ShuffleConfig)
-    cache: CacheConfig = field(default_factory=CacheConfig)
+    cache: CacheConfig = free(default_factory=CacheConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:

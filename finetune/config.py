@@ -9,7 +9,7 @@ from data_tools.config import ReadConfig
 from finetune.heads.config import ExchangedWordsConfig, HatConfig, VLDeformerConfig
 from pretrain.config import MatchingConfig
 from runtime.errors import RecipeError
-from runtime.recipe import check_name
+from runtime.recipe import check_name, free
 from training.config import LoopConfig, OptimizerConfig
 
 
@@ -19,7 +19,7 @@ class FinetuneRecipe:
 
     name: str = "finetune"
     """Names the run folder: the same name is the same run, and goes on where it stopped."""
-    runs: str = "runs"
+    runs: str = free("runs")
     """Folder of run folders."""
     head: Literal["dual", "hat", "vldeformer"] = "dual"
     """`dual` trains the pretraining's projections and, with `matching_weight`, the fusion encoder; `hat` is HAT; `vldeformer`

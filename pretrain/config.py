@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from data_tools.config import DataConfig
 from runtime.errors import RecipeError
-from runtime.recipe import check_name
+from runtime.recipe import check_name, free
 from training.config import LoopConfig, OptimizerConfig
 
 
@@ -245,13 +245,13 @@ class TeacherConfig:
 class TrainingConfig(LoopConfig):
     """Pretraining under DeepSpeed. Micro-batch and accumulation follow from the world the run finds itself in."""
 
-    micro_batch: int = 64
+    micro_batch: int = free(64)
     """Most samples a device takes at once."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal[0, 1, 2, 3] = free(1)
     """What DeepSpeed divides among the ranks: 1 masters and moments, 2 gradients too, 3 parameters too, 0 nothing."""
-    offload_optimizer: bool = False
+    offload_optimizer: bool = free(False)
     """Keep masters and moments in host memory and step there: slower, and room for a larger model."""
-    compile: bool = False
+    compile: bool = free(False)
     """torch.compile of each layer: a faster step, and a slow first one."""
 
     def __post_init__(self) -> None:
@@ -277,7 +277,7 @@ class PretrainRecipe:
 
     name: str = "codis"
     """Names the run folder: the same name is the same run, and goes on where it stopped."""
-    runs: str = "runs"
+    runs: str = free("runs")
     """Folder of run folders."""
     checkpoint: str = ""
     """What a fresh run begins from: another run's folder, a checkpoint's, an export or an import (ALBEF). Its weights take the
@@ -289,7 +289,7 @@ class PretrainRecipe:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    profile: int = 0
+    profile: int = free(0)
     """Steps, after the first ones, of which the first rank prints where their time went, part by part."""
 
     def __post_init__(self) -> None:

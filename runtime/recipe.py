@@ -109,6 +109,31 @@ def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
     return lines
 
 
+def free(default: Any = dataclasses.MISSING, **settings: Any) -> Any:
+    """Return a dataclass field that may change between two starts of one run: a free recipe key.
+
+    A free key says how a run is carried out, not what it computes. Where the field holds a group of keys, all of them are free.
+
+    Args:
+        default: the field's default value.
+        settings: further arguments of `dataclasses.field`, such as `default_factory`.
+    """
+    return dataclasses.field(default=default, metadata={"free": True}, **settings)
+
+
+def free_keys(kind: type, prefix: str = "") -> list[str]:
+    """Return the dotted free keys of a recipe; see `free`."""
+    hints = typing.get_type_hints(kind)
+    keys: list[str] = []
+    for field in dataclasses.fields(kind):
+        key, group = prefix + field.name, _dataclass_in(hints[field.name])
+        if field.metadata.get("free"):
+            keys += keys_of(group, f"{key}.") if group else [key]
+        elif group:
+            keys += free_keys(group, f"{key}.")
+    return keys
+
+
 def check_name(key: str, name: str) -> None:
     """Refuse a name that could not be a folder's."""
     if not name or "/" in name or name.startswith("."):

@@ -14,7 +14,7 @@ from runtime.errors import RecipeError
 from runtime.files import read_json, write_json
 from runtime.lease import Lease, take_lease
 from runtime.ranks import Ranks, ranks_from_environment, run_on_first
-from runtime.recipe import changed_keys, load_recipe, write_recipe
+from runtime.recipe import changed_keys, free_keys, load_recipe, write_recipe
 
 PACKAGES = (
     "ligature",
@@ -26,26 +26,6 @@ PACKAGES = (
     "accelerate",
     "webdataset",
     "numpy",
-)
-# Where a run may differ from the first time it was started and still be the same run.
-FREE_KEYS = (
-    "runs",
-    "profile",
-    "data.workers",
-    "data.max_bad_share",
-    "data.cache.folder",
-    "data.cache.gigabytes",
-    "data.cache.stage",
-    "training.micro_batch",
-    "training.device",
-    "training.zero_stage",
-    "training.log_every",
-    "training.keep_last",
-    "training.milestone_every",
-    "training.offload_optimizer",
-    "training.checkpoint_activations",
-    "training.compile",
-    "training.rank_timeout",
 )
 
 
@@ -66,7 +46,8 @@ class RunFolder:
         if not self.config.exists() or not self.checkpoints.steps():
             return []
         stored = load_recipe(type(recipe), self.config)
-        return [line for line in changed_keys(stored, recipe) if line.split(":")[0] not in FREE_KEYS]
+        free = free_keys(type(recipe))
+        return [line for line in changed_keys(stored, recipe) if line.split(":")[0] not in free]
 
     def check(self, recipe: Any) -> None:
         """Refuse a folder that belongs to another recipe, naming the keys that differ."""

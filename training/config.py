@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from runtime.errors import RecipeError
+from runtime.recipe import free
 
 
 @dataclass
@@ -83,19 +84,19 @@ class LoopConfig:
     """Number of steps; stated, it overrides `epochs`."""
     precision: Literal["fp32", "bf16"] = "bf16"
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    log_every: int = 10
+    device: Literal["auto", "cpu", "cuda"] = free("auto")
+    log_every: int = free(10)
     validate_every: int = 1000
     """Steps between two measurements of R@K on `data.validation`."""
     checkpoint_every: int = 1000
-    keep_last: int = 2
+    keep_last: int = free(2)
     """Newest checkpoints to keep; the best by validation is kept beside them."""
-    milestone_every: int | None = None
+    milestone_every: int | None = free(None)
     """Checkpoints of steps that are multiples of this are kept for good; a multiple of `checkpoint_every`."""
-    checkpoint_activations: bool = False
+    checkpoint_activations: bool = free(False)
     """Compute each layer's activations again in the backward pass instead of keeping them: room for larger batches and images."""
     sick_steps: SickStepConfig = field(default_factory=SickStepConfig)
-    rank_timeout: float = 600.0
+    rank_timeout: float = free(600.0)
     """Seconds without progress after which a rank counts as hung and the run stops, naming it; more than the longest validation,
     compilation or part of the start takes (taking over from a process that vanished without a word is a minute of it). A rank that died is noticed within a twentieth of it, and 30 seconds at most."""
 

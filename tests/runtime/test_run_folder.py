@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from finetune.config import FinetuneRecipe
 from pretrain.config import PretrainRecipe
 from runtime.errors import RecipeError
 from runtime.files import read_json
 from runtime.ranks import Ranks
-from runtime.recipe import keys_of, load_recipe, read_recipe
-from runtime.run_folder import FREE_KEYS, RunFolder
+from runtime.recipe import free_keys, keys_of, load_recipe, read_recipe
+from runtime.run_folder import RunFolder
 
 
 def recipe(tmp_path, *arguments: str) -> PretrainRecipe:
@@ -76,8 +77,36 @@ def test_what_does_not_change_the_run_may_change(opened, tmp_path):
     opened.check(recipe(tmp_path, *free))
 
 
-def test_free_keys_are_keys_of_the_recipe():
-    assert set(FREE_KEYS) <= set(keys_of(PretrainRecipe))
+FREE_IN_BOTH = {
+    "runs",
+    "data.workers",
+    "data.max_bad_share",
+    "data.cache.folder",
+    "data.cache.gigabytes",
+    "data.cache.stage",
+    "training.device",
+    "training.log_every",
+    "training.keep_last",
+    "training.milestone_every",
+    "training.checkpoint_activations",
+    "training.rank_timeout",
+}
+FREE_IN_PRETRAINING = {
+    "profile",
+    "training.micro_batch",
+    "training.zero_stage",
+    "training.offload_optimizer",
+    "training.compile",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "free"), [(PretrainRecipe, FREE_IN_BOTH | FREE_IN_PRETRAINING), (FinetuneRecipe, FREE_IN_BOTH)]
+)
+def test_free_keys_are_exactly_these_keys_of_the_recipe(kind, free):
+    keys = free_keys(kind)
+    assert set(keys) == free and len(keys) == len(free)
+    assert free <= set(keys_of(kind))
 
 
 def test_a_finished_run_says_how_it_ended(opened, capsys):
