@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_tools.making.processes import run_parallel
 from data_tools.making.writer import DROPPED_NAME, write_lines
+from data_tools.shards.captions import parse_captions, parse_image_id
 from data_tools.shards.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -26,7 +28,7 @@ from data_tools.shards.manifest import (
     write_manifest,
 )
 from data_tools.shards.tars import Group, group_members, walk_tar
-from data_tools.sources.held import find_tars, held_against_stats, read_words, stats_file
+from data_tools.sources.held import find_tars, held_against_stats, stats_file
 from data_tools.sources.items import StoredBytes, clean_caption, safe_key
 from runtime.errors import DataError
 from runtime.files import sha256_of
@@ -138,12 +140,9 @@ def _row(tar: Path, group: Group) -> tuple[tuple | None, str | None, tuple[str, 
     if large := [text.size for text in group.texts.values() if text.size > MAX_BYTES]:
         return None, None, (f"a text of {large[0]:,} bytes", NO_TEXT)
     texts = {kind: StoredBytes(path, text.offset, text.size)() for kind, text in group.texts.items()}
-    json_captions, image_id = read_words({"json": texts["json"]}) if "json" in texts else ([], None)
-    if "json" in texts and b'"captions"' in texts["json"] and json_captions and all(map(clean_caption, json_captions)):
-        kind, captions = "json", json_captions
-    else:
-        kind, captions = "txt", read_words({"txt": texts["txt"]})[0] if "txt" in texts else []
-    if not captions or not all(map(clean_caption, captions)):
+    image_id = parse_image_id(texts["json"]) if "json" in texts else None
+    kind, captions = _choose_text(texts)
+    if not captions:
         return None, None, ("no .txt with words, nor a list `captions` in .json", NO_TEXT)
     try:
         width, height = read_size(StoredBytes(path, group.image.offset, group.image.size)())
@@ -162,6 +161,17 @@ def _row(tar: Path, group: Group) -> tuple[tuple | None, str | None, tuple[str, 
         len(captions),
     )
     return row, image_id, ("", "")
+
+
+def _choose_text(texts: dict[str, bytes]) -> tuple[str, list[str]]:
+    """Return the member that a reader of the index will take captions from, and these captions: none where neither is fit."""
+    for kind in ("json", "txt"):
+        if kind in texts:
+            with suppress(DataError):
+                captions = parse_captions(texts[kind], kind)
+                if all(map(clean_caption, captions)):
+                    return kind, captions
+    return "", []
 
 
 def _line(source: str, reason: str, counted_as: str) -> dict[str, Any]:

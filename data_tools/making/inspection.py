@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.making.processes import run_parallel
+from data_tools.shards.captions import parse_captions
 from data_tools.shards.manifest import IMAGE_FORMATS, Manifest, Shard, read_index, read_manifest
 from runtime.errors import DataError, RecipeError
 from runtime.files import sha256_of
@@ -146,10 +146,9 @@ def measure(manifest: Manifest) -> Measured:
 def captions_of(raw: bytes, text_format: str, key: str) -> list[str]:
     """The captions in a text member. `DataError` where they cannot be read."""
     try:
-        text = raw.decode("utf-8")
-        return list(json.loads(text)["captions"]) if text_format == "json" else [text.strip()]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"sample {key}: its captions cannot be read ({error})") from None
+        return parse_captions(raw, text_format)
+    except DataError as error:
+        raise DataError(f"sample {key}: {error}") from None
 
 
 def describe(folder: str | Path, measured: Measured | None = None) -> dict[str, Any]:

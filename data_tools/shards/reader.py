@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import zlib
 from collections import OrderedDict
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.pixels.decode import MAX_BYTES
+from data_tools.shards.captions import parse_captions
 from data_tools.shards.manifest import TEXT_FORMATS, Manifest, Shard, read_columns, read_manifest
 from data_tools.shards.remote import ShardCache, is_remote, read_remote_manifest
 from runtime.errors import DataError
@@ -51,13 +51,9 @@ class RawSample:
     def captions(self) -> list[str]:
         """Raises DataError where they cannot be read."""
         try:
-            text = self.text.decode("utf-8")
-            captions = json.loads(text)["captions"] if self.text_format == "json" else [text.strip()]
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
-            raise BrokenSample(self.shard, self.key, f"its captions cannot be read ({error})") from error
-        if not isinstance(captions, list) or not captions or not all(isinstance(words, str) for words in captions):
-            raise BrokenSample(self.shard, self.key, "`captions` is not a list of strings")
-        return captions
+            return parse_captions(self.text, self.text_format)
+        except DataError as error:
+            raise BrokenSample(self.shard, self.key, str(error)) from None
 
 
 class BrokenSample(DataError):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from data_tools.making.processes import run_parallel
+from data_tools.shards.captions import parse_texts
 from data_tools.shards.tars import IMAGE_FORMATS, group_members, walk_tar
 from data_tools.sources.annotations import refuse_split
 from data_tools.sources.items import Choice, Dropped, Entry, StoredBytes
@@ -125,36 +124,11 @@ def _list_tar(tar: Path) -> _Listed:
             continue
         found.samples += 1
         values = {kind: StoredBytes(path, text.offset, text.size)() for kind, text in group.texts.items()}
-        captions, image_id = read_words(values)
+        captions, image_id = parse_texts(values)
         stored = StoredBytes(path, group.image.offset, group.image.size)
         name = f"{tar.stem}/{group.image.name}"
         found.entries.append(Entry(name, image_id or group.name, captions, stored, stated=bool(image_id)))
     return found
-
-
-def read_words(texts: dict[str, bytes]) -> tuple[list[str], str | None]:
-    """A sample's json and txt -> its captions (none where they hold none), and the image id that the json may state.
-
-    `captions` of the json come first (the list that a shard of ours has), then the txt, then img2dataset's `caption`.
-    """
-    value: Any = None
-    if "json" in texts:
-        try:
-            value = json.loads(texts["json"])
-        except ValueError:  # its txt may still be good
-            value = None
-    value = value if isinstance(value, dict) else {}
-    image_id = value.get("image_id")
-    named = None if image_id is None else str(image_id)
-    captions = value.get("captions")
-    if isinstance(captions, list) and captions and all(isinstance(caption, str) for caption in captions):
-        return captions, named
-    if "txt" in texts:
-        try:
-            return [texts["txt"].decode("utf-8")], named
-        except UnicodeDecodeError:
-            return [], named
-    return ([value["caption"]] if isinstance(value.get("caption"), str) else []), named
 
 
 def stats_file(tar: Path) -> Path:

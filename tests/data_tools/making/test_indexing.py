@@ -103,7 +103,7 @@ def test_what_is_bad_is_left_out_and_listed_and_the_good_is_kept(tmp_path):
         ("b.v1.txt", b"dotted"), ("no text.jpg", picture(3)), ("d.jpg", b"<html>"), ("d.txt", b"no image"),
         ("e.txt", b"alone"), ("f.jpg", picture(4)), ("f.txt", b"\xff\xfe"), ("g.jpg", picture(5)), ("g.txt", b" \n"),
         ("sub/a.jpg", picture(6)), ("sub/a.txt", b"the same key"), ("h.jpg", picture(7)), ("h.json", b"{broken"),
-        ("h.txt", b"json is broken"), ("i.jpg", picture(8)), ("i.json", b'{"captions": "abc"}'), ("z.jpg", picture(9)), ("z.txt", b"cut"),
+        ("h.txt", b"json is broken"), ("i.jpg", picture(8)), ("i.json", b'{"captions": ["abc", 1]}'), ("j.jpg", picture(10)), ("j.json", b'{"captions": "a lone string"}'), ("z.jpg", picture(9)), ("z.txt", b"cut"),
     ]  # fmt: skip
     packed(tmp_path / "x.tar", members)
     with tarfile.open(tmp_path / "x.tar") as tar:
@@ -113,7 +113,13 @@ def test_what_is_bad_is_left_out_and_listed_and_the_good_is_kept(tmp_path):
     manifest = index_folder(tmp_path, workers=1)
     reader = ShardReader(tmp_path)
     found = {reader[n].key: reader[n].captions for n in range(len(reader))}
-    assert found == {"a": ["one", "two"], "b_v1": ["dotted"], "a_2": ["the same key"], "h": ["json is broken"]}
+    assert found == {
+        "a": ["one", "two"],
+        "b_v1": ["dotted"],
+        "a_2": ["the same key"],
+        "h": ["json is broken"],
+        "j": ["a lone string"],
+    }
     assert manifest.dropped == {
         "broken places in tars": 1, "images without a caption": 4, "unreadable images": 1, "captions without an image": 1,
     }  # fmt: skip

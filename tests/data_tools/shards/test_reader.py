@@ -13,7 +13,7 @@ import pytest
 
 from data_tools.shards import reader as module
 from data_tools.shards.manifest import Manifest, Shard, ShardIndex, write_index, write_manifest
-from data_tools.shards.reader import BrokenSample, ShardReader
+from data_tools.shards.reader import BrokenSample, RawSample, ShardReader
 from runtime.errors import DataError
 from runtime.files import sha256_of
 
@@ -25,7 +25,7 @@ TEXTS = [
     ("no_captions", "json", b'{"words": []}'),
     ("empty", "json", b'{"captions": []}'),
     ("numbers", "json", b'{"captions": [1]}'),
-    ("a_string", "json", b'{"captions": "abc"}'),
+    ("an_object", "json", b'{"captions": {"a": "b"}}'),
     ("too_deep", "json", b'{"captions": ' + b"[" * 100_000),
 ]
 
@@ -56,7 +56,7 @@ def folder(tmp_path):
 def test_samples_are_numbered_through_the_shards(folder):
     reader = ShardReader(folder)
     assert len(reader) == 2 * len(TEXTS)
-    assert [reader.key(sample) for sample in (0, 1, 9, 10, 16)] == ["one0", "two0", "one1", "two1", "a_string1"]
+    assert [reader.key(sample) for sample in (0, 1, 9, 10, 16)] == ["one0", "two0", "one1", "two1", "an_object1"]
     assert reader.locate(8) == (0, 8) and reader.locate(9) == (1, 0)
 
 
@@ -67,6 +67,11 @@ def test_a_sample_has_its_bytes_and_its_captions(folder):
 
 def test_a_text_member_is_one_caption(folder):
     assert ShardReader(folder).captions(1) == ["a single caption"]
+
+
+def test_a_string_is_one_caption():
+    sample = RawSample("key", "0.tar", b"", b'{"captions": "red dog"}', "json", 0)
+    assert sample.captions == ["red dog"]
 
 
 @pytest.mark.parametrize("sample", range(2, len(TEXTS)), ids=[key for key, _, _ in TEXTS[2:]])
