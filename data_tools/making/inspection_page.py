@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.making.inspection import Measured, captions_of, describe, measure
 from data_tools.shards.manifest import Manifest, read_index, read_manifest
 from runtime.errors import DataError
-from runtime.files import write_text
+from runtime.page import escape, render_table
+from runtime.page import write_page as write_document
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,33 +21,20 @@ THUMBNAIL = 200
 BARS = 40
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --soft: #667085; --line: #e3e7ee; --card: #fff; --page: #f6f7f9; --bar: #3b6fd4 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #2c3442; --card: #171c25; --page: #0f131a; --bar: #6f9cf0 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 1240px; padding: 28px 24px 60px; background: var(--page); color: var(--ink);
-  font: 15px/1.45 system-ui, "Segoe UI", Roboto, sans-serif }
-h1 { font-size: 24px; margin: 0 0 2px; overflow-wrap: anywhere }
-h2 { font-size: 16px; margin: 34px 0 12px }
-.soft { color: var(--soft); font-size: 13px; overflow-wrap: anywhere }
 .numbers { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 18px }
-.number, figure, .sample, table { background: var(--card); border: 1px solid var(--line); border-radius: 8px }
-.number { padding: 10px 18px; min-width: 120px }
-.number b { display: block; font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(360px, 1fr)); gap: 14px }
-figure { margin: 0; padding: 12px 14px 8px }
+.numbers .card { padding: 10px 18px; min-width: 120px }
+.numbers b { display: block; font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums }
+.charts { --cell: 360px } .samples { --cell: 190px }
+figure { padding: 12px 14px 8px }
 figcaption { font-weight: 600; margin-bottom: 6px }
 svg { display: block; width: 100%; height: auto }
 svg text { fill: var(--soft); font: 11px system-ui, sans-serif }
-svg rect { fill: var(--bar) } svg rect:hover { opacity: .7 } svg line { stroke: var(--line) }
-table { border-collapse: collapse; border-spacing: 0; overflow: hidden }
-td, th { padding: 6px 14px; text-align: left; border-top: 1px solid var(--line); font-weight: 400; vertical-align: top }
-tr:first-child > * { border-top: 0 } td.n { text-align: right; font-variant-numeric: tabular-nums } th { color: var(--soft) }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 14px }
-.sample { padding: 10px; font-size: 13px }
-.sample img { display: block; width: 100%; height: 150px; object-fit: contain; background: var(--page); border-radius: 4px }
-.sample p { margin: 6px 0 0 } .sample code { display: block; margin-top: 8px; font-size: 11px; color: var(--soft); overflow-wrap: anywhere }
+svg rect { fill: var(--mark) } svg rect:hover { opacity: .7 } svg line { stroke: var(--line) }
+.samples .card { padding: 10px; font-size: 13px }
+.samples img { display: block; width: 100%; height: 150px; object-fit: contain; background: var(--page); border-radius: 4px }
+.samples p { margin: 6px 0 0 } .samples code { display: block; margin-top: 8px }
 """
+"""What this page adds to the style of every page."""
 
 
 def write_page(folder: Path, page: Path) -> dict[str, Any]:
@@ -56,14 +42,15 @@ def write_page(folder: Path, page: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     measured = measure(manifest)
     found = describe(folder, measured)
-    write_text(page, _page(manifest, found, measured))
+    name = manifest.folder.resolve().name
+    write_document(page, f"{name}: shards", _blocks(name, manifest, found, measured), STYLE)
     return found
 
 
-def _page(manifest: Manifest, found: dict[str, Any], measured: Measured) -> str:
+def _blocks(name: str, manifest: Manifest, found: dict[str, Any], measured: Measured) -> list[str]:
+    """Return the body of the page as pieces of HTML."""
     import numpy as np
 
-    name = html.escape(manifest.folder.resolve().name)
     numbers = [
         ("samples", f"{manifest.samples:,}"), ("captions", f"{manifest.captions:,}"),
         ("captions an image", f"{manifest.captions / max(1, manifest.samples):.2f}"),
@@ -80,31 +67,22 @@ def _page(manifest: Manifest, found: dict[str, Any], measured: Measured) -> str:
         histogram("Width by height", measured.width / np.maximum(1, measured.height)),
         histogram("Kilobytes an image", measured.image_bytes / 1000),
     ]
-    blocks = [
-        f"<h1>{name}</h1>",
+    return [
+        f"<h1>{escape(name)}</h1>",
         f'<div class="soft">fingerprint {manifest.fingerprint}</div>',
         '<div class="numbers">'
-        + "".join(f'<div class="number"><b>{value}</b>{html.escape(label)}</div>' for label, value in numbers)
+        + "".join(f'<div class="card"><b>{value}</b>{escape(label)}</div>' for label, value in numbers)
         + "</div>",
-        f'<h2>Distributions</h2><div class="charts">{"".join(charts)}</div>',
-        "<h2>Source</h2>" + _table([(key, value) for key, value in found["source"].items() if value is not None]),
+        f'<h2>Distributions</h2><div class="grid charts">{"".join(charts)}</div>',
+        "<h2>Source</h2>" + render_table([(key, value) for key, value in found["source"].items() if value is not None]),
         "<h2>Left out</h2>"
         + (
-            _table([(f"{n:,}", reason) for reason, n in manifest.dropped.items()])
+            render_table([(f"{n:,}", reason) for reason, n in manifest.dropped.items()])
             if manifest.dropped
             else "<p>Nothing.</p>"
         ),
-        f'<h2>Samples, spread evenly</h2><div class="grid">{"".join(_samples(manifest))}</div>',
+        f'<h2>Samples, spread evenly</h2><div class="grid samples">{"".join(_samples(manifest))}</div>',
     ]
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{name}: shards</title><style>{STYLE}</style><body>{''.join(blocks)}</body></html>\n"
-    )
-
-
-def _table(rows: Sequence[tuple[Any, Any]]) -> str:
-    cells = "".join(f"<tr><th>{html.escape(str(a))}</th><td>{html.escape(str(b))}</td></tr>" for a, b in rows)
-    return f"<table>{cells}</table>"
 
 
 def histogram(title: str, values: np.ndarray, whole: bool = False) -> str:
@@ -115,7 +93,7 @@ def histogram(title: str, values: np.ndarray, whole: bool = False) -> str:
     import numpy as np
 
     width, height, left, bottom = 420, 150, 44, 20
-    head = f"<figure><figcaption>{html.escape(title)}</figcaption>"
+    head = f"<figure><figcaption>{escape(title)}</figcaption>"
     if not len(values):
         return f'{head}<div class="soft">none</div></figure>'
     least, most = float(values.min()), float(values.max())
@@ -180,9 +158,9 @@ def _sample(key: str, image: bytes, text: bytes, text_format: str) -> str:
         captions = captions_of(text, text_format, key)
         picture = f'<img alt="" src="{_thumbnail(image)}">'
     except (ValueError, DataError) as error:
-        captions, picture = [], f"<p>cannot be read: {html.escape(str(error))}</p>"
-    said = "".join(f"<p>{html.escape(caption)}</p>" for caption in captions[:5])
-    return f'<div class="sample">{picture}{said}<code>{html.escape(key)}</code></div>'
+        captions, picture = [], f"<p>cannot be read: {escape(error)}</p>"
+    said = "".join(f"<p>{escape(caption)}</p>" for caption in captions[:5])
+    return f'<div class="card">{picture}{said}<code>{escape(key)}</code></div>'
 
 
 def _thumbnail(raw: bytes) -> str:

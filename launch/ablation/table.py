@@ -6,6 +6,7 @@ from pathlib import Path
 
 from launch.ablation.config import AblateRecipe, Comparison
 from runtime.errors import DataError
+from runtime.figures import new_figure, save_figure
 
 MEASURES = {"MRR": "mean reciprocal rank, mean of both ways", "MI": "mutual information of codewords and scenes, bits"}
 Found = dict[str, dict[str, dict[int, dict[str, float]]]]
@@ -90,14 +91,9 @@ def _spell(values: list[float]) -> str:
 
 def draw(found: Found, recipe: AblateRecipe, out: Path) -> None:
     """A row an arm, a mark a condition: the mean difference in mean reciprocal rank with its interval; faint, each seed's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     sizes = [len(comparison.arms) for comparison in recipe.comparisons.values()]
-    figure, axes = pyplot.subplots(
-        len(sizes), squeeze=False, sharex=True, figsize=(8, 1.2 + sum(0.55 * size + 0.5 for size in sizes)),
+    figure, axes = new_figure(
+        len(sizes), sharex=True, figsize=(8, 1.2 + sum(0.55 * size + 0.5 for size in sizes)),
         gridspec_kw={"height_ratios": sizes},
     )  # fmt: skip
     for axis, (name, comparison) in zip(axes[:, 0], recipe.comparisons.items(), strict=True):
@@ -125,5 +121,4 @@ def draw(found: Found, recipe: AblateRecipe, out: Path) -> None:
     if any(found):
         axes[0, 0].legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(out, dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, out, dpi=120)
