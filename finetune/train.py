@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from data_tools.in_order.collection import validation_collection
 from data_tools.pixels.packed import render_views
 from data_tools.pixels.transforms import TrainTransform
+from data_tools.stream.examples import Preparation
 from data_tools.stream.order import derived_seed, uniforms
 from data_tools.stream.shard_stream import ShardStream, open_stream
 from data_tools.stream.training_set import open_training_set
@@ -62,7 +63,14 @@ def train(recipe: FinetuneRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     data, batch_size = open_training_set(recipe.data), recipe.training.global_batch // ranks.world
     transform = TrainTransform(task.image_size, recipe.data.augment, views=1)
     stream = open_stream(
-        recipe.data, data, batch_size, ranks, recipe.training.seed, transform, task.tokenizer, run.quarantine, device
+        recipe.data,
+        data,
+        batch_size,
+        ranks,
+        recipe.training.seed,
+        Preparation(transform, task.tokenizer),
+        run.quarantine,
+        device,
     )
     mixed = "bf16" if recipe.training.precision == "bf16" else "no"
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=task.partial)]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data_tools.in_order.collection import Collection, validation_collection
 from data_tools.pixels.transforms import TrainTransform
+from data_tools.stream.examples import Preparation
 from data_tools.stream.order import derived_seed
 from data_tools.stream.shard_stream import ShardStream, open_stream
 from data_tools.stream.training_set import TrainingSet, open_training_set
@@ -89,7 +90,14 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     transform = TrainTransform(recipe.model.image.image_size, recipe.data.augment, views)
     batch_size = micro_batch * accumulation
     stream = open_stream(
-        recipe.data, data, batch_size, ranks, recipe.training.seed, transform, tokenizer, run.quarantine, device
+        recipe.data,
+        data,
+        batch_size,
+        ranks,
+        recipe.training.seed,
+        Preparation(transform, tokenizer),
+        run.quarantine,
+        device,
     )
     sick = SickSteps(recipe.training.sick_steps)
     profile = StepProfile(recipe.profile if ranks.first else 0, task.student.model, task.teacher.model, device)

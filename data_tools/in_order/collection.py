@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, Subset
 
 from data_tools.pixels.decode import decode_image
 from data_tools.shards.manifest import Manifest, hash_image_id, read_manifest
 from data_tools.shards.reader import RawSample, ShardReader
 from data_tools.sources import Choice, clean_caption, collect, detect_kind, safe_key
+from data_tools.sources.collecting import read_entries
 from data_tools.sources.items import Dropped
-from data_tools.sources.samples import entries_of
-from data_tools.stream.shard_stream import begin_worker, raised
+from data_tools.workers import open_loader, raise_errors
 from runtime.errors import DataError, RecipeError
 
 
@@ -40,7 +40,7 @@ class CaptionFile:
         choice = Choice(split=split if kind == "karpathy" else None)
         self.samples: list[tuple[str, list[str], Callable[[], bytes] | None]] = []
         if captions_only:
-            for entry in entries_of(path, kind, choice, Dropped()):
+            for entry in read_entries(path, kind, choice, Dropped()):
                 captions = [cleaned for caption in entry.captions if (cleaned := clean_caption(caption))]
                 if not captions:
                     raise DataError(
@@ -139,16 +139,7 @@ class Collection(Dataset):
         """Batches (batch, 3, size, size) of the images with these numbers, in their order. Raises DataError at one that
         cannot be read."""
         self.transform = transform
-        loader = DataLoader(
-            torch.utils.data.Subset(self, numbers),
-            batch_size=batch_size,
-            num_workers=workers,
-            collate_fn=_collate,
-            worker_init_fn=begin_worker,
-            multiprocessing_context="fork" if workers else None,
-            generator=torch.Generator(),  # else it would draw from the global one
-        )
-        yield from raised(loader)
+        yield from raise_errors(open_loader(Subset(self, numbers), _collate, workers, batch_size=batch_size))
 
 
 def _collate(images: list[Any]) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, Subset
 
 from data_tools.pixels.decode import MAX_BYTES, SOURCE_FORMATS, open_image, upright
 from data_tools.shards.manifest import MANIFEST_NAME, read_manifest
@@ -23,7 +23,7 @@ from data_tools.shards.reader import BrokenSample, ShardReader
 from data_tools.shards.remote import is_remote
 from data_tools.shards.tars import walk_tar
 from data_tools.sources.items import StoredBytes
-from data_tools.stream.shard_stream import begin_worker
+from data_tools.workers import open_loader
 from runtime.errors import DataError
 
 SUFFIXES = ("jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
@@ -83,16 +83,7 @@ class Gallery(Dataset):
     def batches(self, transform: Callable, numbers: range, batch_size: int, workers: int) -> Iterator[GalleryBatch]:
         """These images in their order, `batch_size` numbers at a time: which batch an image is in depends on its number alone."""
         self.transform = transform
-        loader = DataLoader(
-            torch.utils.data.Subset(self, numbers),
-            batch_size=batch_size,
-            num_workers=workers,
-            collate_fn=_collate,
-            worker_init_fn=begin_worker,
-            multiprocessing_context="fork" if workers else None,
-            generator=torch.Generator(),  # else it would draw from the global one
-        )
-        yield from loader
+        yield from open_loader(Subset(self, numbers), _collate, workers, batch_size=batch_size)
 
 
 def _collate(read: list[tuple[int, Tensor | str]]) -> GalleryBatch:

@@ -13,8 +13,8 @@ import numpy as np
 from data_tools.making.processes import run_parallel
 from data_tools.shards.manifest import MANIFEST_NAME, read_index, read_manifest
 from data_tools.shards.tars import IMAGE_FORMATS, walk_tar
-from data_tools.sources.held import find_tars
 from data_tools.sources.items import StoredBytes
+from data_tools.sources.webdataset import find_tars
 from runtime.errors import DataError
 from runtime.files import replaced_file
 from runtime.progress import progress

@@ -28,8 +28,8 @@ from data_tools.shards.manifest import (
     write_manifest,
 )
 from data_tools.shards.tars import Group, group_members, walk_tar
-from data_tools.sources.held import find_tars, held_against_stats, stats_file
 from data_tools.sources.items import StoredBytes, clean_caption, safe_key
+from data_tools.sources.webdataset import check_stats, find_tars, stats_path
 from runtime.errors import DataError
 from runtime.files import sha256_of
 from runtime.progress import progress
@@ -120,8 +120,8 @@ def _index_tar(task: _Task) -> _Indexed:
         rows.append((key, *row))
         image_ids.append(image_id or key)
         named = named or not image_id
-    if stats_file(task.tar).is_file():
-        lines += [_line(task.tar.name, problem, BROKEN) for problem in held_against_stats(task.tar, samples)]
+    if stats_path(task.tar).is_file():
+        lines += [_line(task.tar.name, problem, BROKEN) for problem in check_stats(task.tar, samples)]
     note = {
         "bytes": task.tar.stat().st_size, "sha256": sha256_of(task.tar), "lines": lines, "renamed": renamed,
         "prefixed": task.prefixed, "named": named,

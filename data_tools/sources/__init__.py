@@ -1,11 +1,21 @@
-"""Readers of captioned images: each known source becomes a list of images whose bytes are fetched later.
+"""Readers of captioned images: each source becomes a list of images whose bytes are read later.
 
-`collect` is the way in. A kind of source is one function, `(annotation, Choice, dropped) -> iterator of Entry`.
+`collect` is the way in. A kind of source is one file of this folder and one line in `registry.py`.
 """
 
+from data_tools.sources.collecting import collect
 from data_tools.sources.images import Images, open_images
-from data_tools.sources.items import CaptionedImage, Choice, Collected, Entry, StoredBytes, clean_caption, safe_key
-from data_tools.sources.samples import KINDS, collect, detect_kind
+from data_tools.sources.items import (
+    CaptionedImage,
+    Choice,
+    Collected,
+    Entry,
+    Source,
+    StoredBytes,
+    clean_caption,
+    safe_key,
+)
+from data_tools.sources.registry import KINDS, detect_kind
 
 __all__ = [
     "KINDS",
@@ -14,6 +24,7 @@ __all__ = [
     "Collected",
     "Entry",
     "Images",
+    "Source",
     "StoredBytes",
     "clean_caption",
     "collect",

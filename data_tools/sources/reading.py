@@ -1,9 +1,10 @@
-"""Text files of a source -> values, with one line for what is broken in them."""
+"""Read the text files of a source, and report what is broken in them in one line."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,17 @@ from typing import Any
 from runtime.errors import DataError
 
 
+def is_pattern(path: Path) -> bool:
+    """Return whether a path is a pattern for several files, such as `{000..123}.tar` or `*.tar`."""
+    return not path.exists() and re.search(r"[*?\[{]", str(path)) is not None
+
+
 def read_text(path: Path) -> str:
-    """A UTF-8 file's text, gzipped or plain. A byte that is not UTF-8 is a `DataError` naming its line."""
+    """Return the text of a UTF-8 file, gzipped or plain.
+
+    Raises:
+        DataError: The file cannot be read, or a byte is not UTF-8; the message names its line.
+    """
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
@@ -33,7 +43,7 @@ def read_text(path: Path) -> str:
 
 
 def read_head(path: Path, size: int = 1 << 20) -> str:
-    """The beginning of a text file, gzipped or plain, to tell its kind by; bytes that are no text are replaced."""
+    """Return the first `size` bytes of a text file, gzipped or plain, to tell its kind. Bad bytes are replaced."""
     try:
         with open(path, "rb") as plain:
             packed = plain.read(2) == b"\x1f\x8b"
@@ -46,32 +56,33 @@ def read_head(path: Path, size: int = 1 << 20) -> str:
 
 
 def read_value(path: Path) -> Any:
-    """A JSON file's value, gzipped or plain."""
+    """Return the value of a JSON file, gzipped or plain."""
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); fetch the file again") from None
 
 
-def read_object(path: Path, *wanted: str) -> dict[str, Any]:
-    """A JSON object that has lists of these names."""
+def read_object(path: Path, *keys: str) -> dict[str, Any]:
+    """Return a JSON object that has a list under each of these keys."""
     value = read_value(path)
-    for key in wanted:
+    for key in keys:
         if not isinstance(value, dict) or not isinstance(value.get(key), list):
-            raise DataError(f"{path} has no list {key!r}: it is of another kind, give the right --kind")
+            raise DataError(f"{path} has no list {key!r}, so it is of another kind; give the right --kind")
     return value
 
 
 @dataclass(slots=True)
-class Place:
-    """Turns a missing field deep in a JSON file into one line."""
+class FieldCheck:
+    """A context in which a missing or mistyped field of a JSON file becomes a one-line `DataError`."""
 
     path: Path
-    what: str
+    part: str
+    """The part of the file that is being read, for the message: "image 3"."""
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, (KeyError, TypeError, AttributeError)):
-            raise DataError(f"{self.path}: {self.what} does not fit its kind ({error!r}); is --kind right?") from None
+            raise DataError(f"{self.path}: {self.part} does not fit its kind ({error!r}); is --kind right?") from None

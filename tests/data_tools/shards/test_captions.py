@@ -7,6 +7,7 @@ import tarfile
 from io import BytesIO
 
 import pytest
+from data_tools.sources.held import webdataset_tars
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,6 @@ from data_tools.making.inspection import captions_of
 from data_tools.shards.captions import parse_captions, parse_image_id, parse_texts
 from data_tools.shards.reader import RawSample
 from data_tools.sources import Choice
-from data_tools.sources.held import webdataset_tars
 from data_tools.sources.items import Dropped
 from runtime.errors import DataError
 

@@ -23,9 +23,9 @@ from data_tools.pixels.transforms import TrainTransform
 from data_tools.shards.manifest import hash_image_id, read_index, read_manifest
 from data_tools.shards.reader import ShardReader
 from data_tools.sources import CaptionedImage
+from data_tools.stream import quarantine
 from data_tools.stream.order import SampleOrder
 from data_tools.stream.quarantine import Quarantine
-from data_tools.stream.shard_stream import quarantine
 from data_tools.tokenizer import train_tokenizer
 from runtime.errors import DataError
 

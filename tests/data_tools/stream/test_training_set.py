@@ -17,8 +17,8 @@ from data_tools.config import FilterConfig, ReadConfig
 from data_tools.making.writer import write_shards
 from data_tools.shards.reader import ShardReader
 from data_tools.sources import CaptionedImage
+from data_tools.stream import selection, training_set
 from data_tools.stream.mixture import CYCLE, Mixture
-from data_tools.stream.shard_stream import selection, training_set
 from data_tools.stream.training_set import TrainingSet, open_training_set, short_names
 from pretrain.config import PretrainRecipe
 from runtime.errors import DataError, RecipeError
