@@ -40,4 +40,4 @@ def _rows(path: Path, rows: list[Any]) -> Iterator[Row]:
         yield name, None if image_id is None else str(image_id), [caption] if isinstance(caption, str) else caption
 
 
-SOURCE = Source(_read, _matches)
+ALBEF = Source(_read, _matches)

@@ -29,4 +29,4 @@ def _read(path: Path, choice: Choice, dropped: Dropped) -> Iterator[Entry]:
         dropped.counts["captions of unlisted images"] += orphans
 
 
-SOURCE = Source(_read, _matches)
+COCO = Source(_read, _matches)

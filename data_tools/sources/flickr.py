@@ -30,4 +30,4 @@ def _read(path: Path, choice: Choice, dropped: Dropped) -> Iterator[Entry]:
         yield Entry(name, PurePosixPath(name).stem, lines, states_id=False)
 
 
-SOURCE = Source(_read, _matches, published=True)
+FLICKR = Source(_read, _matches, published=True)

@@ -33,4 +33,4 @@ def _read(path: Path, choice: Choice, dropped: Dropped) -> Iterator[Entry]:
             yield Entry(relative, relative.rpartition(".")[0], captions, stored, states_id=False)
 
 
-SOURCE = Source(_read, _matches, holds_images=True)
+FOLDER = Source(_read, _matches, holds_images=True)

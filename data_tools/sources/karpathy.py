@@ -39,4 +39,4 @@ def _read(path: Path, choice: Choice, dropped: Dropped) -> Iterator[Entry]:
         yield Entry(name, image_id, captions, states_id="cocoid" in image)
 
 
-SOURCE = Source(_read, _matches, has_splits=True, published=True)
+KARPATHY = Source(_read, _matches, has_splits=True, published=True)

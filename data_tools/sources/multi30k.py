@@ -44,4 +44,4 @@ def _read(path: Path, choice: Choice, dropped: Dropped) -> Iterator[Entry]:
         yield Entry(name.strip(), PurePosixPath(name.strip()).stem, captions, states_id=False)
 
 
-SOURCE = Source(_read, _matches, has_splits=True, published=True)
+MULTI30K = Source(_read, _matches, has_splits=True, published=True)

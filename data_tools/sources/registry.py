@@ -1,6 +1,6 @@
 """The kinds of sources that Ligature reads.
 
-To add one, copy `flickr.py`, write its `SOURCE`, and add a line to `KINDS`.
+To add one, copy `flickr.py`, and add a line to `KINDS`.
 Tested in tests/data_tools/sources/test_source_registry.py.
 """
 
@@ -8,20 +8,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_tools.sources import albef, coco, flickr, folder, karpathy, multi30k, table, webdataset
+from data_tools.sources.albef import ALBEF
+from data_tools.sources.coco import COCO
+from data_tools.sources.flickr import FLICKR
+from data_tools.sources.folder import FOLDER
 from data_tools.sources.items import Source
+from data_tools.sources.karpathy import KARPATHY
+from data_tools.sources.multi30k import MULTI30K
 from data_tools.sources.reading import is_pattern, read_head
+from data_tools.sources.table import TABLE
+from data_tools.sources.webdataset import WEBDATASET
 from runtime.errors import DataError
 
 KINDS: dict[str, Source] = {
-    "flickr": flickr.SOURCE,
-    "coco": coco.SOURCE,
-    "karpathy": karpathy.SOURCE,
-    "albef": albef.SOURCE,
-    "multi30k": multi30k.SOURCE,
-    "table": table.SOURCE,
-    "folder": folder.SOURCE,
-    "webdataset": webdataset.SOURCE,
+    "flickr": FLICKR,
+    "coco": COCO,
+    "karpathy": KARPATHY,
+    "albef": ALBEF,
+    "multi30k": MULTI30K,
+    "table": TABLE,
+    "folder": FOLDER,
+    "webdataset": WEBDATASET,
 }
 """`--kind` and its source. `detect_kind` takes the first one that matches."""
 

@@ -111,4 +111,4 @@ def _parquet_rows(path: Path, choice: Choice) -> Iterator[Row]:
         raise DataError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]})") from None
 
 
-SOURCE = Source(_read, _matches)
+TABLE = Source(_read, _matches)

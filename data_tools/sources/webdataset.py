@@ -139,4 +139,4 @@ def check_stats(tar: Path, samples: int) -> list[str]:
     return [] if expected == samples else [f"{tar.name} holds {samples:,} images, {path.name} says {expected:,}"]
 
 
-SOURCE = Source(_read, _matches, holds_images=True)
+WEBDATASET = Source(_read, _matches, holds_images=True)

@@ -7,14 +7,13 @@ import tarfile
 from io import BytesIO
 
 import pytest
-from data_tools.sources.held import webdataset_tars
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_tools.making.inspection import captions_of
 from data_tools.shards.captions import parse_captions, parse_image_id, parse_texts
 from data_tools.shards.reader import RawSample
-from data_tools.sources import Choice
+from data_tools.sources import KINDS, Choice
 from data_tools.sources.items import Dropped
 from runtime.errors import DataError
 
@@ -60,7 +59,7 @@ def as_source(folder, texts: dict[str, bytes]):
             member = tarfile.TarInfo(f"key.{extension}")
             member.size = len(content)
             tar.addfile(member, BytesIO(content))
-    (entry,) = webdataset_tars(folder / "one.tar", Choice(), Dropped())
+    (entry,) = KINDS["webdataset"].read(folder / "one.tar", Choice(), Dropped())
     return entry
 
 
