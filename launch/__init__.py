@@ -1,1 +1,1 @@
-"""Fifth floor: the front door. The `ligature` command, local runs, SLURM, planning. Importing it imports no torch."""
+"""The front door: the `ligature` command, local runs, SLURM, planning. Importing it imports no torch."""

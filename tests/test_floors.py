@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.table import COMMANDS
+
 ROOT = Path(__file__).parents[1]
 FLOORS = ["configs", "runtime", "data_tools", "retrieval", "pretrain", "finetune", "launch"]
 FILES = [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
@@ -121,15 +123,20 @@ def run_python(program: str) -> subprocess.CompletedProcess:
 LIGHT = [
     "launch",
     "launch.cli",
-    "launch.start.local",
-    "launch.recover.completion",
+    "launch.table",
+    "launch.stages",
+    "launch.completion",
+    "launch.plan",
+    "launch.recover.node_checks",
+    "launch.recover.run_status",
+    "launch.start.command",
     "launch.start.config",
-    "launch.commands.doctor",
     "launch.start.hosts",
+    "launch.start.job",
+    "launch.start.local",
     "launch.start.script",
     "launch.start.slurm",
-    "launch.commands.status",
-    "launch.plan",
+    *(command.module for command in COMMANDS.values()),
     "pretrain",
     "pretrain.config",
     "pretrain.budget",
@@ -199,3 +206,18 @@ def test_help_is_answered_without_torch(arguments):
     result = run_python(program)
     assert result.returncode == 0, result.stderr
     assert "usage: ligature" in result.stdout
+
+
+def test_no_commands_help_imports_torch():
+    program = (
+        "import sys\n"
+        "from launch.cli import main\n"
+        f"for name in {list(COMMANDS)}:\n"
+        "    try:\n"
+        "        main([name, '--help'])\n"
+        "    except SystemExit as leaving:\n"
+        "        assert not leaving.code, name\n"
+        "    assert 'torch' not in sys.modules, f'the help of {name} imports torch'\n"
+    )
+    result = run_python(program)
+    assert result.returncode == 0, result.stderr

@@ -35,7 +35,7 @@ def test_links_and_folders_exist():
 
 
 def test_every_command_it_shows_exists():
-    from launch.cli import COMMANDS
+    from launch.table import COMMANDS
 
     code = "\n".join(code for language, code in BLOCKS if language in ("bash", "sh"))
     shown = set(re.findall(r"^ligature (\w+)", code, flags=re.MULTILINE))

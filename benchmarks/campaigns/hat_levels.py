@@ -38,6 +38,7 @@ from data_tools.shapes.drawing import draw
 from data_tools.shapes.scenes import Group, Scene, World, scenes
 from data_tools.shapes.sentences import Caption, describe, fits
 from finetune.heads.hat import LoadedHat
+from launch import cli
 from launch.ablation.workers import Workers, side_by_side
 from runtime.errors import LigatureError
 from runtime.files import write_json
@@ -199,7 +200,7 @@ def main() -> int:
         "mean": ["--hat.levels", options.levels, "--hat.attention", "mean"],
     }
     places = [(name, arms[name], seed, options) for seed in range(options.seeds) for name in arms]
-    with Workers(options.jobs) as options.ligature:
+    with Workers(options.jobs, cli.main) as options.ligature:
         done = list(side_by_side(lambda place: run_arm(*place), places, options.jobs))
     found = {name: [one for place, one in zip(places, done, strict=True) if place[0] == name] for name in arms}
     cues = list(done[0])

@@ -51,6 +51,7 @@ from data_tools.shapes.sentences import describe, relation_pairs
 from data_tools.shapes.source import write_source
 from finetune.encoders import load_encoder
 from finetune.heads.decomposed import LoadedVLDeformer
+from launch import cli
 from launch.ablation.workers import Workers, side_by_side
 from pretrain.weights.load import ImageTextModel, load_model
 from runtime.errors import LigatureError
@@ -333,7 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     claim_folder(options, free=("out", "seeds", "jobs", "arms"))
-    with Workers(options.jobs) as options.ligature:
+    with Workers(options.jobs, cli.main) as options.ligature:
         found = run_arms(options)
         flips = page(options) if {"fusion", "vldeformer"} <= set(found) else None
     show(found, options)

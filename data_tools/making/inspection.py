@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from data_tools.making.processes import run_parallel
 from data_tools.shards.captions import parse_captions
 from data_tools.shards.manifest import IMAGE_FORMATS, Manifest, Shard, read_index, read_manifest
-from runtime.errors import DataError, RecipeError
+from runtime.errors import DataError
 from runtime.files import sha256_of
 from runtime.progress import progress
 
@@ -20,35 +20,6 @@ if TYPE_CHECKING:
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 CAPTIONS_READ = 20_000
 """Samples whose captions are read to measure them, spread evenly; the rest is known from the indexes."""
-
-
-def inspect(
-    folder: Path,
-    full: bool = False,
-    page: Path | None = None,
-    index: bool = False,
-    slice: str | None = None,
-    workers: int = 0,
-) -> None:
-    """What `ligature inspect` does: index where asked, verify, describe on standard output and where asked as a page."""
-    if workers < 0:
-        raise RecipeError(f"--workers is {workers}; it must be 0 or more")
-    if slice is not None and not index:
-        raise RecipeError("--slice is for --index: looking at a folder is one piece of work")
-    if index:
-        from data_tools.making.indexing import index_folder
-        from data_tools.making.writer import read_slice
-
-        if index_folder(folder, workers, read_slice(slice)) is None:
-            print(f"slice {slice} of {folder} is indexed; the slice that finishes last writes the manifest")
-            return
-    verify(folder, full, workers)
-    if page is not None:
-        from data_tools.making.inspection_page import write_page
-
-        print(as_text(write_page(folder, page)), f"\n  page          {page}", sep="")
-    else:
-        print(as_text(describe(folder)))
 
 
 def verify(folder: str | Path, full: bool = False, workers: int = 1) -> Manifest:
@@ -175,29 +146,3 @@ def describe(folder: str | Path, measured: Measured | None = None) -> dict[str, 
             for name, column in values.items()
         },
     }  # fmt: skip
-
-
-def as_text(found: dict[str, Any]) -> str:
-    """What `describe` found, for a terminal."""
-    lines = [found["folder"]]
-
-    def line(name: str, value: str) -> None:
-        lines.append(f"  {name:14}{value}")
-
-    same = found["samples"] - found["images"]
-    line("samples", f"{found['samples']:,}" + (f", of which {same:,} show another's picture" if same else ""))
-    line("captions", f"{found['captions']:,}")
-    line("shards", f"{found['shards']:,}, {found['bytes'] / 1e6:,.1f} MB")
-    line("formats", ", ".join(f"{name} {count:,}" for name, count in found["image_formats"].items()))
-    line("fingerprint", found["fingerprint"][:16])
-    told = {name: value for name, value in found["source"].items() if value not in (None, False, 0, {}, "items_sha256")}
-    line("source", ", ".join(f"{name} {value}" for name, value in told.items() if name != "items_sha256"))
-    for number, (reason, count) in enumerate(found["dropped"].items()):
-        line("dropped" if number == 0 else "", f"{count:,} {reason}")
-    heads = ["least", "5 %", "25 %", "median", "75 %", "95 %", "most"]
-    lines += ["", "  " + " " * 20 + "".join(f"{head:>9}" for head in heads)]
-    for name, values in found["quantiles"].items():
-        lines.append(f"  {name.replace('_', ' '):20}" + "".join(f"{value:>9,.5g}" for value in values.values()))
-    if found["captions_read_of"] < found["samples"]:
-        lines.append(f"  (caption words: of {found['captions_read_of']:,} samples spread evenly)")
-    return "\n".join(lines)

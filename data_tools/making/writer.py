@@ -96,16 +96,6 @@ class ShardOptions:
         }  # fmt: skip
 
 
-def read_options(arguments: list[str]) -> ShardOptions:
-    """The options of a `ligature shard` command line: the source may come first, bare, and `--exclude` several times."""
-    from runtime.recipe import read_recipe
-
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--annotation", *arguments]
-    arguments = [re.sub(r"^--exclude(?==|$)", "--exclude+", argument) for argument in arguments]  # each adds one
-    return read_recipe(ShardOptions, arguments, "ligature shard")
-
-
 def read_slice(text: str | None) -> tuple[int, int]:
     """`3/8` -> (3, 8); none -> (0, 1), the whole."""
     if text is None:

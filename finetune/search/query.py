@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ from retrieval.approximate import open_lists, search_lists
 from retrieval.index import Index, nearest
 from runtime.checkpoint import checkpoint_hash
 from runtime.errors import CheckpointError, DataError, RecipeError
-from runtime.ranks import Ranks, choose_device
 
 BATCH = 64
 """Queries encoded at once."""
@@ -193,71 +191,3 @@ def open_query(query: Query) -> Any:
         return upright(open_image(query.image.read_bytes(), SOURCE_FORMATS))
     except (OSError, ValueError) as error:
         raise DataError(f"{query.image} cannot be read ({error}); give another image") from error
-
-
-def show(answers: Answers) -> None:
-    """A table a query, for people."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    captioned = any(hit.captions for hits in answers.hits for hit in hits)
-    for query, hits in zip(answers.queries, answers.hits, strict=True):
-        table = Table(
-            title=Text(query.text, "bold"),
-            title_justify="left",
-            box=None,
-            pad_edge=False,
-            padding=(0, 2, 0, 0),
-            expand=captioned,
-        )
-        table.add_column("", justify="right", style="dim")
-        table.add_column("score", justify="right")
-        table.add_column("image", overflow="fold")
-        if captioned:
-            table.add_column("caption", overflow="ellipsis", no_wrap=True, ratio=1, style="dim")
-        for place, hit in enumerate(hits, start=1):
-            caption = [Text(hit.captions[0] if hit.captions else "")] if captioned else []
-            table.add_row(str(place), f"{hit.score:.3f}", Text(hit.name), *caption)
-        console.print(table)
-        console.print()
-    many = f"{len(answers.queries):,} queries" if len(answers.queries) > 1 else "the query"
-    console.print(
-        Text(
-            f"{answers.description}; encoding {many} {1e3 * answers.encoding_seconds:.1f} ms, comparing {1e3 * answers.comparing_seconds:.1f} ms",
-            "dim",
-        )
-    )
-
-
-def as_json(answers: Answers) -> str:
-    """A line of JSON a query."""
-    lines = []
-    for query, hits in zip(answers.queries, answers.hits, strict=True):
-        results = [
-            {"rank": rank, "score": hit.score, "name": hit.name, "number": hit.number, "captions": hit.captions}
-            for rank, hit in enumerate(hits, start=1)
-        ]
-        kind = "image" if query.image else "words"
-        lines.append(json.dumps({"query": query.text, "kind": kind, "results": results}, ensure_ascii=False))
-    return "\n".join(lines)
-
-
-def command(options: Any) -> None:
-    """`ligature search`, its options as the command line has them: ask, and show what was found."""
-    queries = read_queries(options.query, options.queries)
-    device = choose_device(options.device, Ranks())
-    answers = search(options.index, queries, options.top, options.checkpoint, options.approximate, device)
-    for note in answers.notes:
-        print(f"ligature: note: {note}", file=sys.stderr)
-    if options.html:
-        from finetune.search.page import write_results_page
-
-        write_results_page(answers, options.html)
-    if options.json:
-        print(as_json(answers))
-    else:
-        show(answers)
-        if options.html:
-            print(f"page: {options.html}")

@@ -11,8 +11,9 @@ from typing import Any
 
 from launch.ablation.config import AblateRecipe, Comparison
 from launch.ablation.table import Found, draw, table
-from launch.ablation.workers import Workers, side_by_side
-from launch.commands.demo import heading
+from launch.ablation.workers import side_by_side
+from launch.stages import read_stage
+from launch.start.command import print_heading
 from runtime.checkpoint import resolve_pointer
 from runtime.errors import RecipeError
 from runtime.files import read_json, write_json, write_text
@@ -20,20 +21,19 @@ from runtime.progress import format_duration
 from runtime.recipe import load_recipe, write_recipe
 
 
-def ablate(recipe: AblateRecipe) -> str:
-    """Run what has not been run yet, arm by arm within a seed, and write `results.json`, `table.md` and `differences.png`. -> the table.
-
-    A run that was interrupted goes on; the same command again does only what is missing. What `results.json` holds is not run again,
-    so that file, with the `config.yaml` beside it, takes a comparison to another machine.
-    """
-    with Workers(recipe.jobs) as start:
-        return run_arms(recipe, start)
-
-
 def run_arms(recipe: AblateRecipe, start: Callable[..., None]) -> str:
-    """`ablate`, its commands run by `start`."""
-    from launch.cli import read_stage
+    """Run the arms that have not run yet, seed by seed, and write `results.json`, `table.md` and `differences.png`.
 
+    An interrupted run resumes, and the same command again runs only what is missing. What `results.json` holds is not
+    run again, so that file, with the `config.yaml` beside it, moves a comparison to another machine.
+
+    Args:
+        recipe: The arms, seeds and comparisons.
+        start: Runs a `ligature` command, its arguments given one by one; see `launch.ablation.workers.Workers`.
+
+    Returns:
+        The table.
+    """
     folder = Path(recipe.runs) / recipe.name
     for shared in recipe.conditions.values():  # a mistake in any arm is answered before the first one runs
         for changes in recipe.arms.values():
@@ -71,12 +71,12 @@ def run_arms(recipe: AblateRecipe, start: Callable[..., None]) -> str:
         found[condition][arm][seed] = measured
         write_json(results, found)
         left = (time.monotonic() - began) / made * (len(missing) - made)
-        heading(f"{made} of {len(missing)} runs, {format_duration(left)} left")
+        print_heading(f"{made} of {len(missing)} runs, {format_duration(left)} left")
     found = read_results(results, recipe)
     text = table(found, recipe)
     write_text(folder / "table.md", text + "\n")
     draw(found, recipe, folder / "differences.png")
-    heading("the table")
+    print_heading("the table")
     return text
 
 

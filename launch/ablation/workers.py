@@ -1,4 +1,7 @@
-"""Processes that run one `ligature` command after another: what every command imports (ten seconds) is imported once a process."""
+"""Processes that run one command after another. What every command imports (ten seconds) is imported once a process.
+
+Tested in tests/launch/ablation/test_ablation.py.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,24 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import TypeVar
 
-from launch.start.local import end_with_parent
-from runtime.errors import LigatureError
+from launch.start.command import end_with_parent, error_with_code, print_heading
 
-Place = TypeVar("Place")
-Found = TypeVar("Found")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Workers:
-    """Calling it runs a command in an idle process, waiting for one. Threads may call it; use it as a context."""
+    """A pool of processes, used as a context. Calling it runs one command in an idle process; threads may call it at once."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, run: Callable[[list[str]], int]) -> None:
+        """Start the processes.
+
+        Args:
+            count: Number of processes.
+            run: Runs a command's arguments and returns its exit code: `launch.cli.main`. Importable, as it is pickled.
+        """
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
-        self._all = [_Worker() for _ in range(count)]
+        self._all = [_Worker(run) for _ in range(count)]
         for worker in self._all:
             self._idle.put(worker)
 
@@ -31,45 +39,50 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         for worker in self._all:
-            worker.commands.close()  # it ends after the command that it is at
+            worker.commands.close()  # the process ends after its current command
         for worker in self._all:
             worker.process.join()
 
     def __call__(self, *command: str) -> None:
-        """Raises LigatureError, with the command's exit code, where it fails."""
+        """Wait for an idle process and run a command in it.
+
+        Raises:
+            LigatureError: The command failed; the error has its exit code.
+        """
         worker = self._idle.get()
         try:
             code = worker.run(command)
         finally:
             self._idle.put(worker)
         if code:
-            error = LigatureError(
-                f"stopped in `ligature {' '.join(command)}` (exit code {code}); the same command goes on from there"
+            raise error_with_code(
+                f"stopped in `ligature {' '.join(command)}` (exit code {code}); the same command resumes from there",
+                code if code > 0 else 1,
             )
-            error.exit_code = code if code > 0 else 1
-            raise error
 
 
-def side_by_side(run: Callable[[Place], Found], places: Iterable[Place], jobs: int) -> Iterator[Found]:
-    """`run` of each place, `jobs` at a time, results in order. After a failure nothing more is begun."""
+def side_by_side(run: Callable[[Item], Result], items: Iterable[Item], jobs: int) -> Iterator[Result]:
+    """Yield `run` of each item, `jobs` at a time, in the items' order. After a failure nothing more starts."""
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            yield from pool.map(run, places)
+            yield from pool.map(run, items)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
 class _Worker:
-    def __init__(self) -> None:
+    """One process, and the pipe that its commands go through."""
+
+    def __init__(self, run: Callable[[list[str]], int]) -> None:
         spawn = get_context("spawn")
-        self.commands, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=_serve, args=(theirs, os.getpid()))
+        self.commands, remote = spawn.Pipe()
+        self.process = spawn.Process(target=_serve, args=(remote, os.getpid(), run))
         self.process.start()
-        theirs.close()
+        remote.close()
 
     def run(self, command: tuple[str, ...]) -> int:
-        """-> its exit code; negative: the signal that ended the process."""
+        """Return the command's exit code, or minus the number of the signal that ended the process."""
         try:
             self.commands.send(list(command))
             return int(self.commands.recv())
@@ -78,19 +91,17 @@ class _Worker:
             return self.process.exitcode or 1
 
 
-def _serve(commands: Connection, parent: int) -> None:
-    from launch.cli import main
-
-    if ask := end_with_parent(parent):
-        ask()
+def _serve(commands: Connection, parent: int, run: Callable[[list[str]], int]) -> None:
+    if request_signal := end_with_parent(parent):
+        request_signal()
     while True:
         try:
             command = commands.recv()
         except (EOFError, KeyboardInterrupt):
             return
-        print(f"\n== ligature {' '.join(command)}", flush=True)
-        code = main(command)
+        print_heading(f"ligature {' '.join(command)}")
+        code = run(command)
         try:
             commands.send(code)
-        except ConnectionError:  # whoever asked has gone
+        except ConnectionError:  # the process that sent the command has gone
             return

@@ -1,1 +1,1 @@
-"""One file a command of `ligature`; launch/table.py lists them."""
+"""The commands of `ligature`, one a file, each with its parser and a `run(arguments)`. `launch/table.py` lists them."""

@@ -1,53 +1,59 @@
-"""`ligature demo`: the whole path on drawn shapes. Draw, shard, pretrain on two processes, fine-tune, evaluate, show the table."""
+"""`ligature demo`: the whole path on drawn shapes. Draw, shard, pretrain, fine-tune, evaluate, show the table.
+
+Tested in tests/end_to_end/test_path.py.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-from launch.start.local import end_with_parent
-from runtime.errors import LigatureError
+from launch.start.command import print_heading, run_command
 from runtime.files import write_text
 from runtime.progress import format_duration
 from runtime.recipe import OptionParser
 
 IMAGES = {"train": 8000, "validation": 250, "test": 500}
+"""Images of each split, by default."""
 
 
-def demo(arguments: list[str]) -> None:
-    """Run every stage by its own command, as a user would; a stage that is done already is not done again."""
-    parser = OptionParser("ligature demo", description="The whole path on drawn shapes, on a CPU.")
+def run(arguments: list[str]) -> None:
+    """Run every stage by its own command, as a user would. A finished stage does not run again."""
+    parser = OptionParser("ligature demo", description="Run the whole path on drawn shapes, on a CPU.")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for all of it (default runs/demo)")
     parser.add_argument(
-        "--images", type=int, nargs=3, default=list(IMAGES.values()), metavar=("TRAIN", "VALIDATION", "TEST")
+        "--images",
+        type=int,
+        nargs=3,
+        default=list(IMAGES.values()),
+        metavar=("TRAIN", "VALIDATION", "TEST"),
+        help=f"images of each split (default {' '.join(map(str, IMAGES.values()))})",
     )
-    parser.add_argument("--pretrain-steps", type=int, help="fewer steps than the recipe's, for a quick look")
-    parser.add_argument("--finetune-steps", type=int)
+    parser.add_argument("--pretrain-steps", type=int, help="steps of pretraining (default: the recipe's)")
+    parser.add_argument("--finetune-steps", type=int, help="steps of fine-tuning (default: the recipe's)")
     options = parser.parse_args(arguments)
     out, began = options.out, time.monotonic()
 
     from data_tools.shapes.source import write_source
 
     if not (out / "source").exists():
-        heading("drawing scenes")
+        print_heading("drawing scenes")
         write_source(out / "source", dict(zip(IMAGES, options.images, strict=True)), seed=0)
     for split in IMAGES:
-        captions = out / "source" / f"captions_{split}.json"
-        run("shard", str(captions), "--images", str(out / "source" / "images"), "--out", str(out / "shards" / split))
+        captions, images = out / "source" / f"captions_{split}.json", out / "source" / "images"
+        run_command("shard", str(captions), "--images", str(images), "--out", str(out / "shards" / split))
     data = ["--data.train", str(out / "shards" / "train"), "--data.validation", str(out / "shards" / "validation")]
-    more = ["--training.steps", str(options.pretrain_steps)] if options.pretrain_steps else []
-    two = ("launch", "local", "--nproc", "2")
-    run(*two, "pretrain", "--config", "pretrain/demo.yaml", "--runs", str(out), *data, *more)
-    more = ["--training.steps", str(options.finetune_steps)] if options.finetune_steps else []
+    two_ranks = ("launch", "local", "--nproc", "2")
+    steps = ["--training.steps", str(options.pretrain_steps)] if options.pretrain_steps else []
+    run_command(*two_ranks, "pretrain", "--config", "pretrain/demo.yaml", "--runs", str(out), *data, *steps)
+    steps = ["--training.steps", str(options.finetune_steps)] if options.finetune_steps else []
     checkpoint = ["--checkpoint", str(out / "pretrain")]
-    run(*two, "finetune", "--config", "finetune/demo.yaml", "--runs", str(out), *checkpoint, *data, *more)
+    finetune = ("finetune", "--config", "finetune/demo.yaml", "--runs", str(out))
+    run_command(*two_ranks, *finetune, *checkpoint, *data, *steps)
     evaluate = ("evaluate", "--config", "finetune/demo_evaluate.yaml", "--data", str(out / "shards" / "test"))
-    run(*evaluate, "--checkpoint", str(out / "pretrain"), "--out", str(out / "scores-pretrained.json"))
-    run(*evaluate, "--checkpoint", str(out / "finetune"), "--out", str(out / "scores.json"))
+    run_command(*evaluate, "--checkpoint", str(out / "pretrain"), "--out", str(out / "scores-pretrained.json"))
+    run_command(*evaluate, "--checkpoint", str(out / "finetune"), "--out", str(out / "scores.json"))
 
     from finetune.report.curves import plot_curves
     from retrieval.records import read_record, table
@@ -56,34 +62,18 @@ def demo(arguments: list[str]) -> None:
     names = ("scores-pretrained.json", "scores-pretrained-fusion.json", "scores.json", "scores-fusion.json")
     text = table([read_record(out / name) for name in names])
     write_text(out / "table.md", text + "\n")
-    heading("the table")
+    print_heading("the table")
     print(text)
-    print(ambiguity(out))
+    print(describe_ambiguity(out))
     print(
-        f"\nIn {out}: the drawings (source/), shards/, the runs (pretrain/, finetune/), scores.json and its kin, table.md, "
-        f"curves.png.\nTook {format_duration(time.monotonic() - began)}. Try: tensorboard --logdir {out}"
+        f"\n{out} holds the drawings (source/), the shards (shards/), the runs (pretrain/, finetune/), the score records "
+        f"(scores*.json), table.md and curves.png.\n"
+        f"It took {format_duration(time.monotonic() - began)}. Try: tensorboard --logdir {out}"
     )
 
 
-def run(*command: str) -> None:
-    """One `ligature` command in this process's environment, its line shown first."""
-    heading("ligature " + " ".join(command))
-    line = [sys.executable, "-m", "launch.cli", *command]
-    code = subprocess.run(line, env=os.environ, check=False, preexec_fn=end_with_parent(os.getpid())).returncode
-    if code:
-        error = LigatureError(
-            f"the demo stopped in `ligature {command[0]}` (exit code {code}); the same command goes on from there"
-        )
-        error.exit_code = code
-        raise error
-
-
-def heading(text: str) -> None:
-    print(f"\n== {text}", flush=True)
-
-
-def ambiguity(out: Path) -> str:
-    """How many test captions fit more than one test image: no model can tell those apart."""
+def describe_ambiguity(out: Path) -> str:
+    """Return a sentence on how many test captions fit more than one test image: no model can tell those apart."""
     from data_tools.shapes.scenes import Group, Scene
     from data_tools.shapes.sentences import Caption, fits
 
@@ -93,6 +83,6 @@ def ambiguity(out: Path) -> str:
         if truth["split"] == "test":
             groups = {name: Group(**truth["scene"][name]) for name in ("first", "second") if truth["scene"][name]}
             scenes.append(Scene(**truth["scene"] | groups))
-            captions += [Caption(**told) for told in truth["captions"]]
+            captions += [Caption(**caption) for caption in truth["captions"]]
     several = sum(sum(fits(caption, scene) for scene in scenes) > 1 for caption in captions)
     return f"{several:,} of the {len(captions):,} test captions fit more than one of the {len(scenes):,} test images."

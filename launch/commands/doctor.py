@@ -1,65 +1,68 @@
-"""`ligature doctor`: whether this node, or the nodes of a job, can run what is asked of them; in seconds, before hours are spent."""
+"""`ligature doctor`: check this node, or a job's nodes, in seconds, before hours are spent on them.
+
+Tested in tests/launch/recover/test_node_checks.py.
+"""
 
 from __future__ import annotations
 
-import argparse
 import os
-import platform
-import shutil
-import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from runtime.errors import DataError, LigatureError, RecipeError
+from launch.recover.node_checks import Checks, Finding, examine, gpus_here
+from launch.start.command import error_with_code, ligature_command
+from launch.start.local import run_ranks
+from runtime.errors import LigatureError, RecipeError
 from runtime.ranks import Ranks, ranks_from_environment
 from runtime.recipe import OptionParser
-from runtime.run_folder import PACKAGES
-
-MIB, GIB = 1 << 20, 1 << 30
-WRITTEN = 64 * MIB
-PATIENCE = 60
-"""Seconds that the ranks have to meet and to reduce."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """`level` is ok, warn or FAIL; the text says what was seen and, unless it is well, what to do."""
+def run(arguments: list[str]) -> None:
+    """Print one line for each check.
 
-    level: str
-    name: str
-    text: str
+    Outside a job this starts the ranks on this machine; each of them runs this command again.
 
-
-def doctor(arguments: list[str]) -> None:
-    """Print what was found, a line each. Raises LigatureError where something would stop a run."""
+    Raises:
+        LigatureError: A check failed that would stop a run.
+    """
     parser = OptionParser(
         "ligature doctor", description="Check a node, or a job's nodes, before time is spent on them."
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that runs will write to (default runs)")
-    parser.add_argument("--data", type=Path, action="append", default=[], help="shard folder that will be read")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--nproc", type=int, help="ranks to try here (default: one a GPU, else 2); in a job, the job's")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        action="append",
+        default=[],
+        help="shard folder that will be read; may be given several times",
+    )
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="device that runs will use (default auto)"
+    )
+    parser.add_argument(
+        "--nproc", type=int, help="ranks to start here (default: one a GPU, else 2); a job has its own number"
+    )
     options = parser.parse_args(arguments)
     if options.nproc is not None and options.nproc < 1:
         raise RecipeError(f"--nproc is {options.nproc}; it is a number of processes, 1 or more")
     ranks = ranks_from_environment()
     if ranks.world == 1 and "RANK" not in os.environ:
-        from launch.start.local import run_ranks
-
-        count = options.nproc or gpus_here() or 2
-        code = run_ranks([sys.executable, "-m", "launch.cli", "doctor", *arguments], count)
+        code = run_ranks(ligature_command("doctor", *arguments), options.nproc or gpus_here() or 2)
         if code:
-            error = LigatureError("")  # the ranks have told it
-            error.exit_code = code
-            raise error
+            raise error_with_code("", code)  # the ranks have printed the reason
         return
-    report(examine(options, ranks), ranks)
+    print_findings(examine(Checks(options.runs, options.data, options.device), ranks), ranks)
 
 
-def report(findings: list[tuple[str, Finding]], ranks: Ranks) -> None:
-    """Print the findings, the first rank's; raises LigatureError if there is a FAIL among them."""
+def print_findings(findings: list[tuple[str, Finding]], ranks: Ranks) -> None:
+    """Print the findings on the first rank, or on every rank where the ranks could not meet.
+
+    Args:
+        findings: (host, finding) pairs.
+        ranks: This process's rank.
+
+    Raises:
+        LigatureError: There is a FAIL among them.
+    """
     failed = [finding for _, finding in findings if finding.level == "FAIL"]
     if ranks.first or not any(finding.name == "together" for _, finding in findings):
         hosts = {host for host, _ in findings}
@@ -68,257 +71,6 @@ def report(findings: list[tuple[str, Finding]], ranks: Ranks) -> None:
             print(f"{finding.level:5} {where}{finding.name:10} {finding.text}", flush=True)
     if failed:
         first = f"{failed[0].name}: {failed[0].text}"
-        told = f"{len(failed)} of {len(findings)} checks failed; the first, {first}" if ranks.first else ""
-        raise LigatureError(told)
-
-
-def examine(options: argparse.Namespace, ranks: Ranks) -> list[tuple[str, Finding]]:
-    """(host, finding) of every node's first rank, on all ranks where they can meet; else of this node alone."""
-    import torch
-
-    gpu = options.device != "cpu" and torch.cuda.is_available()
-    findings = check_gpu(options.device, ranks)
-    if ranks.local_rank == 0:
-        findings = [
-            check_versions(),
-            *check_machine(),
-            *check_disk(options.runs),
-            *(check_data(folder) for folder in options.data),
-            *findings,
-        ]
-    host = os.environ.get("SLURMD_NODENAME", platform.node())
-    mine = [(host, finding) for finding in findings]
-    try:
-        found, clocks = meet(mine, ranks, gpu)
-    except (RuntimeError, ValueError) as error:
-        fix = (
-            "the ranks must reach MASTER_ADDR at MASTER_PORT (a firewall?) and each other: name the interface with a route "
-            "between the nodes in network_interface (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
+        raise LigatureError(
+            f"{len(failed)} of {len(findings)} checks failed; the first, {first}" if ranks.first else ""
         )
-        return [*mine, (host, Finding("FAIL", "all-reduce", f"{_first_line(error)}; {fix}"))]
-    found.append((host, check_clocks(clocks)))
-    if len({finding.text for _, finding in found if finding.name == "versions"}) > 1:
-        found.append(
-            (host, Finding("FAIL", "nodes", "versions differ between nodes; give all of them one environment"))
-        )
-    return found
-
-
-def meet(mine: list[tuple[str, Finding]], ranks: Ranks, gpu: bool) -> tuple[list[tuple[str, Finding]], list[float]]:
-    """Join all ranks, reduce, and share what each found. -> all findings, and every rank's clock at one moment."""
-    from datetime import timedelta
-
-    import torch
-    from torch import distributed
-
-    device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count()) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
-    backend = "nccl" if gpu else "gloo"
-    limit = timedelta(seconds=PATIENCE)
-    distributed.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=limit)
-    try:
-        block = torch.full((16 * MIB // 4,), float(ranks.rank + 1), device=device)
-        distributed.all_reduce(block)  # the first one also makes the connections
-        right = bool((block == ranks.world * (ranks.world + 1) / 2).all())
-        distributed.barrier()
-        clock, began = time.time(), time.monotonic()
-        distributed.all_reduce(block)
-        if gpu:
-            torch.cuda.synchronize()
-        taken = time.monotonic() - began
-        told: list[Any] = [None] * ranks.world
-        distributed.all_gather_object(told, (mine, clock, right))
-    finally:
-        distributed.destroy_process_group()
-    rate = 16 / 1024 / taken
-    word = f"{backend} over {ranks.world} ranks"
-    wrong = [rank for rank, (_, _, fine) in enumerate(told) if not fine]
-    finding = (
-        Finding(
-            "FAIL", "all-reduce", f"{word}: wrong sums on ranks {wrong}; a GPU or a link is broken, leave that node out"
-        )
-        if wrong
-        else Finding("ok", "all-reduce", f"{word}, {rate:.2g} GiB/s for 16 MiB")
-    )
-    host = mine[0][0] if mine else platform.node()
-    found = [entry for theirs, _, _ in told for entry in theirs]
-    return [*found, (host, finding), (host, Finding("ok", "together", _spell_place(ranks)))], [
-        clock for _, clock, _ in told
-    ]
-
-
-def _spell_place(ranks: Ranks) -> str:
-    job = os.environ.get("SLURM_JOB_ID")
-    cores = len(os.sched_getaffinity(0))
-    asked = os.environ.get("SLURM_CPUS_PER_TASK")
-    return (
-        f"{ranks.world} ranks, {ranks.local_world} a node, {cores} cores each"
-        + (f" (asked for {asked})" if asked else "")
-        + (f", job {job}" if job else "")
-    )
-
-
-def check_versions() -> Finding:
-    """What is installed fits together: every requirement that one of our packages states of another is met."""
-    from importlib.metadata import PackageNotFoundError, requires, version
-
-    from packaging.requirements import Requirement
-
-    wrong = []
-    for package in PACKAGES:
-        try:
-            stated = [Requirement(line) for line in requires(package) or ()]
-        except PackageNotFoundError:
-            wrong.append(f"{package} is not installed")
-            continue
-        for need in stated:
-            if need.marker and not need.marker.evaluate({"extra": ""}):
-                continue
-            try:
-                if not need.specifier.contains(version(need.name), prereleases=True):
-                    wrong.append(
-                        f"{package} {version(package)} needs {need.name}{need.specifier}, not {version(need.name)}"
-                    )
-            except PackageNotFoundError:
-                wrong.append(f"{package} needs {need.name}, which is not installed")
-    if wrong:
-        return Finding(
-            "FAIL", "versions", "; ".join(wrong) + "; `pip install --upgrade .` in Ligature's checkout mends them"
-        )
-    import torch
-
-    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
-    text = f"Python {platform.python_version()}, torch {torch.__version__} ({cuda}), deepspeed {version('deepspeed')}"
-    return Finding("ok", "versions", text)
-
-
-def gpus_here() -> int:
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def check_gpu(device: str, ranks: Ranks) -> list[Finding]:
-    """This rank's GPU: there, free, and right in a small product."""
-    import torch
-
-    if device == "cpu":
-        return []
-    if not torch.cuda.is_available():
-        if device == "cuda" or shutil.which("nvidia-smi") or os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0":
-            built = torch.version.cuda or "no CUDA at all"
-            fix = f"torch is built for {built}: compare with `nvidia-smi` (driver) and ask the job for GPUs (gpus_per_node)"
-            return [Finding("FAIL", "gpu", f"torch sees none; {fix}")]
-        return [Finding("ok", "gpu", "none here; runs on CPUs")] if ranks.local_rank == 0 else []
-    index = ranks.local_rank % torch.cuda.device_count()
-    if ranks.local_world > torch.cuda.device_count():
-        text = f"{ranks.local_world} ranks on this node but {torch.cuda.device_count()} visible; gpus_per_node is one a rank"
-        return [Finding("FAIL", "gpu", text)]
-    free, total = torch.cuda.mem_get_info(index)
-    name = f"{index}: {torch.cuda.get_device_name(index)}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
-    square = torch.ones(1024, 1024, dtype=torch.bfloat16, device=f"cuda:{index}")
-    if not bool((square @ square == 1024).all()):
-        return [Finding("FAIL", "gpu", f"{name}; a product came out wrong: leave this node out and tell its owners")]
-    if free < 0.9 * total:
-        return [Finding("warn", "gpu", f"{name}; another process holds the rest (`nvidia-smi` names it)")]
-    return [Finding("ok", "gpu", name)]
-
-
-def check_machine() -> list[Finding]:
-    """Limits that loaders run into."""
-    import resource
-
-    found = []
-    if Path("/dev/shm").is_dir():
-        shared = shutil.disk_usage("/dev/shm")
-        low = shared.free < GIB
-        fix = (
-            "; loader workers hand batches over in it: give the container more (--shm-size, --ipc=host)" if low else ""
-        )
-        found.append(Finding("warn" if low else "ok", "shm", f"{shared.free / GIB:.1f} GiB free in /dev/shm{fix}"))
-    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= files < 4096:
-        found.append(
-            Finding("warn", "files", f"{files} open files a process at most; `ulimit -n {min(65536, most)}` in setup")
-        )
-    return found
-
-
-def check_disk(runs: Path) -> list[Finding]:
-    """Space, write speed and clock of the disk that runs are written to."""
-    import errno
-
-    place = runs.absolute()
-    while not place.exists():
-        place = place.parent
-    usage = shutil.disk_usage(place)
-    space = f"{usage.free / GIB:.0f} GiB free in {place}"
-    if usage.free < 4 * GIB:
-        return [
-            Finding(
-                "FAIL",
-                "disk",
-                f"{space}; a checkpoint and its successor need more: free some, or choose another --runs",
-            )
-        ]
-    probe = place / f".doctor-{platform.node()}-{os.getpid()}"
-    try:
-        block, began = os.urandom(MIB), time.monotonic()
-        with open(probe, "wb") as file:
-            for _ in range(WRITTEN // MIB):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-            wrote = time.time()
-            late = os.fstat(file.fileno()).st_mtime - wrote
-        speed = WRITTEN / MIB / (time.monotonic() - began)
-    except OSError as error:
-        fix = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another --runs"
-        return [Finding("FAIL", "disk", f"cannot write to {place} ({error.strerror}); {fix}")]
-    finally:
-        probe.unlink(missing_ok=True)
-    slow = speed < 50
-    fix = "; checkpoints will hold the run up: choose a faster disk for --runs" if slow else ""
-    found = [Finding("warn" if slow else "ok", "disk", f"{space}, {speed:.0f} MiB/s written and synced{fix}")]
-    if abs(late) > 5:
-        text = f"the file server's clock is {late:+.0f} s from this node's; have them set by NTP"
-        found.append(Finding("warn", "clock", text))
-    return found
-
-
-def check_data(folder: Path) -> Finding:
-    """Every shard that the manifest promises is there, in its size, and the first and last can be read from this node."""
-    from data_tools.shards.manifest import read_manifest
-
-    try:
-        manifest = read_manifest(folder)
-        began = time.monotonic()
-        for shard in {manifest.shards[0].name, manifest.shards[-1].name}:
-            with open(folder / shard, "rb") as file:
-                file.read(4 * MIB)
-    except (DataError, LigatureError) as error:
-        return Finding("FAIL", "data", str(error))
-    except OSError as error:
-        return Finding(
-            "FAIL", "data", f"cannot read {error.filename}: {error.strerror}; is {folder} mounted on this node?"
-        )
-    read = time.monotonic() - began
-    return Finding(
-        "ok",
-        "data",
-        f"{folder}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, opened in {read:.2f} s",
-    )
-
-
-def check_clocks(clocks: list[float]) -> Finding:
-    skew = max(clocks) - min(clocks)
-    if skew > 2:
-        slowest = clocks.index(min(clocks))
-        text = f"clocks are up to {skew:.1f} s apart (rank {slowest} is the latest); have them set by NTP: logs and caches rely on them"
-        return Finding("warn", "clocks", text)
-    return Finding("ok", "clocks", f"within {max(skew, 0.001):.3f} s of each other")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

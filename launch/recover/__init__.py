@@ -1,1 +1,1 @@
-"""What follows when a job ends: finished, requeued or held."""
+"""Keeping a run alive: nodes are checked before it starts, and its state is read from its folder and from SLURM."""

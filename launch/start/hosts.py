@@ -1,13 +1,12 @@
-"""Ranks on several machines without SLURM, over ssh: `ligature launch hosts --hostfile hosts.txt pretrain --config …`.
+"""Run a stage on several machines without SLURM, over ssh: `ligature launch hosts --hostfile hosts.txt pretrain --config …`.
 
-The machines see the same folders under the same names and let ssh in without a password. One process on each, started through
-ssh, starts that machine's ranks; it listens to its standard input, so that it knows when it is asked to stop, and when the
-connection, or whoever launched it, is gone.
+The machines see the same folders under the same names and let ssh in without a password. One process on each machine,
+started through ssh, starts that machine's ranks. It listens to its standard input: a line asks it to stop, and the end
+of the input means that the connection, or the launcher, is gone.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -20,9 +19,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.start.local import GRACE, STAGES, run_ranks, wait_for
+from launch.stages import check_batch, read_stage
+from launch.start.command import ligature_command
+from launch.start.local import GRACE, raise_failure, run_ranks, wait_for
 from runtime.errors import LigatureError, RecipeError
-from runtime.recipe import OptionParser
 
 CARRIED = (
     "PYTHONPATH",
@@ -32,71 +32,78 @@ CARRIED = (
     "GLOO_SOCKET_IFNAME",
     "DS_ACCELERATOR",
 )
-"""Variables that the ranks get from here: ssh passes none on."""
+"""Environment variables that the ranks get from the launcher: ssh passes none on."""
 STOP = b"stop\n"
+"""The line that asks a machine to stop its ranks."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """A machine, and how many ranks it takes."""
+    """A machine, and the number of ranks it runs."""
 
     name: str
     slots: int
 
 
-def launch_hosts(arguments: list[str]) -> None:
-    """Run a stage on the machines of a hostfile. Raises LigatureError with the first failure's code."""
-    parser = OptionParser("ligature launch hosts", description="Run a stage on several machines, over ssh.")
-    parser.add_argument("--hostfile", type=Path, required=True, help="a machine a line: `node1 slots=8`")
-    parser.add_argument(
-        "--port", type=int, help="where the ranks meet, on the first machine (default: one from 20000 to 32000)"
-    )
-    parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the stage's own")
-    options = parser.parse_args(arguments)
-    hosts = read_hosts(options.hostfile)
-    world = sum(host.slots for host in hosts)
-    from launch.cli import read_stage
-    from pretrain.config import divide_batch
+def launch_hosts(stage: str, arguments: list[str], hostfile: Path, port: int | None) -> None:
+    """Run a stage on the machines of a hostfile.
 
-    recipe = read_stage(options.stage, options.arguments)  # a mistake is answered before anything starts
-    if options.stage in ("pretrain", "finetune"):
-        divide_batch(recipe.training.global_batch, getattr(recipe.training, "micro_batch", 1), world)
+    Args:
+        stage: One of `launch.start.local.STAGES`.
+        arguments: The stage's own command-line arguments.
+        hostfile: Text file with one machine a line.
+        port: TCP port of the first machine at which the ranks meet; None: one from 20000 to 32000.
+
+    Raises:
+        RecipeError: The hostfile or the recipe is wrong; nothing has started.
+        LigatureError: A rank failed; the error has the first failure's exit code.
+    """
+    hosts = read_hosts(hostfile)
+    recipe = read_stage(stage, arguments)  # a mistake is answered before anything starts
+    if stage in ("pretrain", "finetune"):
+        check_batch(recipe, sum(host.slots for host in hosts))
     if not shutil.which("ssh"):
         raise LigatureError("no ssh on this machine; install a client, or use `ligature launch local`")
-    command = [sys.executable, "-m", "launch.cli", options.stage, *options.arguments]
-    code = run_hosts(hosts, command, options.port or 20000 + os.getpid() * 7 % 12000)
-    if code:
-        error = LigatureError(f"{options.stage} stopped with exit code {code}; its own line is above")
-        error.exit_code = code
-        raise error
+    code = run_hosts(hosts, ligature_command(stage, *arguments), port or 20000 + os.getpid() * 7 % 12000)
+    raise_failure(stage, code)
 
 
 def read_hosts(path: Path) -> list[Host]:
-    """The machines of a hostfile, as MPI and DeepSpeed write it: `name slots=8`, one slot where none are stated, # comments."""
+    """Return the machines of a hostfile, in the format of MPI and DeepSpeed.
+
+    A line is `name slots=8`, or a name alone for one slot. `#` starts a comment.
+
+    Raises:
+        RecipeError: The file is missing or empty, a line has another form, or a machine appears twice.
+    """
     if not path.is_file():
-        raise RecipeError(f"--hostfile {path}: no such file; it holds a machine a line: node1 slots=8")
+        raise RecipeError(f"--hostfile {path}: no such file; write one machine a line: node1 slots=8")
     hosts = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not (words := line.partition("#")[0].split()):
             continue
         slots = words[1].removeprefix("slots=") if len(words) == 2 else "1"
+        # A name with a leading dash would be an option to ssh.
         if len(words) > 2 or not slots.isdigit() or not int(slots) or words[0].startswith("-"):
             raise RecipeError(f"{path}, line {number}: {line.strip()!r} is no machine; write: node1 slots=8")
         hosts.append(Host(words[0], int(slots)))
     if not hosts:
-        raise RecipeError(f"{path} names no machine; write one a line: node1 slots=8")
+        raise RecipeError(f"{path} names no machine; write one machine a line: node1 slots=8")
     if len({host.name for host in hosts}) < len(hosts):
-        raise RecipeError(f"{path} names a machine twice; state all its ranks in one line: node1 slots=8")
+        raise RecipeError(f"{path} names a machine twice; give all its ranks in one line: node1 slots=8")
     return hosts
 
 
 def run_hosts(hosts: list[Host], command: list[str], port: int) -> int:
-    """Run `command` as one rank a slot -> 0, or the exit code of the first machine that failed (255: ssh itself)."""
+    """Run `command` as one rank for each slot of the hosts.
+
+    Returns:
+        0, or the exit code of the first machine that failed (255 is ssh's own).
+    """
     world, first = sum(host.slots for host in hosts), 0
     machines: list[subprocess.Popen] = []
 
-    def ask_to_stop(number: int, frame: object) -> None:
+    def request_stop(number: int, frame: object) -> None:
         for machine in machines:
             if machine.poll() is None and machine.stdin:
                 try:
@@ -106,15 +113,15 @@ def run_hosts(hosts: list[Host], command: list[str], port: int) -> int:
                     pass  # it is ending by itself
 
     previous = {
-        number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        number: signal.signal(number, request_stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     }
     try:
         for host in hosts:
             part = {"command": command, "count": host.slots, "first": first, "world": world}
             part |= {"address": hosts[0].name, "port": port}
             variables = [f"{name}={os.environ[name]}" for name in CARRIED if name in os.environ]
-            there = shlex.join(["env", *variables, sys.executable, "-m", "launch.start.hosts", json.dumps(part)])
-            line = f"cd {shlex.quote(os.getcwd())} && exec {there}"
+            remote = shlex.join(["env", *variables, sys.executable, "-m", "launch.start.hosts", json.dumps(part)])
+            line = f"cd {shlex.quote(os.getcwd())} && exec {remote}"
             # A session of its own: ctrl-C here must reach the ranks as a request, not end their connection.
             machines.append(
                 subprocess.Popen(
@@ -126,7 +133,7 @@ def run_hosts(hosts: list[Host], command: list[str], port: int) -> int:
     finally:
         for machine in machines:
             if machine.stdin:
-                machine.stdin.close()  # the far side ends its ranks when it sees this
+                machine.stdin.close()  # the remote process ends its ranks when it sees this
         for machine in machines:
             try:
                 machine.wait(GRACE)
@@ -138,16 +145,22 @@ def run_hosts(hosts: list[Host], command: list[str], port: int) -> int:
 
 
 def serve(part: dict) -> int:
-    """One machine's ranks, on that machine: asked to stop by a line on standard input, ended when it closes."""
+    """Run one machine's ranks, on that machine, and stop them when the launcher asks or disappears.
+
+    Args:
+        part: The arguments of `run_ranks`.
+
+    Returns:
+        0, or the exit code of the first rank that failed.
+    """
 
     def listen() -> None:
         while os.read(0, 64):  # not through `sys.stdin`: its lock would be held when this process ends
-            os.kill(os.getpid(), signal.SIGUSR1)  # handed to the ranks, which save and leave
+            os.kill(os.getpid(), signal.SIGUSR1)  # `run_ranks` hands it to the ranks, which save and leave
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE)
-        os._exit(
-            1
-        )  # the ranks have asked the kernel for a signal when their parent is gone, and do not outlive it for long
+        # The ranks have asked the kernel for a signal at their parent's end: they do not outlive it for long.
+        os._exit(1)
 
     threading.Thread(target=listen, name="listen", daemon=True).start()
     return run_ranks(**part)

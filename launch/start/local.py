@@ -1,56 +1,54 @@
-"""Several processes of one stage on this machine: `ligature launch local --nproc 2 pretrain --config …`."""
+"""Run a stage as several processes on this machine: `ligature launch local --nproc 2 pretrain --config …`."""
 
 from __future__ import annotations
 
-import argparse
-import ctypes
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 
-from runtime.errors import LigatureError, RecipeError
-from runtime.recipe import OptionParser
+from launch.stages import check_batch, read_stage
+from launch.start.command import end_with_parent, error_with_code, ligature_command
+from runtime.errors import RecipeError
 
 STAGES = ("pretrain", "finetune", "evaluate", "index")
-PR_SET_PDEATHSIG = 1
+"""Stages that run on several ranks."""
 GRACE = 30.0
-"""Seconds the other ranks have to stop after one has failed."""
+"""Seconds that the other ranks have to stop after one has failed."""
 
 
-def launch(arguments: list[str]) -> None:
-    """Start the ranks, pass signals on to them, and stop them all when one fails. Raises LigatureError with the first failure's code."""
-    parser = OptionParser("ligature launch", description="Run a stage on several processes.")
-    parser.add_argument("where", choices=["local"])
-    parser.add_argument("--nproc", type=int, default=2, help="processes (default 2)")
-    parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the stage's own")
-    options = parser.parse_args(arguments)
-    if options.nproc < 1:
-        raise RecipeError(f"--nproc is {options.nproc}; it is a number of processes, 1 or more")
-    from launch.cli import read_stage
-    from pretrain.config import divide_batch
+def launch_local(stage: str, arguments: list[str], count: int) -> None:
+    """Run a stage as `count` ranks on this machine. Signals are passed on, and one failure stops all ranks.
 
-    recipe = read_stage(options.stage, options.arguments)  # a mistake is answered before anything starts
-    if options.stage == "pretrain":
-        divide_batch(recipe.training.global_batch, recipe.training.micro_batch, options.nproc)
-    check_gpus(getattr(recipe, "device", "") or recipe.training.device, options.nproc)
-    code = run_ranks([sys.executable, "-m", "launch.cli", options.stage, *options.arguments], options.nproc)
+    Args:
+        stage: One of STAGES.
+        arguments: The stage's own command-line arguments.
+        count: Number of processes.
+
+    Raises:
+        RecipeError: The recipe cannot run on this machine; nothing has started.
+        LigatureError: A rank failed; the error has the first failure's exit code.
+    """
+    recipe = read_stage(stage, arguments)  # a mistake is answered before anything starts
+    if stage == "pretrain":
+        check_batch(recipe, count)
+    check_gpus(getattr(recipe, "device", "") or recipe.training.device, count)
+    raise_failure(stage, run_ranks(ligature_command(stage, *arguments), count))
+
+
+def raise_failure(stage: str, code: int) -> None:
+    """Raise LigatureError with a stage's exit code, unless it is 0."""
     if code:
-        error = LigatureError(f"{options.stage} stopped with exit code {code}; its own line is above")
-        error.exit_code = code
-        raise error
+        raise error_with_code(f"{stage} stopped with exit code {code}; the reason is in its own line above", code)
 
 
 def check_gpus(device: str, count: int) -> None:
-    """Refuse more ranks than this machine has GPUs where they are to run on them."""
+    """Raise RecipeError if more ranks would run on GPUs than this machine has GPUs."""
     if device == "cpu" or not shutil.which("nvidia-smi"):
         return
-    import torch  # two seconds
+    import torch  # takes two seconds, so only where there are GPUs to count
 
     if 0 < (gpus := torch.cuda.device_count()) < count:
         raise RecipeError(f"--nproc is {count}, but torch sees {gpus} GPUs here; start one rank a GPU, or on the CPU")
@@ -59,9 +57,18 @@ def check_gpus(device: str, count: int) -> None:
 def run_ranks(
     command: list[str], count: int, first: int = 0, world: int | None = None, address: str = "127.0.0.1", port: int = 0
 ) -> int:
-    """Run `command` as `count` ranks -> 0, or the exit code of the first one that failed.
+    """Run `command` as `count` ranks on this machine, all of the world or a part of it.
 
-    first, world, address, port: where these are a part of `world` ranks, from rank `first` on, that meet elsewhere.
+    Args:
+        command: Command line of every rank; the variables that torchrun sets tell it its rank.
+        count: Ranks to start here.
+        first: Number of the first rank here.
+        world: World size; None: `count`.
+        address: Host at which all ranks meet.
+        port: TCP port at which they meet; 0: a free one of this machine.
+
+    Returns:
+        0, or the exit code of the first rank that failed.
     """
     shared = {
         "MASTER_ADDR": address,
@@ -76,7 +83,7 @@ def run_ranks(
             if process.poll() is None:
                 process.send_signal(number)
 
-    # Before anything starts: a signal that came in between would leave the ranks without a parent.
+    # Set before any rank starts: a signal that came in between would leave ranks without a parent.
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         for rank in range(count):
@@ -100,9 +107,13 @@ def run_ranks(
 
 
 def wait_for(processes: list[subprocess.Popen], grace: float) -> int:
-    """Until all have ended, or one has failed and the others have had `grace` seconds. -> 0, or the code of the first failure."""
+    """Wait until all processes have ended, or until `grace` seconds after the first failure.
+
+    Returns:
+        0, or the exit code of the first failure; 128 + N for a process that signal N ended, as shells have it.
+    """
     failed, since = 0, 0.0
-    while None in (codes := [process.poll() for process in processes]):  # every one is asked, whichever still runs
+    while None in (codes := [process.poll() for process in processes]):
         if not failed and any(codes):
             failed, since = next(code for code in codes if code), time.monotonic()
         if failed and time.monotonic() - since >= grace:
@@ -112,22 +123,8 @@ def wait_for(processes: list[subprocess.Popen], grace: float) -> int:
     return failed if failed >= 0 else 128 - failed
 
 
-def end_with_parent(parent: int) -> Callable[[], None] | None:
-    """What a started process does first (Linux): ask for SIGTERM when `parent` is gone, even by kill -9, so that no rank runs
-    on without its launcher. A stage then saves at its step boundary and leaves; other processes end."""
-    if sys.platform != "linux":
-        return None
-    set_signal = ctypes.CDLL(None, use_errno=True).prctl  # found before the fork: little is safe after it
-
-    def ask() -> None:
-        if set_signal(PR_SET_PDEATHSIG, signal.SIGTERM) != 0 or os.getppid() != parent:
-            os._exit(1)
-
-    return ask
-
-
 def free_port() -> int:
-    """A TCP port that is free on this machine now."""
+    """Return a TCP port that is free on this machine now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

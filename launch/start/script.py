@@ -3,38 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
-from pathlib import Path
 
 from launch.start.config import SlurmConfig
+from launch.start.job import Job
 from runtime.errors import Interrupted, RecipeError, RunHeld, Superseded
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-
-
-@dataclass(frozen=True)
-class Task:
-    """One job, or one task of an array: the `ligature` command line of its ranks, and the folder for its script and logs."""
-
-    command: str
-    folder: Path
-
-
-@dataclass(frozen=True)
-class Job:
-    name: str
-    tasks: list[Task]
-    """One; of an array, one each, or a single one that reads `$SLURM_ARRAY_TASK_ID`."""
-    array: int
-    """Tasks of the array; 0: no array."""
-    threads: int
-    """Of each rank, for arithmetic on CPUs."""
-    config: SlurmConfig
-    working_folder: Path
-    ligature: str
-    """How the ranks call `ligature`."""
-    resumes: bool
-    """Whether the stage goes on where it was stopped; scoring begins anew, so a time limit that ended it would end it again."""
 
 
 def render(job: Job) -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli
-from launch.cli import COMMANDS, main
+from launch.cli import main
+from launch.table import COMMANDS
 from runtime.errors import DataError, Interrupted, LigatureError, RecipeError
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,7 @@ def test_an_error_is_one_line_and_its_exit_code(answer, monkeypatch, error, code
     def fail(arguments):
         raise error("what is wrong\n  and what to do")
 
-    monkeypatch.setitem(cli.COMMANDS, "demo", (fail, ""))
+    monkeypatch.setattr("launch.commands.demo.run", fail)
     assert answer("demo") == (code, "ligature: what is wrong and what to do")
 
 
@@ -115,13 +115,13 @@ def test_a_full_disk_is_one_line(answer, monkeypatch):
     def fail(arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/metrics.jsonl")
 
-    monkeypatch.setitem(cli.COMMANDS, "demo", (fail, ""))
+    monkeypatch.setattr("launch.commands.demo.run", fail)
     code, line = answer("demo")
     assert code == 1 and "No space left" in line and "runs/x/metrics.jsonl" in line
 
 
 def test_a_place_that_cannot_be_written_is_one_line(answer, monkeypatch):
-    monkeypatch.setitem(cli.COMMANDS, "demo", (lambda arguments: os.mkdir(f"{__file__}/runs"), ""))
+    monkeypatch.setattr("launch.commands.demo.run", lambda arguments: os.mkdir(f"{__file__}/runs"))
     code, line = answer("demo")
     assert code == 1 and "Not a directory" in line and f"{__file__}/runs" in line and "name a place" in line
 
@@ -130,7 +130,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def fail(arguments):
         raise ZeroDivisionError
 
-    monkeypatch.setitem(cli.COMMANDS, "demo", (fail, ""))
+    monkeypatch.setattr("launch.commands.demo.run", fail)
     with pytest.raises(ZeroDivisionError):
         main(["demo"])
 
@@ -139,7 +139,7 @@ def test_ctrl_c_is_no_traceback(answer, monkeypatch):
     def fail(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, "demo", (fail, ""))
+    monkeypatch.setattr("launch.commands.demo.run", fail)
     assert answer("demo") == (130, "ligature: interrupted")
 
 

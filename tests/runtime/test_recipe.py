@@ -10,8 +10,9 @@ import yaml
 
 import configs
 from finetune.config import FinetuneRecipe
-from launch.cli import RECIPES, main
-from launch.start.slurm import split_arguments
+from launch.cli import main
+from launch.commands.launch import read_slurm_options
+from launch.stages import RECIPES
 from pretrain.config import PretrainRecipe, divide_batch
 from runtime.errors import RecipeError
 from runtime.recipe import OptionParser, changed_keys, keys_of, load_recipe, read_recipe, write_recipe
@@ -249,7 +250,7 @@ def test_every_shipped_recipe_fits_its_stage(path):
     """Keys that only the user can know are given; everything else comes from the file."""
     folder = path.relative_to(configs.__path__[0]).parts[0]
     if folder == "launch":
-        split_arguments(["--site", str(path)])
+        read_slurm_options(["--site", str(path)])
         return
     set_in_file = yaml.safe_load(path.read_text(encoding="utf-8"))
     given = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.making.writer import read_options
+from launch.stages import read_shard_options
 
 PAGE = Path(__file__).parents[3] / "docs/data.md"
 COMMANDS = [
@@ -21,7 +21,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[2])
 def test_the_commands_of_the_page_are_taken(command):
-    options = read_options(command[2:])
+    options = read_shard_options(command[2:])
     assert str(options.out).startswith("shards/") and str(options.annotation) == command[2]
     assert len(options.exclude) == command.count("--exclude")
 
@@ -33,5 +33,5 @@ def test_the_page_has_a_command_for_every_dataset():
 
 
 def test_exclude_may_be_given_in_either_spelling():
-    options = read_options(["a.json", "--out", "o", "--exclude", "one", "--exclude=two"])
+    options = read_shard_options(["a.json", "--out", "o", "--exclude", "one", "--exclude=two"])
     assert options.exclude == [Path("one"), Path("two")]

@@ -12,10 +12,11 @@ from scipy import stats
 
 from launch.ablation.codeword_information import corrected, information
 from launch.ablation.config import AblateRecipe, Comparison
-from launch.ablation.run import ablate, check_records, options, read_results, run_arms
+from launch.ablation.run import check_records, options, read_results, run_arms
 from launch.ablation.table import differences, paired, values_of, verdict
 from launch.ablation.workers import Workers
-from launch.cli import main, read_stage
+from launch.cli import main
+from launch.stages import read_stage
 from runtime.errors import LigatureError, RecipeError
 from runtime.files import write_json
 
@@ -272,7 +273,9 @@ def test_what_a_process_ran_before_does_not_show_in_a_run(drawn, tmp_path, capfd
         )
     )
     told = {"base": str(tmp_path / "base.yaml"), "arms": {"a": {}, "b": {}}, "seeds": [0, 1], "runs": str(tmp_path)}
-    ablate(AblateRecipe(name="same", data=str(drawn / "test"), comparisons=expected(), **told))
+    same = AblateRecipe(name="same", data=str(drawn / "test"), comparisons=expected(), **told)
+    with Workers(same.jobs, main) as start:
+        run_arms(same, start)
     found = json.loads((tmp_path / "same" / "results.json").read_text())[""]
     assert found["a"] == found["b"] and found["a"]["0"]["MRR"] != found["a"]["1"]["MRR"]
     weights = [
@@ -283,7 +286,7 @@ def test_what_a_process_ran_before_does_not_show_in_a_run(drawn, tmp_path, capfd
 
 def test_a_command_that_fails_in_a_worker_stops_the_ablation_with_its_code(tmp_path):
     with (
-        Workers(1) as start,
+        Workers(1, main) as start,
         pytest.raises(LigatureError, match="stopped in `ligature pretrain --config nothing.yaml`") as told,
     ):
         start("pretrain", "--config", "nothing.yaml")

@@ -1,16 +1,14 @@
-"""`ligature status`: what a run's folder tells, with and without SLURM. `ligature doctor`: what it finds, and says to do."""
+"""`ligature status`: what a run's folder tells, with and without SLURM."""
 
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
 import yaml
 
 from launch.cli import main
-from launch.commands import doctor
 
 TRAINING = {"steps": 100, "epochs": 30.0, "global_batch": 32}
 
@@ -66,54 +64,3 @@ def test_without_slurm_the_job_is_named(run, capsys, monkeypatch):
 def test_a_folder_that_is_no_run_is_one_line(tmp_path, capsys):
     assert main(["status", str(tmp_path)]) == 2
     assert "is no run's folder" in (said := capsys.readouterr().err) and said.count("\n") == 1
-
-
-def test_versions_that_do_not_fit_are_named(monkeypatch):
-    from importlib import metadata
-
-    assert doctor.check_versions().level == "ok"
-    true = metadata.version
-    monkeypatch.setattr(metadata, "version", lambda name: "0.1" if name == "torch" else true(name))
-    found = doctor.check_versions()
-    assert found.level == "FAIL" and "needs torch" in found.text and "not 0.1" in found.text
-
-
-def test_a_disk_that_is_full_slow_or_closed_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "WRITTEN", doctor.MIB)
-    (found,) = doctor.check_disk(tmp_path / "not" / "there" / "yet")
-    assert found.level == "ok" and str(tmp_path) in found.text and list(tmp_path.iterdir()) == []
-    full = doctor.shutil.disk_usage(tmp_path)._replace(free=doctor.GIB)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: full)
-    (found,) = doctor.check_disk(tmp_path)
-    assert found.level == "FAIL" and "free some" in found.text
-
-
-def test_shards_that_are_cut_short_are_told(drawn, tmp_path):
-    import shutil
-
-    assert doctor.check_data(drawn / "test").level == "ok"
-    copy = tmp_path / "copy"
-    shutil.copytree(drawn / "test", copy)
-    shard = next(copy.glob("*.tar"))
-    shard.write_bytes(shard.read_bytes()[:-1])
-    found = doctor.check_data(copy)
-    assert found.level == "FAIL" and shard.name in found.text
-
-
-def test_clocks_that_differ_name_the_rank():
-    assert doctor.check_clocks([5.0, 5.0004]).level == "ok"
-    found = doctor.check_clocks([15.0, 5.0, 15.0])
-    assert found.level == "warn" and "10.0 s" in found.text and "rank 1" in found.text
-
-
-def test_ranks_that_cannot_meet_say_what_to_do(capfd, monkeypatch):
-    """Rank 1 of two, alone: nobody answers at its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    for name, value in (place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(doctor, "PATIENCE", 1)
-    assert main(["doctor", "--device", "cpu"]) == 1
-    assert "FAIL" in (said := capfd.readouterr().out) and "all-reduce" in said and "network_interface" in said

@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from launch.cli import main
+from launch.commands.launch import read_slurm_options
 from launch.start.config import SlurmConfig
+from launch.start.job import plan_job
 from runtime.errors import RecipeError
 
 SITE = ["--gpus-per-node", "0", "--time", "10"]
@@ -74,23 +76,19 @@ def test_one_torchrun_a_node_in_a_container(capsys):
     assert "export RANK=$SLURM_PROCID" not in text  # torchrun says which rank is which
 
 
-def test_workers_follow_the_cores(capsys, monkeypatch):
-    from launch.start import slurm
-
-    seen = []
-    monkeypatch.setattr(slurm, "render", lambda job: seen.append(job) or "")
+def test_workers_follow_the_cores():
     base = ["launch", "slurm", "--config", "pretrain/codis_base.yaml", "--dry-run"]
 
     def planned(*arguments):
-        options, rest = slurm.split_arguments([*base[2:], *arguments])
-        job, (recipe,) = slurm.plan_job("pretrain", rest, options)
+        options, rest = read_slurm_options([*base[2:], *arguments])
+        job, (recipe,) = plan_job("pretrain", rest, options)
         return job.config.cpus_per_task, recipe.data.workers, job.threads
 
     assert planned("--cpus-per-task", "12") == (12, 11, 1)
     assert planned("--data.workers", "5") == (6, 5, 1)
     assert planned("--cpus-per-task", "12", "--data.workers", "4") == (12, 4, 8)
-    slurm_disk = slurm.split_arguments(["--node-disk", "$TMPDIR", *base[2:]])
-    _, (staged,) = slurm.plan_job("pretrain", slurm_disk[1], slurm_disk[0])
+    slurm_disk = read_slurm_options(["--node-disk", "$TMPDIR", *base[2:]])
+    _, (staged,) = plan_job("pretrain", slurm_disk[1], slurm_disk[0])
     assert staged.data.cache.stage and staged.data.cache.folder == "$TMPDIR/ligature-shards"
     assert planned("--cpus-per-task", "4", "--gpus-per-node", "0", "--data.workers", "1") == (4, 1, 3)
 
@@ -305,22 +303,6 @@ def test_a_rank_too_slow_for_the_limit_is_requeued_all_the_same(fake):
     assert fake.run("kill -TERM $batch; exit 9", now=now) == (9, ["requeue 7"])
     cancelled = "JobState=COMPLETING Reason=None Restarts={start}"
     assert fake.run("kill -TERM $batch; exit 9", now=cancelled) == (9, [])
-
-
-def test_completion_knows_commands_and_keys(capsys, tmp_path):
-    assert main(["--completion", "bash"]) == 0
-    (tmp_path / "ligature.sh").write_text(capsys.readouterr().out)
-
-    def complete(*words: str) -> list[str]:
-        listed = " ".join(f"'{word}'" for word in words)
-        program = f"source ligature.sh; COMP_WORDS=({listed}); COMP_CWORD={len(words) - 1}; _ligature; "
-        program += "printf '%s\\n' \"${COMPREPLY[@]}\""
-        return subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True).stdout.split()
-
-    assert complete("ligature", "pre") == ["pretrain"]
-    assert complete("ligature", "pretrain", "--optimizer.we") == ["--optimizer.weight_decay"]
-    assert len(complete("ligature", "pretrain", "--optimizer.w")) > 1
-    assert "--gpus-per-node" in complete("ligature", "launch", "slurm", "pretrain", "--gpu")
 
 
 def test_a_stage_that_begins_anew_is_not_requeued_at_its_time_limit(capsys, tmp_path):

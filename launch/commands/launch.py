@@ -1,0 +1,153 @@
+"""`ligature launch`: run a stage as several processes on this machine, on several machines, or on a SLURM cluster.
+
+Tested in tests/launch/start/test_launch_slurm.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import inspect
+import sys
+import textwrap
+from pathlib import Path
+
+from launch.start.config import ContainerConfig, LaunchOptions, SlurmConfig
+from launch.start.hosts import launch_hosts
+from launch.start.job import STAGES as SLURM_STAGES
+from launch.start.local import STAGES, launch_local
+from launch.start.slurm import launch_slurm
+from runtime.errors import RecipeError
+from runtime.recipe import OptionParser, keys_of, read_recipe
+
+FLAGS = ("dry_run", "resume_with_changes")
+"""Options of `ligature launch slurm` that take no value."""
+
+
+def run(arguments: list[str]) -> None:
+    """Start a stage where the first argument says: `local`, `hosts` or `slurm`."""
+    if arguments[:1] == ["slurm"]:
+        run_slurm(arguments[1:])
+    elif arguments[:1] == ["hosts"]:
+        run_hosts(arguments[1:])
+    else:
+        run_local(arguments)
+
+
+def run_local(arguments: list[str]) -> None:
+    """Run a stage on this machine. The arguments still include the word `local`."""
+    parser = OptionParser(
+        "ligature launch",
+        description="Run a stage as several processes on this machine.",
+        epilog="On several machines: `ligature launch hosts --help`. On a cluster: `ligature launch slurm --help`.",
+    )
+    parser.add_argument("where", choices=["local", "hosts", "slurm"], help="here: local")
+    parser.add_argument("--nproc", type=int, default=2, help="number of processes (default 2)")
+    parser.add_argument("stage", choices=STAGES, help="the stage to run")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the stage's own arguments")
+    options = parser.parse_args(arguments)
+    if options.where != "local":
+        raise RecipeError(f"name {options.where} first: ligature launch {options.where} …")
+    if options.nproc < 1:
+        raise RecipeError(f"--nproc is {options.nproc}; it is a number of processes, 1 or more")
+    launch_local(options.stage, options.arguments, options.nproc)
+
+
+def run_hosts(arguments: list[str]) -> None:
+    """Run a stage on the machines of a hostfile."""
+    parser = OptionParser("ligature launch hosts", description="Run a stage on several machines, over ssh.")
+    parser.add_argument("--hostfile", type=Path, required=True, help="file with one machine a line: `node1 slots=8`")
+    parser.add_argument(
+        "--port", type=int, help="port of the first machine where the ranks meet (default: one from 20000 to 32000)"
+    )
+    parser.add_argument("stage", choices=STAGES, help="the stage to run")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the stage's own arguments")
+    options = parser.parse_args(arguments)
+    launch_hosts(options.stage, options.arguments, options.hostfile, options.port)
+
+
+def run_slurm(arguments: list[str]) -> None:
+    """Submit a stage to SLURM."""
+    options, rest = read_slurm_options(arguments)
+    stage, rest = (rest[0], rest[1:]) if rest and not rest[0].startswith("-") else ("pretrain", rest)
+    if stage not in SLURM_STAGES:
+        close = difflib.get_close_matches(stage, SLURM_STAGES, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"the stages are {', '.join(SLURM_STAGES)}"
+        raise RecipeError(f"no stage `{stage}`; {hint}")
+    launch_slurm(stage, rest, options)
+
+
+def read_slurm_options(arguments: list[str]) -> tuple[LaunchOptions, list[str]]:
+    """Separate the launcher's options (`--gpus-per-node 8`, anywhere on the line) from the stage and its arguments.
+
+    Returns:
+        The launcher's options, and the remaining arguments: the stage, if named, and its own.
+
+    Raises:
+        RecipeError: An option has no value, or a wrong one.
+    """
+    launcher: list[str] = []
+    rest: list[str] = []
+    known = {*keys_of(LaunchOptions), "container", "site"}
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.partition("=")
+        key = name.removeprefix("--").replace("-", "_")
+        if name in ("--help", "-h") and not rest:
+            print(slurm_usage())
+            sys.exit(0)
+        if not name.startswith("--") or key not in known:
+            rest.append(argument)
+        elif key in FLAGS:
+            launcher.append(f"--{key}={value or 'true'}")
+        elif not equals and (not (value := next(remaining, "")) or value.startswith("--")):
+            raise RecipeError(f"{name} has no value; write {name} VALUE")
+        elif key == "site":
+            # Read first, so that the command line wins over the site's file wherever the option stands.
+            launcher = ["--config", value, *launcher]
+        else:
+            launcher.append(f"--{key}={value}")
+    return read_recipe(LaunchOptions, launcher, "ligature launch slurm"), rest
+
+
+def slurm_usage() -> str:
+    """Return the text of `ligature launch slurm --help`: every option with the docstring of its field."""
+    lines = ["usage: ligature launch slurm [STAGE] [the stage's own options] [these, anywhere]", ""]
+    lines += [f"Submit a stage to SLURM ({', '.join(SLURM_STAGES)}; default pretrain).", ""]
+    lines += [
+        "  --site FILE",
+        "      The cluster's settings: a YAML file with any of the keys below. Examples: launch/modules.yaml, launch/container.yaml",
+    ]
+    defaults = LaunchOptions()
+    for kind, prefix, values in (
+        (SlurmConfig, "", defaults),
+        (ContainerConfig, "container.", defaults.container),
+        (LaunchOptions, "", defaults),
+    ):
+        for key, about in documented_fields(kind).items():
+            if key == "container":
+                continue
+            value = getattr(values, key)
+            if isinstance(value, list):
+                form = "'[…, …]'"
+            elif isinstance(value, dict):
+                form = "'{…: …}'"
+            else:
+                form = key.upper()
+            default = f" ({value})" if value not in (None, "", [], {}) else ""
+            option = f"--{prefix}{key}".replace("_", "-")
+            lines.append(f"  {option}" if key in FLAGS else f"  {option} {form}{default}")
+            lines += [f"      {about}"] if about else []
+    return "\n".join(lines)
+
+
+def documented_fields(kind: type) -> dict[str, str]:
+    """Return a dataclass's own fields, each with the docstring below it (empty where there is none)."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+    fields = {}
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            fields[node.target.id] = " ".join(after.value.value.split()) if documented else ""  # type: ignore[union-attr]
+    return fields

@@ -1,0 +1,16 @@
+"""`ligature pretrain`: pretrain a model, or resume its run.
+
+Tested in tests/end_to_end/test_path.py.
+"""
+
+from __future__ import annotations
+
+from launch.stages import read_stage
+
+
+def run(arguments: list[str]) -> None:
+    """Read the recipe, then pretrain."""
+    recipe = read_stage("pretrain", arguments)
+    from pretrain.train import pretrain
+
+    pretrain(recipe)

@@ -1,0 +1,16 @@
+"""`ligature shard`: write WebDataset shards from captioned images.
+
+Tested in tests/data_tools/making/test_writer.py.
+"""
+
+from __future__ import annotations
+
+from launch.stages import read_shard_options
+
+
+def run(arguments: list[str]) -> None:
+    """Read the options, then write the shards and print a summary."""
+    options = read_shard_options(arguments)
+    from data_tools.making.writer import shard
+
+    shard(options)

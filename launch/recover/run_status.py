@@ -1,0 +1,142 @@
+"""What a run's folder, and SLURM where there is one, say of the run: job, step, rate, time left, last checkpoint, last error.
+
+Tested in tests/launch/commands/test_status.py.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import LigatureError, RecipeError
+from runtime.files import read_json
+from runtime.metrics import read_metrics
+from runtime.progress import format_duration
+
+RECENT = 20
+"""Logged steps that the rate is a median of."""
+ERROR = re.compile(r"^(ligature[^:]*: |srun: error: |[A-Za-z_.]*(Error|Exception)(:|$))")
+NO_ERROR = re.compile(r"stopped at step \d+|received; stopping")
+"""Lines of a run that was asked to stop and did."""
+
+
+def read_status(folder: Path) -> dict[str, str]:
+    """What there is to say of a run, by name."""
+    if not (folder / "config.yaml").exists() and not (folder / "launch").is_dir():
+        raise RecipeError(f"{folder} is no run's folder: it has neither config.yaml nor launch/")
+    lines = {"run": str(folder)}
+    if job := job_line(folder):
+        lines["job"] = job
+    if (folder / "config.yaml").exists():
+        lines |= progress_lines(folder)
+    if error := last_error(folder):
+        lines["last error"] = error
+    if events := _events(folder):
+        lines["last event"] = events[-1]
+    return lines
+
+
+def job_line(folder: Path) -> str:
+    """The run's SLURM job: state, nodes, time, starts; empty where none was submitted."""
+    record = folder / "launch" / "job.json"
+    if not record.exists():
+        return ""
+    number = read_json(record)["job"]
+    if not shutil.which("scontrol"):
+        return f"{number}; no SLURM on this machine to ask"
+    from launch.start.slurm import GONE, slurm
+
+    try:
+        told = slurm("scontrol", "--oneliner", "show", "job", number).splitlines()
+    except LigatureError as error:
+        if GONE not in str(error):
+            return f"{number}; {error}"
+        return f"{number} is over" + ("" if (folder / "finished.json").exists() else "; launch again to go on")
+    jobs = [dict(re.findall(r"(\w+(?::\w+)?)=(\S*)", line)) for line in told]
+    if len(jobs) > 1:
+        states = [job["JobState"] for job in jobs]
+        return f"{number}: " + ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
+    job = jobs[0]
+    parts = [f"{number} {job['JobState']}"]
+    if job["JobState"] == "PENDING":
+        parts.append(f"({job['Reason']})")
+        if job.get("StartTime", "Unknown") not in ("Unknown", "N/A"):
+            parts.append(f"expected to start {job['StartTime']}")
+    elif job["JobState"] == "RUNNING":
+        parts.append(f"on {job['NodeList']}, {job['RunTime']} of {job['TimeLimit']}")
+    if job.get("Restarts", "0") != "0":
+        parts.append(f"started {int(job['Restarts']) + 1} times")
+    comment = re.search(r" Comment=(held .*?)(?= [A-Z]\w+=|$)", told[0])
+    return ", ".join(parts) + (f"; {comment[1]}" if comment else "")
+
+
+def progress_lines(folder: Path) -> dict[str, str]:
+    """Step, rate, time left, last checkpoint."""
+    config = _config(folder)
+    metrics = read_metrics(folder)
+    step = int(max((line["step"] for line in metrics), default=0))
+    steps = total_steps(config["training"], metrics)
+    lines = {"step": f"{step:,}" + (f" of {steps:,} ({100 * step / steps:.0f} %)" if steps else "")}
+    if (folder / "finished.json").exists():
+        lines["step"] += ", finished"
+    recent = [line["train/samples_per_second"] for line in metrics if "train/samples_per_second" in line][-RECENT:]
+    if recent:
+        samples = statistics.median(recent)
+        rate = samples / config["training"]["global_batch"]
+        lines["rate"] = f"{rate:.3g} steps/s, {samples:,.0f} samples/s"
+        if steps and step < steps:
+            lines["time left"] = f"{format_duration((steps - step) / rate)} of training"
+    latest = folder / "checkpoints" / "latest"
+    if latest.is_file():
+        age = format_duration(max(0.0, time.time() - latest.stat().st_mtime))
+        lines["checkpoint"] = f"{latest.read_text().strip()}, {age} ago"
+    else:
+        lines["checkpoint"] = "none yet"
+    return lines
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    import yaml
+
+    return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+
+
+def total_steps(training: dict[str, Any], metrics: list[dict[str, float]]) -> int | None:
+    """Of the whole run: stated, or by the share of an epoch that the steps so far have taken; None before the first of them."""
+    from training.config import LoopConfig
+
+    if training["steps"]:
+        return training["steps"]
+    epochs = [(line["step"], line["train/epoch"]) for line in metrics if line.get("train/epoch")]
+    if not epochs:
+        return None
+    step, epoch = epochs[-1]
+    samples = round(step * training["global_batch"] / epoch)
+    return LoopConfig(epochs=training["epochs"], global_batch=training["global_batch"]).total_steps(samples)
+
+
+def last_error(folder: Path) -> str:
+    """The last line of the newest log that looks like an error, and where it stands."""
+    logs = sorted((folder / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime)
+    for log in reversed(logs):
+        lines = _last_lines(log)
+        started = max((number for number, line in enumerate(lines) if line.startswith("=== ")), default=0)
+        found = [line for line in lines[started:] if ERROR.match(line) and not NO_ERROR.search(line)]
+        if found:
+            return f"{found[-1]} ({log.name})"
+    return ""
+
+
+def _last_lines(log: Path, size: int = 1 << 18) -> list[str]:
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - size))
+        return file.read().decode("utf-8", "replace").splitlines()
+
+
+def _events(folder: Path) -> list[str]:
+    path = folder / "launch" / "events.log"
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
