@@ -1,30 +1,68 @@
-"""Captions whose image one model finds first and another does not, as an HTML page with the pictures (VLDeformer's figure 4)."""
+"""A page of flips: captions whose image one model finds first and another does not (VLDeformer's figure 4)."""
 
 from __future__ import annotations
 
-import html
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_tools.in_order.collection import Collection, open_collection
 from data_tools.pixels.decode import data_url
-from finetune.search.page import STYLE, THUMBNAIL
+from finetune.report.image_cards import STYLE, THUMBNAIL, card_html, picture_html
 from retrieval.protocols import folds_of
 from retrieval.records import SETTING, read_outcome, read_record
 from runtime.errors import DataError, RecipeError
-from runtime.files import write_text
+from runtime.page import escape, write_page
 
 TOP = 5
 """Images shown of the model that is wrong."""
-FRAME = "figure.right { border: 3px solid #2e9e5b } td, th { padding: 2px 14px 2px 0; text-align: left; font-weight: normal }"
+
+
+@dataclass
+class Comparison:
+    """Two score records of the same captions and images, with their scores."""
+
+    records: list[dict[str, Any]]
+    collection: Collection
+    scores: list[np.ndarray]
+    """Of each record, (captions, images)."""
+    better_images: list[np.ndarray]
+    """Of each record, how many wrong images each caption ranks before or beside the right one, (captions,)."""
 
 
 def write_flips_page(first: Path, second: Path, data: str, images: str, page: Path, count: int = 24) -> str:
-    """Write the page: captions that `first` answers right and `second` wrong, those first where it errs by most. -> a line about it.
+    """Write a page of the captions that the first model answers right and the second wrong, the worst errors first.
 
-    first, second: score records evaluated with `save_scores`, of the same data and one gallery. Raises RecipeError or DataError.
+    Args:
+        first: score record evaluated with `save_scores`.
+        second: another one, of the same data and one gallery.
+        data: the shard folder or caption file that both were scored on.
+        images: folder or tar of a caption file's images, else empty.
+        page: the file to write.
+        count: captions on the page at most.
+
+    Returns:
+        One line about the page.
+
+    Raises:
+        RecipeError: the records do not belong together, or not to the data.
+        DataError: scores are missing, or an image cannot be read.
     """
+    comparison = _read_comparison(first, second, data, images)
+    ours, theirs = comparison.better_images
+    flipped = np.flatnonzero((ours == 0) & (theirs > 0))
+    shown = flipped[np.argsort(-theirs[flipped], kind="stable")][:count]
+    title = f"{comparison.records[0]['head']} right, {comparison.records[1]['head']} wrong"
+    parts = [f"<h1>{escape(title)}</h1>", _counts_html(comparison)]
+    parts += [_caption_html(comparison, caption) for caption in shown.tolist()]
+    write_page(page, title, parts, STYLE)
+    return f"{page}: {len(shown):,} of {len(flipped):,} captions: {title}"
+
+
+def _read_comparison(first: Path, second: Path, data: str, images: str) -> Comparison:
+    """Read two records, their scores and their data; refuse what does not belong together."""
     records = [read_record(path) for path in (first, second)]
     for key in SETTING:
         if records[0][key] != records[1][key]:
@@ -33,7 +71,7 @@ def write_flips_page(first: Path, second: Path, data: str, images: str, page: Pa
         raise RecipeError(
             f"{first} is of several galleries ({records[0]['protocol']}); evaluate both with --protocol full"
         )
-    scores = [_scores(path) for path in (first, second)]
+    scores = [_read_scores(path) for path in (first, second)]
     policy = str(records[0]["captions_per_image"])
     limit = int(policy.removeprefix("first ")) if policy.startswith("first ") else None
     collection = open_collection(data, limit, images, records[0]["split"])
@@ -50,76 +88,66 @@ def write_flips_page(first: Path, second: Path, data: str, images: str, page: Pa
         raise RecipeError(
             f"{data} holds other images than those scored: its first is {collection.keys[0]}, theirs {keys[0]}"
         )
-    beaten = [count_better_images(one, collection.caption_image) for one in scores]
-    flipped = np.flatnonzero((beaten[0] == 0) & (beaten[1] > 0))
-    order = flipped[np.argsort(-beaten[1][flipped], kind="stable")][:count]
-    parts = [_counts(records, beaten)]
-    for caption in order.tolist():
-        right = int(collection.caption_image[caption])
-        best = np.argsort(-scores[1][caption], kind="stable")[:TOP].tolist()
-        shown = [*best, right] if right not in best else best
-        cells = [
-            _cell(
-                collection,
-                image,
-                1 + shown.index(image) if image in best else int(beaten[1][caption]) + 1,
-                image == right,
-            )
-            for image in shown
-        ]
-        parts.append(f"<h1>{html.escape(collection.captions[caption])}</h1><div class=grid>{''.join(cells)}</div>")
-    title = f"{records[0]['head']} right, {records[1]['head']} wrong"
-    write_text(
-        page,
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}{FRAME}</style><body>{''.join(parts)}</body></html>\n",
-    )
-    return f"{page}: {len(order):,} of {len(flipped):,} captions: {title}"
+    better = [count_better_images(matrix, collection.caption_image) for matrix in scores]
+    return Comparison(records, collection, scores, better)
 
 
 def count_better_images(scores: np.ndarray, caption_image: np.ndarray) -> np.ndarray:
-    """(captions, images) -> (captions,) how many other images score as high as the right one or higher."""
+    """Return how many other images score as high as the right one or higher, (captions,).
+
+    Args:
+        scores: (captions, images).
+        caption_image: each caption's right image, (captions,).
+    """
     right = scores[np.arange(len(scores)), caption_image]
     return (scores >= right[:, None]).sum(1) - 1
 
 
-def _scores(record: Path) -> np.ndarray:
-    """What images a record's captions were ranked by: (captions, images)."""
+def _read_scores(record: Path) -> np.ndarray:
+    """Return the scores that a record ranks each caption's images by, (captions, images)."""
     path = record.with_name(f"{record.stem}.scores.npz")
     if not path.is_file():
         raise DataError(f"no {path}; evaluate {record} again with --save_scores true")
-    with np.load(path) as held:
-        return held["text_to_image"]
+    with np.load(path) as arrays:
+        return arrays["text_to_image"]
 
 
-def _counts(records: list[dict], beaten: list[np.ndarray]) -> str:
-    one, other = (ranks == 0 for ranks in beaten)
+def _counts_html(comparison: Comparison) -> str:
+    """Return what was compared, and a table of how many captions each model answers right."""
+    first, second = (better == 0 for better in comparison.better_images)
     rows = {
-        "both right": one & other,
-        "first alone": one & ~other,
-        "second alone": ~one & other,
-        "neither": ~one & ~other,
+        "both right": first & second,
+        "first alone": first & ~second,
+        "second alone": ~first & second,
+        "neither": ~first & ~second,
     }
-    told = "".join(
-        f"<tr><td>{name}<td>{int(which.sum()):,}<td>{100 * which.mean():.1f} %" for name, which in rows.items()
+    cells = "".join(
+        f"<tr><th>{name}<td class=number>{int(chosen.sum()):,}<td class=number>{100 * chosen.mean():.1f} %"
+        for name, chosen in rows.items()
     )
-    about = (
-        f"{records[0]['dataset']} {records[0]['split']}: each caption's image among {records[0]['images']:,}. First: "
+    one, other = comparison.records
+    description = (
+        f"{one['dataset']} {one['split']}: each caption's image among {one['images']:,}. "
+        f"First: {one['head']} ({one['training']}); second: {other['head']} ({other['training']}). "
+        f"Below, captions that the first alone gets right: the second's best {TOP}, the right image framed."
     )
-    about += (
-        f"{records[0]['head']} ({records[0]['training']}); second: {records[1]['head']} ({records[1]['training']}). "
-    )
-    about += f"Below, captions that the first alone gets right: the second's best {TOP}, the right image framed."
-    return f'<p class="soft">{html.escape(about)}</p><table class="soft">{told}</table>'
+    return f"<p class=soft>{escape(description)}</p><table>{cells}</table>"
 
 
-def _cell(collection: Collection, number: int, rank: int, right: bool) -> str:
-    picture = collection[number]
-    if isinstance(picture, DataError):
-        raise picture
-    source = data_url(picture, THUMBNAIL)
-    said = html.escape(collection.captions[int(np.searchsorted(collection.caption_image, number))])
-    return (
-        f'<figure{" class=right" if right else ""}><img alt="" loading="lazy" src="{source}"><figcaption><div class=line>'
-        f"<b>{rank}</b></div><p>{said}</p></figcaption></figure>"
-    )
+def _caption_html(comparison: Comparison, caption: int) -> str:
+    """Return a caption and the second model's best images; the right image follows where it is not among them."""
+    collection = comparison.collection
+    right = int(collection.caption_image[caption])
+    best = np.argsort(-comparison.scores[1][caption], kind="stable")[:TOP].tolist()
+    ranks = {image: rank for rank, image in enumerate(best, start=1)}
+    ranks.setdefault(right, int(comparison.better_images[1][caption]) + 1)
+    cards = [_card(collection, image, rank, image == right) for image, rank in ranks.items()]
+    return f"<h2>{escape(collection.captions[caption])}</h2><div class=grid>{''.join(cards)}</div>"
+
+
+def _card(collection: Collection, number: int, rank: int, right: bool) -> str:
+    image = collection[number]
+    if isinstance(image, DataError):
+        raise image
+    own_caption = collection.captions[int(np.searchsorted(collection.caption_image, number))]
+    return card_html(picture_html(data_url(image, THUMBNAIL)), rank, [own_caption], right=right)

@@ -1,1 +1,1 @@
-"""Image search with a checkpoint: embedding a collection, answering a query, showing the answer."""
+"""Image search with a checkpoint: build an index of a collection, answer queries, write the answers as a page."""

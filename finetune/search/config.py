@@ -1,4 +1,7 @@
-"""The recipe of `ligature index`: a dataclass that imports nothing heavy."""
+"""The recipe of `ligature index`: a dataclass that imports nothing heavy.
+
+Tested in tests/finetune/search/test_query.py.
+"""
 
 from __future__ import annotations
 
@@ -11,47 +14,56 @@ from runtime.errors import RecipeError
 
 @dataclass
 class IndexRecipe:
-    """Embed a collection of images, once, for `ligature search`; or go on where that stopped."""
+    """Encode a collection of images once for `ligature search`, or resume an index that was interrupted."""
 
     checkpoint: str = ""
-    """A run's folder (its best checkpoint, else its latest), a checkpoint's, or an exported model's."""
+    """Folder of a run (its best checkpoint, else its latest), of a checkpoint, or of an exported model."""
     data: str = ""
-    """Images: a shard folder, a folder of images of any nesting, or an uncompressed tar of images."""
+    """Images: a shard folder, a folder of images at any depth, or an uncompressed tar of images."""
     out: str = "index"
-    """Folder to make. The same command goes on where an earlier one was stopped, and ends with the same bytes."""
+    """Folder to write. The same command resumes an interrupted index and ends with the same bytes."""
     approximate: Literal["none", "ivf"] = "none"
-    """`ivf` adds a faiss index (inverted lists), for sets too large to compare all of; a finished index gets it by the same
-    command. Searching stays exact unless asked otherwise."""
+    """`ivf` adds inverted lists (faiss), for collections too large to compare every image. The same command adds them to a
+    finished index. Searches stay exact unless they ask for the lists."""
     recall: float = 0.95
-    """Of the approximate search: the share of the exact first ten that it must find; it reads as many lists as that takes."""
+    """Share of the exact first ten images that a search of the inverted lists must find, above 0 and at most 1. It decides how many
+    lists a search reads."""
     queries: str = ""
-    """File of queries in words, one a line, that this recall is measured with; empty: captions of the images where they have
-    some, else the images themselves."""
+    """File of queries in words, one a line, to measure that recall with. Empty: the captions of the images, or the images
+    themselves where they have no captions."""
     part_images: int = 512
-    """Images committed at a time: what is lost at most when it is killed."""
+    """Images committed at a time, a multiple of batch_size. A killed command loses at most one part on each rank."""
     batch_size: int = 64
+    """Images encoded at once."""
     workers: int = 2
+    """Loader processes of each rank; 0 loads in the rank's own process."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device that encodes. `auto` takes a GPU where there is one."""
     precision: Literal["fp32", "tf32"] = "fp32"
-    """`tf32`: a GPU's tensor cores multiply with 10 bits of mantissa, several times faster; embeddings differ in about the third digit."""
+    """`tf32` multiplies on a GPU's tensor cores with 10 bits of mantissa. It is several times faster; embeddings differ in about
+    the third digit."""
 
     def __post_init__(self) -> None:
         for key in ("checkpoint", "data", "out"):
             if not getattr(self, key):
                 raise RecipeError(f"{key} is not set; give --{key}")
-        if self.batch_size < 1 or self.workers < 0:
-            raise RecipeError(f"batch_size {self.batch_size}, workers {self.workers}: 1 or more, 0 or more")
+        if self.batch_size < 1:
+            raise RecipeError(f"batch_size is {self.batch_size}; it must be 1 or more")
+        if self.workers < 0:
+            raise RecipeError(f"workers is {self.workers}; it must be 0 or more")
         if self.part_images < self.batch_size or self.part_images % self.batch_size:
             raise RecipeError(
                 f"part_images is {self.part_images}; it must be a multiple of batch_size, {self.batch_size}"
             )
-        if self.queries and not (Path(self.queries).is_file() and _text_in(Path(self.queries))):
-            raise RecipeError(f"queries: there is no text (UTF-8) in {self.queries}, or no such file")
+        if self.queries and not (Path(self.queries).is_file() and _holds_text(Path(self.queries))):
+            raise RecipeError(
+                f"queries is {self.queries}, which holds no text (UTF-8); name a file with one query a line"
+            )
         if not 0 < self.recall <= 1:
-            raise RecipeError(f"recall is {self.recall:g}; it is a share above 0, 1 at most")
+            raise RecipeError(f"recall is {self.recall:g}; it must be above 0 and at most 1")
 
 
-def _text_in(path: Path) -> bool:
+def _holds_text(path: Path) -> bool:
     try:
         return bool(path.read_text(encoding="utf-8").strip())
     except UnicodeDecodeError:

@@ -1,7 +1,10 @@
-"""`ligature index`: a collection's images -> unit vectors on disk, in parts that are committed one by one.
+"""`ligature index`: encode the images of a collection as unit vectors on disk, in parts that are committed one by one.
 
-Which images are a part, and which of them a batch, depends on their numbers alone: killed and started again, with any number of
-workers, it ends with the same bytes (with the same number of threads to a process and, on the CPU, any number of ranks).
+The number of an image alone decides its part and its batch. An index that is killed and started again therefore ends with the
+same bytes, with any number of workers. Two things may change a last bit: the number of threads of a process and, on a GPU, the
+number of ranks.
+
+Tested in tests/finetune/search/test_query.py.
 """
 
 from __future__ import annotations
@@ -28,226 +31,258 @@ from runtime.files import read_json, sha256_of, write_json, write_text
 from runtime.progress import format_duration, progress
 from runtime.ranks import Ranks, barrier, join, run_on_first, use_precision
 
-PLAN, LISTED = "plan.json", "files.json"
+PLAN_FILE, LIST_FILE = "plan.json", "files.json"
 CAPTIONS = 5
-"""Kept of each image, to be shown beside it and to measure an approximate index by."""
+"""Captions kept of each image: a page shows them, and an approximate index is measured with them."""
+MEASURED_IMAGES = 500
+"""Images whose captions, or pixels, measure an approximate index at most."""
+QUERIES_AT_ONCE = 64
 
 
 def build_index(recipe: IndexRecipe) -> None:
-    """Make the index, or go on with it; on a finished one say so. Prints what it came to."""
+    """Build the index of a recipe, or resume it; print what it holds. A finished index is left as it is.
+
+    Raises:
+        DataError: the folder or the images cannot be used.
+        RecipeError: the index was begun with other settings.
+    """
     ranks, device = join(recipe.device)
     use_precision(recipe.precision, device)
     out = Path(recipe.out)
-    hash = checkpoint_hash(find_checkpoint(recipe.checkpoint))
-    with claimed(out, ranks):
-        if run_on_first(ranks, lambda: _finished(out, hash, recipe)):
+    checkpoint = checkpoint_hash(find_checkpoint(recipe.checkpoint))
+    with lock_folder(out, ranks):
+        if run_on_first(ranks, lambda: _is_finished(out, checkpoint, recipe)):
             if ranks.first:
                 remove_parts(out)
-                print(f"{out} is complete: {_told(Index(out))}; nothing to do, remove it to index again")
+                print(f"{out} is complete: {_describe(Index(out))}; nothing to do, remove it to index again")
         else:
-            _make(recipe, out, ranks, device)
+            _write_index(recipe, out, ranks, device)
         if ranks.first and recipe.approximate != "none":
-            _approximate(recipe, Index(out), device)
+            _add_inverted_lists(recipe, Index(out), device)
 
 
 @contextmanager
-def claimed(out: Path, ranks: Ranks) -> Iterator[None]:
-    """The folder, locked by this run's first rank: two runs would write the same parts."""
+def lock_folder(out: Path, ranks: Ranks) -> Iterator[None]:
+    """Create the folder and lock it on the first rank: two runs would write the same parts."""
 
-    def claim() -> int:
+    def lock() -> int:
         if out.exists() and not out.is_dir():
             raise DataError(f"{out} is a file; give another --out")
         if out.is_dir() and not ({MANIFEST, "parts"} & set(os.listdir(out))) and any(out.iterdir()):
-            raise DataError(f"{out} holds other files; give a folder of its own as --out")
+            raise DataError(f"{out} holds other files; give --out a folder of its own")
         out.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(out, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(descriptor)
-            raise DataError(f"{out} is being written by another `ligature index`; wait for it") from None
+            raise DataError(f"another `ligature index` is writing {out}; wait until it ends") from None
         return descriptor
 
-    descriptor = run_on_first(ranks, claim)
+    descriptor = run_on_first(ranks, lock)
     try:
         yield
     finally:
         if ranks.first:
             os.close(descriptor)
-            if not any(out.iterdir()):  # nothing came of it
+            if not any(out.iterdir()):  # the command failed before it wrote anything
                 out.rmdir()
 
 
-def _finished(out: Path, hash: str, recipe: IndexRecipe) -> bool:
-    """Whether the index is there. Raises DataError where another checkpoint made it, or it is of other images; lists are added to
-    one whose folder has changed since, which is told."""
+def _is_finished(out: Path, checkpoint: str, recipe: IndexRecipe) -> bool:
+    """Return whether the index is complete.
+
+    Inverted lists are added even where the images have changed since; a line says so.
+
+    Raises:
+        DataError: another checkpoint or precision made the index, or it is of other images.
+    """
     if not (out / MANIFEST).is_file():
         return False
     about = Index(out).about
-    made, place = about["checkpoint"], about["source"]["place"]
+    own_checkpoint, own_place = about["checkpoint"], about["source"]["place"]
     data = recipe.data
-    if made != hash:
-        raise DataError(f"{out} was made by checkpoint {made}, not by {hash}; give another --out, or remove it")
+    advice = "give another --out, or remove it"
+    if own_checkpoint != checkpoint:
+        raise DataError(f"{out} was made by checkpoint {own_checkpoint}, not by {checkpoint}; {advice}")
     if (precision := about.get("precision", "fp32")) != recipe.precision:
-        raise DataError(f"{out} was made in {precision}, not in {recipe.precision}; give another --out, or remove it")
-    if place != _place(data):
-        raise DataError(f"{out} is of the images of {place}, not of {data}; give another --out, or remove it")
+        raise DataError(f"{out} was made in {precision}, not in {recipe.precision}; {advice}")
+    if own_place != _absolute_place(data):
+        raise DataError(f"{out} is of the images of {own_place}, not of {data}; {advice}")
     if about["source"]["fingerprint"] != open_gallery(data).fingerprint:
         if recipe.approximate != "none":
-            print(f"{data} has changed since {out} was made; the lists are of what was indexed then")
+            print(f"{data} has changed since {out} was made; the inverted lists cover the images indexed then")
             return True
         raise DataError(
-            f"{out} is of other images than {data} holds now; give another --out, or remove it to index them anew"
+            f"{out} is of other images than {data} holds now; give another --out, or remove it to index them again"
         )
     return True
 
 
-def _make(recipe: IndexRecipe, out: Path, ranks: Ranks, device: torch.device) -> None:
+def _write_index(recipe: IndexRecipe, out: Path, ranks: Ranks, device: torch.device) -> None:
+    """Encode the parts that are missing, each on one rank, and join all parts into the index."""
     encoder = load_encoder(recipe.checkpoint, device)
-    width = encode(encoder.encode_text, [""]).shape[1]  # before anything is written: a model may give texts no vector
+    # Before anything is written: a model may give a text no vector, and then raises here.
+    width = encode(encoder.encode_text, [""]).shape[1]
 
-    def begin() -> list[int]:
-        gallery = open_gallery(recipe.data, _listed(out))
-        _agree(out, recipe, encoder, gallery)
+    def list_missing_parts() -> list[int]:
+        gallery = open_gallery(recipe.data, _listed_files(out))
+        _check_plan(out, recipe, encoder, gallery)
         parts = -(-len(gallery) // recipe.part_images)
         return [part for part in range(parts) if not part_path(out, part).is_dir()]
 
-    missing = run_on_first(ranks, begin)
-    gallery = open_gallery(recipe.data, _listed(out))  # on every rank the list that the first one wrote down
+    missing = run_on_first(ranks, list_missing_parts)
+    gallery = open_gallery(recipe.data, _listed_files(out))  # every rank reads the list that the first one wrote
     parts = -(-len(gallery) // recipe.part_images)
-    done = len(gallery) - sum(len(_numbers(part, recipe, gallery)) for part in missing)
+    done = len(gallery) - sum(len(_image_numbers(part, recipe, gallery)) for part in missing)
     broken = 0
     with progress("indexing", len(gallery), "images", done=done, silent=not ranks.first) as bar:
+
+        def advance(images: int) -> None:
+            bar.advance(images * ranks.world)  # the first rank's bar stands for all ranks
+
         for part in missing[ranks.rank :: ranks.world]:
-            content = _embed(encoder, gallery, _numbers(part, recipe, gallery), recipe, width, bar.advance, ranks.world)
+            numbers = _image_numbers(part, recipe, gallery)
+            content = _encode_part(encoder, gallery, numbers, recipe, width, advance)
             write_part(out, part, content)
             if content.broken:
                 broken += len(content.broken)
                 bar.note = f"{broken:,} cannot be read"
-        took = bar.rate()
+        rate = bar.rate()
     barrier()
-    if not ranks.first:
-        return
-    indexed = len(gallery) - sum(_count(part_path(out, part) / BROKEN) for part in range(parts))
+    if ranks.first:
+        _finish(recipe, out, gallery, parts, rate)
+
+
+def _finish(recipe: IndexRecipe, out: Path, gallery: Gallery, parts: int, rate: float) -> None:
+    """Join the parts and print what the index holds. `rate`: images a second, 0 if unknown."""
+    indexed = len(gallery) - sum(_count_lines(part_path(out, part) / BROKEN) for part in range(parts))
     if not indexed:
         first = json.loads((part_path(out, 0) / BROKEN).read_text().splitlines()[0])
         remove_parts(out)
         raise DataError(
             f"none of the {len(gallery):,} images of {recipe.data} can be read; the first is {first['name']}: {first['reason']}"
         )
-    join_parts(out, parts, read_json(out / "parts" / PLAN))
-    speed = f"; {took:,.1f} images a second, {format_duration(len(gallery) / took)} for all" if took else ""
-    print(f"{out}: {_told(Index(out))}{speed}")
+    join_parts(out, parts, read_json(out / "parts" / PLAN_FILE))
+    speed = f"; {rate:,.1f} images a second, {format_duration(len(gallery) / rate)} for all" if rate else ""
+    print(f"{out}: {_describe(Index(out))}{speed}")
     for problem in gallery.problems if isinstance(gallery, TarGallery) else []:
         print(f"{recipe.data} is damaged: {problem}")
 
 
-def _numbers(part: int, recipe: IndexRecipe, gallery: Gallery) -> range:
-    """The images of a part."""
+def _image_numbers(part: int, recipe: IndexRecipe, gallery: Gallery) -> range:
+    """Return the numbers of a part's images."""
     return range(part * recipe.part_images, min((part + 1) * recipe.part_images, len(gallery)))
 
 
-def _listed(out: Path) -> list[str] | None:
-    """The files of a folder as they were listed when its index was begun: files that came since are not of it."""
-    path = out / "parts" / LISTED
+def _listed_files(out: Path) -> list[str] | None:
+    """Return the files of a folder as listed when its index was begun; later files do not belong to the index."""
+    path = out / "parts" / LIST_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _agree(out: Path, recipe: IndexRecipe, encoder: Encoder, gallery: Gallery) -> None:
-    """Write down what is being made; where that stands there already, it must be the same."""
+def _check_plan(out: Path, recipe: IndexRecipe, encoder: Encoder, gallery: Gallery) -> None:
+    """Write down what the index will hold; an index that was begun already must have the same plan."""
     plan = {
         "checkpoint": encoder.hash,
         "checkpoint_folder": str(encoder.folder.resolve()),
         "training": encoder.training,
-        "source": {"kind": gallery.kind, "place": _place(recipe.data), "fingerprint": gallery.fingerprint},
+        "source": {"kind": gallery.kind, "place": _absolute_place(recipe.data), "fingerprint": gallery.fingerprint},
         "images": len(gallery),
         "batch_size": recipe.batch_size,
         "precision": recipe.precision,
         "part_images": recipe.part_images,
     }
-    path = out / "parts" / PLAN
+    path = out / "parts" / PLAN_FILE
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
         if isinstance(gallery, FileGallery):
-            write_text(path.parent / LISTED, json.dumps(gallery.names))  # ASCII: a name may be no UTF-8
+            # json.dumps writes ASCII: a file's name need not be UTF-8.
+            write_text(path.parent / LIST_FILE, json.dumps(gallery.names))
         write_json(path, plan)
         return
-    begun = read_json(path)
+    advice = "give another --out, or remove it to start again"
+    old_plan = read_json(path)
     for key in ("checkpoint", "training", "batch_size", "precision", "part_images"):
-        before = begun.get(key, "fp32" if key == "precision" else None)  # an older index does not say
-        if before != plan[key]:
-            raise RecipeError(f"{out} cannot go on: {key} is {plan[key]}, it was begun with {before}; {_ANEW}")
-    if begun.get("source") != plan["source"]:
+        old_value = old_plan.get(key, "fp32" if key == "precision" else None)  # older indexes hold no precision
+        if old_value != plan[key]:
+            raise RecipeError(f"{out} cannot be resumed: {key} is {plan[key]}, it was begun with {old_value}; {advice}")
+    if old_plan.get("source") != plan["source"]:
         raise RecipeError(
-            f"{out} cannot go on: it was begun on {begun['source']['place']}, whose images were others than those of "
-            f"{recipe.data} now; {_ANEW}"
+            f"{out} cannot be resumed: it was begun on {old_plan['source']['place']}, with other images than {recipe.data} "
+            f"holds now; {advice}"
         )
 
 
-_ANEW = "give another --out, or remove it to begin again"
-
-
-def _place(data: str) -> str:
+def _absolute_place(data: str) -> str:
     return data if "://" in data else str(Path(data).resolve())
 
 
-def _embed(
-    encoder: Encoder, gallery: Gallery, numbers: range, recipe: IndexRecipe, width: int, advance: Callable, world: int
+def _encode_part(
+    encoder: Encoder,
+    gallery: Gallery,
+    numbers: range,
+    recipe: IndexRecipe,
+    width: int,
+    advance: Callable[[int], None],
 ) -> Part:
-    vectors, names, kept, broken = [np.zeros((0, width), np.float32)], list[str](), list[int](), list[dict[str, Any]]()
+    """Encode the images of a part; call `advance` with the number of images after each batch."""
+    vectors, names, readable = [np.zeros((0, width), np.float32)], list[str](), list[int]()
+    broken: list[dict[str, Any]] = []
     for batch in gallery.batches(encoder.transform, numbers, recipe.batch_size, recipe.workers):
         if batch.pixels is not None:
             vectors.append(encode(encoder.encode_image, batch.pixels))
-            kept += batch.numbers
+            readable += batch.numbers
             names += [gallery.name(number) for number in batch.numbers]
         broken += [
             {"number": number, "name": gallery.name(number), "reason": reason} for number, reason in batch.broken
         ]
-        advance((len(batch.numbers) + len(batch.broken)) * world)
-    captions = [gallery.captions(number)[:CAPTIONS] for number in kept]
-    return Part(np.concatenate(vectors), kept, names, captions, broken)
+        advance(len(batch.numbers) + len(batch.broken))
+    captions = [gallery.captions(number)[:CAPTIONS] for number in readable]
+    return Part(np.concatenate(vectors), readable, names, captions, broken)
 
 
 @torch.inference_mode()
-def encode(function: Callable, inputs: Any) -> np.ndarray:
-    """(rows, width) float32 of an encoder's `encode_image` or `encode_text`."""
-    return function(inputs).float().cpu().numpy()
+def encode(encoder: Callable, inputs: Any) -> np.ndarray:
+    """Return what an `encode_image` or `encode_text` gives for the inputs, as (rows, width) float32."""
+    return encoder(inputs).float().cpu().numpy()
 
 
-def _approximate(recipe: IndexRecipe, made: Index, device: torch.device) -> None:
+def _add_inverted_lists(recipe: IndexRecipe, index: Index, device: torch.device) -> None:
+    """Add inverted lists to a finished index, unless it has lists of the same recall measured with the same queries."""
     from retrieval.approximate import build_lists, load_faiss, read_lists_info
 
-    stands, asked_by = read_lists_info(made), ""
+    old_lists, query_file = read_lists_info(index), ""
     if recipe.queries:
-        asked_by = f"{Path(recipe.queries).name}, {sha256_of(Path(recipe.queries))[:8]}"
-    if stands and stands.get("target") == recipe.recall and asked_by in ("", stands["measured_with"]):
-        print(f"{made.folder} has its inverted lists already; nothing to do")
+        # Name and content: the same file name may hold other queries by now.
+        query_file = f"{Path(recipe.queries).name}, {sha256_of(Path(recipe.queries))[:8]}"
+    if old_lists and old_lists.get("target") == recipe.recall and query_file in ("", old_lists["measured_with"]):
+        print(f"{index.folder} has its inverted lists already; nothing to do")
         return
     load_faiss()
-    spread = np.unique(np.linspace(0, len(made) - 1, min(500, len(made))).astype(np.int64))
+    rows = np.unique(np.linspace(0, len(index) - 1, min(MEASURED_IMAGES, len(index))).astype(np.int64))
     if recipe.queries:
-        told, kind = Path(recipe.queries).read_text(encoding="utf-8").splitlines(), asked_by
+        texts, kind = Path(recipe.queries).read_text(encoding="utf-8").splitlines(), query_file
     else:
-        told = [image["captions"][0] for image in made.images(spread) if image["captions"]]
+        texts = [image["captions"][0] for image in index.images(rows) if image["captions"]]
         kind = "captions of its images"
-    if told:
+    if texts:
         encoder = load_encoder(recipe.checkpoint, device)
+        starts = range(0, len(texts), QUERIES_AT_ONCE)
         queries = np.concatenate(
-            [encode(encoder.encode_text, told[start : start + 64]) for start in range(0, len(told), 64)]
+            [encode(encoder.encode_text, texts[start : start + QUERIES_AT_ONCE]) for start in starts]
         )
     else:
-        queries, kind = (
-            np.asarray(made.vectors[spread]),
-            "its own images; words may find less, give some with --queries",
-        )
-    print(build_lists(made, queries, kind, recipe.recall))
+        queries = np.asarray(index.vectors[rows])
+        kind = "its own images; words may find less, give some with --queries"
+    print(build_lists(index, queries, kind, recipe.recall))
 
 
-def _told(made: Index) -> str:
-    about = made.about
-    broken = f", {about['broken']:,} cannot be read ({made.folder / BROKEN} says why)" if about["broken"] else ""
-    return f"{len(made):,} images by checkpoint {about['checkpoint']} ({about['training']}){broken}"
+def _describe(index: Index) -> str:
+    about = index.about
+    broken = f", {about['broken']:,} cannot be read ({index.folder / BROKEN} says why)" if about["broken"] else ""
+    return f"{len(index):,} images by checkpoint {about['checkpoint']} ({about['training']}){broken}"
 
 
-def _count(path: Path) -> int:
+def _count_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n")

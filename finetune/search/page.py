@@ -1,93 +1,85 @@
-"""The answers of a search as one HTML file with the pictures in it: nothing to fetch, so it can be sent to anyone."""
+"""The answers of a search as one HTML file that holds the pictures, so that it can be sent to anyone.
+
+Tested in tests/finetune/search/test_query.py.
+"""
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 
 from data_tools.in_order.gallery import Gallery, open_gallery
 from data_tools.pixels.decode import SOURCE_FORMATS, data_url, open_image, upright
+from finetune.report.image_cards import STYLE, THUMBNAIL, card_html, missing_html, picture_html
 from finetune.search.query import Answers, Hit, Query
 from runtime.errors import DataError
-from runtime.files import write_text
+from runtime.page import escape, write_page
 
-THUMBNAIL = 320
-"""Pixels of a picture's longer side, at most."""
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --soft: #667085; --line: #e3e7ee; --card: #fff; --page: #f6f7f9; --mark: #3b6fd4 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #2c3442; --card: #171c25; --page: #0f131a; --mark: #6f9cf0 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 1240px; padding: 28px 24px 60px; background: var(--page); color: var(--ink);
-  font: 15px/1.45 system-ui, "Segoe UI", Roboto, sans-serif }
-h1 { font-size: 20px; margin: 30px 0 12px; overflow-wrap: anywhere; display: flex; align-items: center; gap: 14px }
-h1 img { height: 72px; border-radius: 6px }
-.soft { color: var(--soft); font-size: 13px; overflow-wrap: anywhere }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 14px }
-figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; font-size: 13px }
-figure img, .gone { display: flex; width: 100%; height: 180px; object-fit: contain; background: var(--page) }
-.gone { align-items: center; justify-content: center; padding: 12px; color: var(--soft); text-align: center }
-figcaption { padding: 8px 12px 10px }
-.line { display: flex; justify-content: space-between; font-variant-numeric: tabular-nums }
-.bar { height: 3px; background: var(--mark); margin: 4px 0 6px; border-radius: 2px }
-p { margin: 0 0 4px } code { font-size: 11px; color: var(--soft); overflow-wrap: anywhere }
-"""
+CAPTIONS = 2
+"""Captions shown of each image."""
+QUERY_STYLE = (
+    "h2 { display: flex; align-items: center; gap: 14px; font-size: 20px } h2 img { height: 72px; border-radius: 6px }"
+)
 
 
 def write_results_page(answers: Answers, page: Path) -> None:
-    """Write the page. A picture that is no longer where it was indexed is said to be gone, in its place."""
+    """Write the answers as a page. A card says so where a picture can no longer be read.
+
+    Raises:
+        LigatureError: the page cannot be written, or the picture of a query cannot be read.
+    """
     source = answers.index.about["source"]
-    gallery, told = None, ""
-    if source["kind"] != "folder":  # whose pictures are found by their names
-        try:
-            gallery = open_gallery(source["place"])
-            if gallery.fingerprint != source["fingerprint"]:
-                gallery, told = None, f"{source['place']} is no longer what was indexed: no pictures"
-        except DataError as error:
-            told = str(error)
-    parts = [f'<div class="soft">{html.escape(answers.description)}</div>']
-    if told:
-        parts.append(f'<div class="soft">{html.escape(told)}</div>')
-    for query, hits in zip(answers.queries, answers.hits, strict=True):
-        parts.append(f"<h1>{_asked(query)}</h1>")
-        best = max((abs(hit.score) for hit in hits), default=1.0) or 1.0
-        cells = [_cell(rank, hit, best, gallery, source) for rank, hit in enumerate(hits, start=1)]
-        parts.append(f'<div class="grid">{"".join(cells)}</div>')
+    gallery, problem = _open_source(source)
     title = answers.queries[0].text if len(answers.queries) == 1 else f"{len(answers.queries):,} queries"
-    write_text(
-        page,
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}: search</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>\n",
-    )
+    parts = [f"<h1>Search</h1><div class=soft>{escape(answers.description)}</div>"]
+    if problem:
+        parts.append(f"<p class=note>{escape(problem)}</p>")
+    for query, hits in zip(answers.queries, answers.hits, strict=True):
+        best = max((abs(hit.score) for hit in hits), default=1.0) or 1.0
+        cards = [
+            card_html(
+                _hit_picture_html(hit, gallery, source),
+                rank,
+                hit.captions[:CAPTIONS],
+                hit.score,
+                max(0.0, hit.score / best),
+                hit.name,
+            )
+            for rank, hit in enumerate(hits, start=1)
+        ]
+        parts.append(f"<h2>{_query_html(query)}</h2><div class=grid>{''.join(cards)}</div>")
+    write_page(page, f"{title}: search", parts, STYLE + QUERY_STYLE)
 
 
-def _asked(query: Query) -> str:
-    words = html.escape(query.text)
-    return f'<img alt="" src="{_thumbnail(query.image.read_bytes())}">{words}' if query.image else words
-
-
-def _cell(rank: int, hit: Hit, best: float, gallery: Gallery | None, source: dict[str, str]) -> str:
-    said = "".join(f"<p>{html.escape(caption)}</p>" for caption in hit.captions[:2])
-    share = max(0.0, hit.score / best)
-    return (
-        f"<figure>{_picture(hit, gallery, source)}<figcaption><div class=line><b>{rank}</b><span>{hit.score:.3f}</span></div>"
-        f'<div class="bar" style="width:{share:.0%}"></div>{said}<code>{html.escape(hit.name)}</code></figcaption></figure>'
-    )
-
-
-def _picture(hit: Hit, gallery: Gallery | None, source: dict[str, str]) -> str:
+def _open_source(source: dict[str, str]) -> tuple[Gallery | None, str]:
+    """Open what was indexed; return it, or None and the reason. A folder needs no opening: its files have names."""
+    if source["kind"] == "folder":
+        return None, ""
     try:
-        if source["kind"] == "folder":  # by its name: the folder may have got other files since
-            raw = Path(source["place"], hit.name).read_bytes()
+        gallery = open_gallery(source["place"])
+    except DataError as error:
+        return None, str(error)
+    if gallery.fingerprint != source["fingerprint"]:
+        return None, f"{source['place']} has changed since it was indexed, so pictures are not shown"
+    return gallery, ""
+
+
+def _query_html(query: Query) -> str:
+    words = f"<span>{escape(query.text)}</span>"
+    return f'<img alt="" src="{_thumbnail_url(query.image.read_bytes())}">{words}' if query.image else words
+
+
+def _hit_picture_html(hit: Hit, gallery: Gallery | None, source: dict[str, str]) -> str:
+    try:
+        if source["kind"] == "folder":  # by name: the folder may have other files by now, and so other numbers
+            encoded = Path(source["place"], hit.name).read_bytes()
         elif gallery is not None:
-            raw = gallery.read(hit.number)
+            encoded = gallery.read(hit.number)
         else:
-            return '<div class="gone">no picture</div>'
-        return f'<img alt="" loading="lazy" src="{_thumbnail(raw)}">'
+            return missing_html("no picture")
+        return picture_html(_thumbnail_url(encoded))
     except (OSError, ValueError, DataError) as error:
-        return f'<div class="gone">cannot be read: {html.escape(str(error))}</div>'
+        return missing_html(f"cannot be read: {error}")
 
 
-def _thumbnail(raw: bytes) -> str:
-    return data_url(upright(open_image(raw, SOURCE_FORMATS, least=THUMBNAIL)), THUMBNAIL)
+def _thumbnail_url(encoded: bytes) -> str:
+    return data_url(upright(open_image(encoded, SOURCE_FORMATS, least=THUMBNAIL)), THUMBNAIL)

@@ -1,4 +1,4 @@
-"""`ligature search`: words or a picture -> the images of an index that are most like it, as a table, JSON lines or a page."""
+"""Search an index with words or a picture: return the images that are most like each query, as data."""
 
 from __future__ import annotations
 
@@ -21,128 +21,160 @@ from retrieval.index import Index, nearest
 from runtime.checkpoint import checkpoint_hash
 from runtime.errors import CheckpointError, DataError, RecipeError
 
-BATCH = 64
-"""Queries encoded at once."""
+QUERIES_AT_ONCE = 64
+"""Queries encoded in one batch."""
 
 
 @dataclass
 class Query:
-    """What is asked: words, or the image in a file."""
+    """A query in words, or the image of a file."""
 
     text: str
+    """The words, or the image's path as given."""
     image: Path | None = None
 
 
 @dataclass
 class Hit:
+    """An image that a search returned."""
+
     score: float
     """Cosine of the query's and the image's vectors."""
     number: int
-    """Of the image in what was indexed."""
+    """The image's number in the collection that was indexed."""
     name: str
     captions: list[str]
 
 
 @dataclass
 class Answers:
-    """What was found, and how."""
+    """The hits of several queries, and how the search was made."""
 
     index: Index
     queries: list[Query]
     hits: list[list[Hit]]
-    """Of each query, best first."""
+    """The hits of each query, best first."""
     description: str
-    """The index, and whether the search was exact, in words."""
+    """One phrase: exact or approximate search, the number of images, the checkpoint."""
     encoding_seconds: float
-    """For encoding all queries."""
+    """Seconds that encoding all queries took."""
     comparing_seconds: float
-    """For comparing them."""
+    """Seconds that comparing them with the index took."""
     notes: list[str] = field(default_factory=list)
+    """Words that the model could not read, one sentence a query."""
 
 
 def read_queries(words: list[str], file: Path | None) -> list[Query]:
-    """The queries of a command line and of a file (one a line; `-` is standard input).
+    """Return the queries of a command line and of a file. A query that ends like an image's name is an image file.
 
-    One that ends like an image's name is an image file. Raises RecipeError for none, an empty one, or a missing image.
+    Args:
+        words: queries of the command line.
+        file: queries in UTF-8, one a line; `-` is standard input; None: no file.
+
+    Raises:
+        RecipeError: there is no query, an empty one, or an image file that does not exist.
+        DataError: the file cannot be read.
     """
-    told = list(words)
+    texts = list(words)
     if file is not None:
         try:
-            text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8-sig")
+            content = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot read queries from {file}: {getattr(error, 'strerror', None) or error}") from None
-        lines = text.splitlines()
+        lines = content.splitlines()
         if blank := [number for number, line in enumerate(lines, start=1) if not line.strip()]:
             raise RecipeError(f"{file}, line {blank[0]}: an empty query; remove the line")
-        told += lines
-    if not told:
+        texts += lines
+    if not texts:
         raise RecipeError("nothing to search for; give words in quotes, an image file, or --queries FILE")
-    found = []
-    for one in told:
-        text = " ".join(one.split())
-        if not text:
-            raise RecipeError('the query is empty; give words, as in: ligature search "a dog on a beach"')
-        if is_image(one):
-            if not Path(one).is_file():
-                raise RecipeError(f"no image file {one}; a query that ends like one is read as one")
-            found.append(Query(one, Path(one)))
-        else:
-            found.append(Query(text))
-    return found
+    return [_parse_query(text) for text in texts]
+
+
+def _parse_query(text: str) -> Query:
+    words = " ".join(text.split())
+    if not words:
+        raise RecipeError('the query is empty; give words, as in: ligature search "a dog on a beach"')
+    if not is_image(text):
+        return Query(words)
+    if not Path(text).is_file():
+        raise RecipeError(f"no image file {text}; a query with the ending of an image must name one")
+    return Query(text, Path(text))
 
 
 def search(
     folder: Path, queries: list[Query], top: int, checkpoint: str | None, approximate: bool, device: torch.device
 ) -> Answers:
-    """Ask an index. checkpoint: where the encoder lies now, if not where it lay when the index was made.
+    """Return the images of an index that are most like each query.
 
-    Raises a LigatureError in one line: no index, no such checkpoint or another one, an image that cannot be read, words of which
-    the model knows none.
+    Args:
+        folder: the index.
+        queries: at least one.
+        top: hits of each query; a smaller index gives all its images.
+        checkpoint: where the index's checkpoint is now; None: where it was when the index was made.
+        approximate: read the index's inverted lists instead of all its rows.
+        device: where queries are encoded.
+
+    Raises:
+        LigatureError: there is no index, its checkpoint is missing or another one, an image cannot be read, or the model
+            knows none of a query's words.
     """
     index = Index(folder)
-    encoder = load_encoder(checkpoint_of(index, checkpoint), device)
-    notes = notes_on(queries, encoder)
-    began = time.perf_counter()
+    encoder = load_encoder(find_index_checkpoint(index, checkpoint), device)
+    notes = list_unread_words(queries, encoder)
+    start = time.perf_counter()
     vectors = encode_queries(queries, encoder)
-    encoded = time.perf_counter()
-    how = f"exact search of {len(index):,} images"
+    encoding_seconds = time.perf_counter() - start
     if approximate:
-        lists, read, recall = open_lists(index)
-        began, encoded = began + time.perf_counter() - encoded, time.perf_counter()  # opening is neither
-        scores, rows = search_lists(lists, read, index.vectors, vectors, top)
-        how = f"approximate search of {len(index):,} images; {recall}"
+        lists, lists_to_read, recall = open_lists(index)  # not timed: a server opens them once
+        start = time.perf_counter()
+        scores, rows = search_lists(lists, lists_to_read, index.vectors, vectors, top)
+        description = f"approximate search of {len(index):,} images; {recall}"
     else:
+        start = time.perf_counter()
         scores, rows = nearest(index.vectors, vectors, top)
-    compared = time.perf_counter()
-    found = iter(index.images(rows[rows >= 0]))
+        description = f"exact search of {len(index):,} images"
+    comparing_seconds = time.perf_counter() - start
+    images = iter(index.images(rows[rows >= 0]))  # a row of -1 stands for a missing hit
     hits = [
-        [Hit(float(score), **next(found)) for score, row in zip(*one, strict=True) if row >= 0]
-        for one in zip(scores, rows, strict=True)
+        [Hit(float(score), **next(images)) for score, row in zip(query_scores, query_rows, strict=True) if row >= 0]
+        for query_scores, query_rows in zip(scores, rows, strict=True)
     ]
-    description = f"{how}, checkpoint {encoder.hash} ({encoder.training})"
-    return Answers(index, queries, hits, description, encoded - began, compared - encoded, notes)
+    description += f", checkpoint {encoder.hash} ({encoder.training})"
+    return Answers(index, queries, hits, description, encoding_seconds, comparing_seconds, notes)
 
 
-def checkpoint_of(index: Index, given: str | None) -> Path:
-    """The folder of the checkpoint that made the index. Raises CheckpointError where it is gone or another one."""
-    wanted = index.about["checkpoint"]
-    source = Path(given or index.about["checkpoint_folder"])
-    if not given and not source.exists():
+def find_index_checkpoint(index: Index, source: str | None) -> Path:
+    """Return the folder of the checkpoint that made the index.
+
+    Args:
+        index: a complete index.
+        source: folder of a run or a checkpoint; None: the folder that the index names.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, or it is another one.
+    """
+    index_hash = index.about["checkpoint"]
+    path = Path(source or index.about["checkpoint_folder"])
+    if not source and not path.exists():
         raise CheckpointError(
-            f"the checkpoint that made {index.folder} is no longer at {source}; name where it is with --checkpoint (its hash is "
-            f"{wanted})"
+            f"the checkpoint that made {index.folder} is no longer at {path}; name where it is with --checkpoint (its hash is "
+            f"{index_hash})"
         )
-    folder = find_checkpoint(source)
-    if (hash := checkpoint_hash(folder)) != wanted:
+    folder = find_checkpoint(path)
+    if (hash := checkpoint_hash(folder)) != index_hash:
         raise CheckpointError(
-            f"{index.folder} was made by checkpoint {wanted}, but {folder} is {hash}: their vectors do not compare; index again "
-            "with this one, or name that one"
+            f"{index.folder} was made by checkpoint {index_hash}, but {folder} is {hash}: their vectors do not compare; index "
+            "again with this one, or name that one"
         )
     return folder
 
 
-def notes_on(queries: list[Query], encoder: Encoder) -> list[str]:
-    """What the model cannot read of the words. Raises DataError for a query of which it knows nothing."""
+def list_unread_words(queries: list[Query], encoder: Encoder) -> list[str]:
+    """Return a note on each query that the model reads in part: unknown words, or too many of them.
+
+    Raises:
+        DataError: the model's vocabulary has nothing of a query.
+    """
     notes = []
     for query in queries:
         if query.image:
@@ -168,24 +200,24 @@ def notes_on(queries: list[Query], encoder: Encoder) -> list[str]:
 
 
 def encode_queries(queries: list[Query], encoder: Encoder) -> np.ndarray:
-    """(queries, width) float32."""
+    """Return the queries' vectors in their order, (queries, width) float32. Words and images are encoded in separate batches."""
     vectors: list[Any] = [None] * len(queries)
-    for kind in (False, True):
-        places = [place for place, query in enumerate(queries) if bool(query.image) == kind]
-        for start in range(0, len(places), BATCH):
-            own = places[start : start + BATCH]
-            if kind:
-                pixels = torch.stack([encoder.transform(open_query(queries[place])) for place in own])
+    for with_image in (False, True):
+        indices = [index for index, query in enumerate(queries) if bool(query.image) == with_image]
+        for start in range(0, len(indices), QUERIES_AT_ONCE):
+            batch = indices[start : start + QUERIES_AT_ONCE]
+            if with_image:
+                pixels = torch.stack([encoder.transform(open_query_image(queries[index])) for index in batch])
                 rows = encode(encoder.encode_image, pixels)
             else:
-                rows = encode(encoder.encode_text, [queries[place].text for place in own])
-            for place, row in zip(own, rows, strict=True):
-                vectors[place] = row
+                rows = encode(encoder.encode_text, [queries[index].text for index in batch])
+            for index, row in zip(batch, rows, strict=True):
+                vectors[index] = row
     return np.stack(vectors)
 
 
-def open_query(query: Query) -> Any:
-    """The image of a query. Raises DataError where it cannot be read."""
+def open_query_image(query: Query) -> Any:
+    """Return the image of a query, upright. Raises DataError where it cannot be read."""
     assert query.image is not None
     try:
         return upright(open_image(query.image.read_bytes(), SOURCE_FORMATS))

@@ -1,4 +1,4 @@
-"""The page of captions that one model alone gets right: what it counts and shows, from scores written by hand."""
+"""The page of flips: its counts and its images, from scores written by hand."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def records(drawn, tmp_path):
     return tmp_path, collection
 
 
-def test_better_ones_counts_ties_against():
+def test_ties_count_as_better_images():
     scores = np.array([[1.0, 3.0, 2.0], [0.0, 0.0, -1.0]])
     assert count_better_images(scores, np.array([1, 0])).tolist() == [0, 1]
     assert count_better_images(scores, np.array([0, 2])).tolist() == [2, 2]
 
 
-def test_it_shows_what_the_first_alone_gets_right_worst_first(records, drawn, capsys):
+def test_the_page_shows_what_the_first_alone_gets_right_worst_first(records, drawn, capsys):
     folder, collection = records
     command = ["compare", str(folder / "first.json"), str(folder / "second.json"), "--page", str(folder / "page.html")]
     assert main([*command, "--data", str(drawn / "test")]) == 0
@@ -45,11 +45,12 @@ def test_it_shows_what_the_first_alone_gets_right_worst_first(records, drawn, ca
     captions = [
         caption for caption, image in zip(collection.captions, collection.caption_image, strict=True) if image in (3, 5)
     ]
-    places = [page.index(f"<h1>{caption}</h1>") for caption in captions]
+    places = [page.index(f"<h2>{caption}</h2>") for caption in captions]
     assert max(places[:5]) < min(places[5:]), "image 3's captions err by most"
-    assert page.count("<h1>") == 10 and page.count("class=right") == 10
+    assert page.count("<h2>") == 10 and page.count("class=right") == 10
     assert page.count("<figure") == 5 * 6 + 5 * 5, "the right image beside the best five where it is not among them"
-    assert "first alone<td>10<td>8.3 %" in page and "both right<td>110" in page and "data:image/jpeg" in page
+    cell = "<td class=number>"
+    assert f"first alone{cell}10{cell}8.3 %" in page and f"both right{cell}110" in page and "data:image/jpeg" in page
 
 
 def test_captions_in_another_order_than_those_scored_are_refused(records, drawn, capsys):
@@ -73,7 +74,7 @@ def test_captions_in_another_order_than_those_scored_are_refused(records, drawn,
     assert "its captions in another order than those scored" in capsys.readouterr().err
 
 
-def test_what_it_needs_is_said_in_one_line(records, drawn, capsys):
+def test_mistakes_are_one_line(records, drawn, capsys):
     folder, _ = records
     command = ["compare", str(folder / "first.json"), str(folder / "second.json"), "--page", str(folder / "page.html")]
     assert main(command) == 2

@@ -1,4 +1,4 @@
-"""The page of a run: everything in one file, nothing to fetch, and what it says of codewords is so."""
+"""The page of a run: one file that fetches nothing, and what it says about codewords and word maps is right."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.report.run_page import most_used, overlay
+from finetune.report.codewords import find_most_used
+from finetune.report.word_map_figures import overlay_heat
 from launch.cli import main
 
 
@@ -83,7 +84,7 @@ def test_without_data_the_page_says_so(run, tmp_path, capsys):
     (copy / "config.yaml").write_text(re.sub(r"validation: /.*", "validation: /nowhere", config))
     assert main(["report", str(copy), "--out", str(tmp_path / "page.html")]) == 0
     text = (tmp_path / "page.html").read_text()
-    assert "No data to look at" in text and "<h2>Codebook" not in text
+    assert "There is no data to look at" in text and "<h2>Codebook" not in text
 
 
 def test_before_the_first_checkpoint_there_are_curves(run, tmp_path, capsys):
@@ -96,24 +97,24 @@ def test_before_the_first_checkpoint_there_are_curves(run, tmp_path, capsys):
 def test_a_fine_tuning_run_has_curves_and_an_unreadable_recipe_says_what_is_wrong(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     config = tmp_path / "run" / "config.yaml"
-    told = config.read_text()
-    config.write_text("head: dual\n" + told)
+    text = config.read_text()
+    config.write_text("head: dual\n" + text)
     assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "page.html")]) == 0
-    assert "This is no pretraining run" in (tmp_path / "page.html").read_text()
-    config.write_text("oldest: 1\n" + told)
+    assert "This is not a pretraining run" in (tmp_path / "page.html").read_text()
+    config.write_text("oldest: 1\n" + text)
     assert main(["report", str(tmp_path / "run")]) != 0
     assert "unknown key oldest" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 1
-    assert "no run's folder" in capsys.readouterr().err
+    assert "holds no run (no config.yaml)" in capsys.readouterr().err
 
 
-def test_codewords_are_told_by_their_nearest_images_and_their_words():
-    of_image = torch.tensor([[0.9, 0.1, 0.0], [0.8, 0.2, 0.0], [0.1, 0.7, 0.0]])
-    of_text = torch.tensor([[0.9, 0.1, 0.0], [0.9, 0.1, 0.0], [0.1, 0.9, 0.0], [0.1, 0.9, 0.0]])
-    first, second = most_used(of_image, of_text, ["a red dog", "a red cat", "a blue dog", "a blue cat"])
+def test_a_codeword_has_its_nearest_images_and_telling_words():
+    similarity_ik = torch.tensor([[0.9, 0.1, 0.0], [0.8, 0.2, 0.0], [0.1, 0.7, 0.0]])
+    similarity_tk = torch.tensor([[0.9, 0.1, 0.0], [0.9, 0.1, 0.0], [0.1, 0.9, 0.0], [0.1, 0.9, 0.0]])
+    first, second = find_most_used(similarity_ik, similarity_tk, ["a red dog", "a red cat", "a blue dog", "a blue cat"])
     assert (first.number, first.images[:2], first.words[0]) == (0, [0, 1], "red")
     assert (second.number, second.images[0], second.words[0]) == (1, 2, "blue")
     assert first.share == pytest.approx(4 / 7)
@@ -121,5 +122,5 @@ def test_codewords_are_told_by_their_nearest_images_and_their_words():
 
 def test_an_overlay_is_brightest_where_the_word_looks():
     heat = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    found = overlay(torch.full((3, 16, 16), 100, dtype=torch.uint8), heat)
-    assert found.dtype == torch.uint8 and found[0, 0, 0] > 2 * found[0, -1, -1]
+    overlay = overlay_heat(torch.full((3, 16, 16), 100, dtype=torch.uint8), heat)
+    assert overlay.dtype == torch.uint8 and overlay[0, 0, 0] > 2 * overlay[0, -1, -1]
