@@ -1,1 +1,1 @@
-"""Ground floor: what every stage stands on. Recipes, run folders, ranks, signals, files. Nothing here imports torch at import."""
+"""The ground floor: recipes, run folders, checkpoints, ranks, signals, files, pages. Importing a module here never imports torch."""

@@ -1,4 +1,7 @@
-"""Checkpoints: safetensors and JSON under a manifest of hashes; complete or absent, verified before use, nothing pickled."""
+"""Checkpoints: safetensors and JSON files under a manifest of their hashes.
+
+A checkpoint is complete or absent, it is verified before use, and nothing in it is pickled.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,18 @@ def write_checkpoint(
     write_more: Callable[[Path], None],
     staging: Path | None = None,
 ) -> None:
-    """Commit a checkpoint: `<name>.safetensors` for each of `tensors`, `<name>.json` for each of `values`, and what
-    `write_more(folder)` adds (tokenizer, recipe); then a manifest with every file's hash. Raises LigatureError where it cannot.
-    `staging`: where to prepare it, else beside `folder`."""
+    """Write a checkpoint, complete or not at all.
+
+    Args:
+        folder: the checkpoint's folder; it must not exist yet.
+        tensors: `<name>.safetensors` is written for each group of tensors.
+        values: `<name>.json` is written for each value.
+        write_more: called with the folder in preparation, it adds further files, such as the tokenizer and the recipe.
+        staging: folder in which to prepare the checkpoint; the default is the parent of `folder`.
+
+    Raises:
+        LigatureError: the disk refuses a file.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -42,7 +54,7 @@ def write_checkpoint(
                     {key: tensor.detach().contiguous().cpu() for key, tensor in group.items()},
                     temporary / f"{name}.safetensors",
                 )
-            except SafetensorError as error:  # a full disk among others; it is no OSError
+            except SafetensorError as error:  # raised for a full disk too, and not an OSError
                 raise LigatureError(
                     f"cannot write {folder}: {error}; free some space or choose another folder"
                 ) from error
@@ -56,10 +68,14 @@ def write_checkpoint(
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Check every file's size and hash against the manifest. Raises CheckpointError that names the file."""
+    """Check the size and hash of every file against the manifest.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or altered; the message names it.
+    """
     manifest = Path(folder) / MANIFEST
     if not manifest.is_file():
-        raise CheckpointError(f"{folder} is no complete checkpoint: it has no {MANIFEST}")
+        raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}")
     try:
         content = read_json(manifest)
     except LigatureError as error:
@@ -67,7 +83,7 @@ def verify_checkpoint(folder: Path) -> None:
     if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != 1:
         raise CheckpointError(f"{manifest} is not a {FORMAT} of version 1")
     try:
-        files = {name: (stated["bytes"], stated["sha256"]) for name, stated in content["files"].items()}
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
     except (AttributeError, KeyError, TypeError):
         raise CheckpointError(
             f"{manifest} was altered: it does not list its files; the checkpoint cannot be used"
@@ -81,12 +97,16 @@ def verify_checkpoint(folder: Path) -> None:
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """A short name of a checkpoint's content: the first 16 hex digits of its manifest's sha256."""
+    """Return the first 16 hex digits of the sha256 of a checkpoint's manifest, as a short name of its content."""
     return sha256_of(Path(folder) / MANIFEST)[:16]
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of `<name>.safetensors`. Call `verify_checkpoint` first."""
+    """Return the tensors of `<name>.safetensors`. Call `verify_checkpoint` first.
+
+    Raises:
+        CheckpointError: the file is missing or broken.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -100,42 +120,60 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def _discard(path: Path, staging: Path) -> None:
-    """Remove a checkpoint or a pointer to one. It leaves by a rename: nobody sees half of it, and no process does it that has
-    lost its lease, and with it `staging`."""
-    bin = staging / f".{path.name}.discarded"
-    shutil.rmtree(bin, ignore_errors=True)
-    os.rename(path, bin)
-    if bin.is_dir():
-        shutil.rmtree(bin, ignore_errors=True)
+    """Remove a checkpoint, or a pointer to one, by a rename into `staging`.
+
+    So nobody sees half of it. A process that has lost its lease has lost `staging` too, and removes nothing.
+    """
+    discarded = staging / f".{path.name}.discarded"
+    shutil.rmtree(discarded, ignore_errors=True)
+    os.rename(path, discarded)
+    if discarded.is_dir():
+        shutil.rmtree(discarded, ignore_errors=True)
     else:
-        bin.unlink()
+        discarded.unlink()
 
 
 def resolve_pointer(checkpoints: Path, name: str) -> Path | None:
-    """The checkpoint that `latest` or `best` leads to, of a run's `checkpoints/`."""
+    """Return the checkpoint that a pointer leads to, or None where there is no such pointer.
+
+    Args:
+        checkpoints: the folder `checkpoints/` of a run.
+        name: the pointer's name, `latest` or `best`.
+    """
     pointer = checkpoints / name
     return checkpoints / pointer.read_text().strip() if pointer.is_file() else None
 
 
 class CheckpointFolder:
-    """`checkpoints/` of a run: `step-XXXXXXXX/` folders, `latest`, and the `best` by validation."""
+    """The folder `checkpoints/` of a run: `step-XXXXXXXX/` folders and the pointers `latest` and `best` (by validation)."""
 
     def __init__(self, folder: Path, keep_last: int, milestone_every: int | None = None) -> None:
-        """keep_last: newest ones to keep; milestone_every: those of its multiples are kept for good."""
+        """Describe a folder, which need not exist yet.
+
+        Args:
+            folder: the run's `checkpoints/`.
+            keep_last: how many of the newest checkpoints to keep.
+            milestone_every: checkpoints of steps that are multiples of it are kept for good; None for no such steps.
+        """
         self.folder, self.keep_last, self.milestone_every = Path(folder), keep_last, milestone_every
         self.lease: Lease | None = None
-        """Held by a run that commits here: it stops a process that another one has succeeded."""
+        """The lease of the run that commits here. It stops a process that has lost the run to a successor."""
 
     def path_of(self, step: int) -> Path:
+        """Return the path of a step's checkpoint, which need not exist."""
         return self.folder / f"step-{step:08}"
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, oldest first."""
+        """Return the steps that have a checkpoint, oldest first."""
         return sorted(int(path.name[5:]) for path in self.folder.glob("step-*") if path.name[5:].isdigit())
 
     def newest_valid(self, until: int | None = None) -> Path | None:
-        """The newest checkpoint that verifies; says on stderr why it passed over a newer one. With `until`, one of that step or
-        before: a run goes back to it, so later ones are removed, unless there is none to go back to."""
+        """Return the newest checkpoint that verifies, or None. It prints why it skips a newer one.
+
+        Args:
+            until: only checkpoints of this step or before count. The run goes back to the one returned, so checkpoints of
+                later steps are removed; they stay where nothing can be returned.
+        """
         later = [step for step in self.steps() if until is not None and step > until]
         for step in reversed(self.steps()):
             if step in later:
@@ -143,22 +181,35 @@ class CheckpointFolder:
             try:
                 verify_checkpoint(self.path_of(step))
             except CheckpointError as error:
-                print(f"passing over a checkpoint: {error}", file=sys.stderr)
+                print(f"skipping a checkpoint: {error}", file=sys.stderr)
                 continue
             if later:
                 with self._staging() as staging:
-                    for gone in later:
-                        _discard(self.path_of(gone), staging)
+                    for late_step in later:
+                        _discard(self.path_of(late_step), staging)
                     write_text(self.folder / "latest", self.path_of(step).name + "\n", staging)
-                    if (self._named("best") or "") > self.path_of(step).name:
+                    if (self._pointer_target("best") or "") > self.path_of(step).name:
                         _discard(self.folder / "best", staging)
             return self.path_of(step)
         return None
 
     def commit(self, step: int, best: bool, write: Callable[[Path, Path], None]) -> Path:
-        """Write the checkpoint of `step` by `write(path, staging)` (unless it is there already and whole), point `latest` to it,
-        and `best` where it is, then forget old ones, and later ones: those are of a future that a run going on from further
-        back has left. Raises Superseded where the run's lease is lost: nothing changes then."""
+        """Write the checkpoint of a step, point `latest` to it, and remove the checkpoints that are no longer kept.
+
+        A whole checkpoint that is already there is not written again. Later checkpoints are removed: this run has resumed
+        from an earlier step, so it has left their history.
+
+        Args:
+            step: the step of the checkpoint.
+            best: whether it is the best so far by validation, so that `best` points to it.
+            write: called as `write(path, staging)`, it writes the checkpoint.
+
+        Returns:
+            The checkpoint's path.
+
+        Raises:
+            Superseded: the run's lease is lost. Nothing changes then.
+        """
         path = self.path_of(step)
         with self._staging() as staging:
             if path.exists():
@@ -171,19 +222,20 @@ class CheckpointFolder:
             write_text(self.folder / "latest", path.name + "\n", staging)
             if best:
                 write_text(self.folder / "best", path.name + "\n", staging)
-            elif (self._named("best") or "") > path.name:
+            elif (self._pointer_target("best") or "") > path.name:
                 _discard(self.folder / "best", staging)
-            past = [old for old in self.steps() if old <= step]
-            milestones = [old for old in past if self.milestone_every and old % self.milestone_every == 0]
-            kept = {self.path_of(old).name for old in [*past[-self.keep_last :], *milestones]} | {self._named("best")}
-            for old in self.steps():
-                if self.path_of(old).name not in kept:
-                    _discard(self.path_of(old), staging)
+            past = [other for other in self.steps() if other <= step]
+            milestones = [other for other in past if self.milestone_every and other % self.milestone_every == 0]
+            kept = {self.path_of(other).name for other in [*past[-self.keep_last :], *milestones]}
+            kept.add(self._pointer_target("best") or "")
+            for other in self.steps():
+                if self.path_of(other).name not in kept:
+                    _discard(self.path_of(other), staging)
         return path
 
     @contextmanager
     def _staging(self) -> Iterator[Path]:
-        """The folder that commits are prepared in: the lease's, if there is one."""
+        """Yield the folder in which commits are prepared: that of the lease, or else `checkpoints/` itself."""
         if self.lease:
             with self.lease.guarded() as work:
                 yield work
@@ -192,21 +244,31 @@ class CheckpointFolder:
             yield self.folder
 
     def try_commit(self, step: int, best: bool, write: Callable[[Path, Path], None]) -> bool:
-        """`commit`, but a disk that is full, read-only or gone is said on stderr: the run goes on and tries again at its next
-        interval, and the older checkpoints stay. -> whether the checkpoint stands."""
+        """Commit a checkpoint as `commit` does, but survive a disk that is full, read-only or gone.
+
+        It then prints a warning. The run goes on and tries again at its next interval, and older checkpoints stay.
+
+        Returns:
+            Whether the checkpoint was saved.
+
+        Raises:
+            Superseded: the run's lease is lost.
+        """
         try:
             self.commit(step, best, write)
         except Superseded:
             raise
         except (LigatureError, OSError) as error:
             older = self._newest_name()
-            none = (
-                "there is no older checkpoint" if self.folder.is_dir() else "older checkpoints are out of reach with it"
-            )
-            told = f"a restart would go on from {older}" if older else none
+            if older:
+                consequence = f"a restart would go on from {older}"
+            elif self.folder.is_dir():
+                consequence = "there is no older checkpoint"
+            else:
+                consequence = "older checkpoints are out of reach with it"
             print(
                 f"ligature: WARNING: the checkpoint of step {step} is NOT saved: {error}. The run goes on and tries again at its "
-                f"next interval; {told}",
+                f"next interval; {consequence}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -220,6 +282,6 @@ class CheckpointFolder:
             return None
         return self.path_of(steps[-1]).name if steps else None
 
-    def _named(self, name: str) -> str | None:
+    def _pointer_target(self, name: str) -> str | None:
         path = resolve_pointer(self.folder, name)
         return path.name if path else None

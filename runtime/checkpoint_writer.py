@@ -1,4 +1,4 @@
-"""Checkpoints are written in a thread: training waits for the copy to host memory, and for nothing else."""
+"""Write checkpoints in a thread. Training waits for the copy to host memory and for nothing else."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Write = Callable[[], bool]
-"""-> whether the checkpoint stands; where not, it has been said why."""
+"""Writes a checkpoint and returns whether it was saved. It has reported the reason where it returns False."""
 
 
 def host_copies(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
-    """Copies in host memory that training cannot change any more; none where they are not to be kept (gathering `tensors` is
-    a collective, so every rank must walk them)."""
+    """Copy tensors into host memory, where training cannot change them any more.
+
+    Args:
+        tensors: names and tensors. Gathering them is a collective, so every rank must iterate over all of them.
+        keep: whether this rank keeps the copies; the others return an empty dictionary.
+    """
     import torch
 
     copies = {}
@@ -29,15 +33,15 @@ def host_copies(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, 
 
 
 class CheckpointWriter:
-    """One write at a time, in a thread of the first rank. The other ranks have one, too, with nothing to write."""
+    """Runs one write at a time in a thread. Every rank has a writer, but only the first rank gives it something to write."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
-        self._stands = True
+        self._saved = True
         self._error: BaseException | None = None
 
     def start(self, write: Write | None) -> None:
-        """Begin to write. The write before must have been finished."""
+        """Begin a write, or nothing for None. `finish` must have ended the previous write."""
         assert self._thread is None, "finish comes before start"
         if write is not None:
             self._thread = threading.Thread(target=self._run, args=(write,), name="checkpoint", daemon=True)
@@ -45,34 +49,37 @@ class CheckpointWriter:
 
     def _run(self, write: Write) -> None:
         try:
-            self._stands = write()
+            self._saved = write()
         except BaseException as error:  # raised again on the training thread
             self._error = error
 
     def check(self) -> None:
-        """Raise what has stopped a write for good (another process has taken the run over; a fault of ours), without waiting."""
+        """Raise the error that ended a write, if there is one, without waiting for a write that is still running.
+
+        A full disk is no such error: the write then returns False. Errors here are a lost lease or a bug.
+        """
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def finish(self) -> bool:
-        """Wait for the write under way, if any. -> False where it has not left a checkpoint that stands."""
+        """Wait for the running write, if any. Return False where it has not saved its checkpoint."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self.check()
-        stands, self._stands = self._stands, True
-        return stands
+        saved, self._saved = self._saved, True
+        return saved
 
     def __enter__(self) -> CheckpointWriter:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """Let the write under way end. Where an error is on its way up, nothing that goes wrong here may hide it."""
+        """Let the running write end. An error that is already propagating must not be hidden by one from here."""
         try:
             self.finish()
-        except Exception as fault:
+        except Exception as write_error:
             if error is None:
                 raise
-            told = str(fault) if isinstance(fault, LigatureError) else repr(fault)
-            print(f"ligature: the last checkpoint was not written: {told}", file=sys.stderr)
+            reason = str(write_error) if isinstance(write_error, LigatureError) else repr(write_error)
+            print(f"ligature: the last checkpoint was not written: {reason}", file=sys.stderr)

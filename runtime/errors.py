@@ -1,14 +1,14 @@
-"""Mistakes a user can mend. The message is one line: what is wrong, where, and what to do next."""
+"""Errors that a user can fix. The message is one line: what is wrong, where, and what to do next."""
 
 
 class LigatureError(Exception):
-    """Stops a command with one line on stderr and `exit_code`, without a traceback."""
+    """Stops a command with one line on stderr and with `exit_code`, without a traceback."""
 
     exit_code = 1
 
 
 class RecipeError(LigatureError):
-    """A recipe or an option that cannot be run: unknown key, wrong type, impossible combination."""
+    """A recipe or an option that cannot be run: an unknown key, a wrong type or an impossible combination."""
 
     exit_code = 2
 
@@ -22,34 +22,41 @@ class CheckpointError(LigatureError):
 
 
 class Interrupted(LigatureError):
-    """The run stopped at a step boundary because it was asked to, its state saved: start it again to go on.
+    """The run saved its state and stopped at a step boundary because it was asked to. The same command resumes it.
 
-    The code is `EX_TEMPFAIL`, which launchers read as 'requeue me'.
+    The exit code is `EX_TEMPFAIL`, which launchers read as "requeue me".
     """
 
     exit_code = 75
 
 
 class RunHeld(LigatureError):
-    """Another process is writing into the run's folder. The code is `EX_UNAVAILABLE`: starting again at once does not help."""
+    """Another process is writing into the run's folder.
+
+    The exit code is `EX_UNAVAILABLE`: starting again at once does not help.
+    """
 
     exit_code = 69
 
 
 class Superseded(LigatureError):
-    """Another process has taken over the run, so this one must stop. The code is `EX_NOPERM`: never requeue it."""
+    """Another process has taken over the run, so this one must stop.
+
+    The exit code is `EX_NOPERM`: a launcher never requeues it.
+    """
 
     exit_code = 77
 
 
 class SickRun(LigatureError):
-    """Too many steps in a row had a loss or gradient that is not finite or far outside its history."""
+    """Too many steps in a row had a loss or a gradient that is not finite or far outside its history."""
 
 
 class RankLost(LigatureError):
-    """A rank died or hangs, so the others cannot go on: start the run again, on other machines if it happens there again.
+    """A rank died or hangs, so the others cannot go on. Start the run again, on other machines if it happens there again.
 
-    The code is `EX_PROTOCOL`, 'the other side did not do its part': unlike 75 nothing was saved after the last checkpoint.
+    The exit code is `EX_PROTOCOL`: the other side did not do its part. Unlike exit code 75, it means that nothing was saved
+    after the last checkpoint.
     """
 
     exit_code = 76

@@ -18,7 +18,7 @@ PARTIAL = ".partial"
 
 
 def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file, read in blocks of 1 MiB."""
+    """Return the sha256 of a file in hex. The file is read in blocks of 1 MiB."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -27,7 +27,7 @@ def sha256_of(path: Path) -> str:
 
 
 def sync_file(path: Path) -> None:
-    """Ask the disk to hold a file (or, for a folder, its list of names) before returning."""
+    """Wait until the disk holds a file or, for a folder, its list of names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -37,13 +37,22 @@ def sync_file(path: Path) -> None:
 
 @contextmanager
 def replaced_file(path: Path, staging: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, or in `staging` (of the same file system); on success it is synced and renamed
-    over `path`, on failure removed."""
+    """Yield a temporary path to write to. Rename it over `path` on success, and remove it on failure.
+
+    The file is synced before it is renamed, so a reader finds the old file or the whole new one.
+
+    Args:
+        path: the file to replace. Its folder is created where it is missing.
+        staging: folder of the temporary path, on the same file system; the default is the folder of `path`.
+
+    Raises:
+        LigatureError: the disk refuses the file.
+    """
     path = Path(path)
-    # Not the process id: processes of several machines, or containers, may write into one folder.
+    # A random name, not the process id: several machines or containers may write into one folder.
     temporary = (staging or path.parent) / f".{path.name}.{secrets.token_hex(6)}{PARTIAL}"
     try:
-        # Inside a folder that is not committed yet nothing is made: where it is gone, somebody has ended that commit.
+        # Inside an uncommitted folder create nothing: when that folder is gone, another process has ended the commit.
         if not any(part.endswith(PARTIAL) for part in path.parent.parts):
             path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -61,10 +70,16 @@ def replaced_file(path: Path, staging: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def committed_folder(path: Path, staging: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`, or in `staging` (of the same file system, never made here); on success every
-    file in it is synced and it is renamed to `path`.
+    """Yield a temporary folder to write into. Rename it to `path` on success, and remove it on failure.
 
-    `path` must not exist: a committed folder is never written into again.
+    Every file in it is synced before the rename, so a reader finds the whole folder or none.
+
+    Args:
+        path: the folder to create. It must not exist, because a committed folder is never written into again.
+        staging: parent of the temporary folder, on the same file system. It must exist; the default is the parent of `path`.
+
+    Raises:
+        LigatureError: the disk refuses the folder or a file in it.
     """
     path = Path(path)
     temporary = (staging or path.parent) / f".{path.name}{PARTIAL}"
@@ -87,18 +102,22 @@ def committed_folder(path: Path, staging: Path | None = None) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, staging: Path | None = None) -> None:
-    """Replace a file's text atomically (UTF-8)."""
+    """Replace a file by this text (UTF-8), whole or not at all; see `replaced_file`."""
     with replaced_file(path, staging) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any, staging: Path | None = None) -> None:
-    """Replace a JSON file atomically. NaN and infinity are refused: they are not JSON."""
+    """Replace a JSON file, whole or not at all. NaN and infinity raise ValueError, because JSON has neither."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n", staging)
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; a missing or malformed one is a `LigatureError` that names it."""
+    """Return the content of a JSON file.
+
+    Raises:
+        LigatureError: the file is missing, cannot be read or is not JSON; the message names it.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:

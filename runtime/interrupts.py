@@ -1,4 +1,4 @@
-"""Signals ask a run to stop; it stops at its next step boundary. Nothing is saved inside a handler."""
+"""A signal asks a run to stop, and the run stops at its next step boundary. No handler saves anything."""
 
 from __future__ import annotations
 
@@ -12,47 +12,48 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Interrupts:
-    """Remembers the first signal that asked this process to stop; further ones change nothing."""
+    """Remembers the first signal that asked this process to stop. Later signals change nothing."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
 
     def install(self) -> dict[signal.Signals, object]:
-        """Take the stopping signals from here on. -> the handlers that had them."""
+        """Handle the stopping signals from here on, and return the handlers they had before."""
         return {number: signal.signal(number, self._remember) for number in STOPPING}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = signal.Signals(number)
             if os.environ.get("RANK", "0") == "0":
-                # A handler may run in the middle of a print: it writes to the descriptor, past Python's buffers.
+                # A handler may run in the middle of a print, so it bypasses Python's buffers and writes to the descriptor.
                 os.write(2, f"ligature: {self.received.name} received; stopping at the next step boundary\n".encode())
 
     def received_on_any_rank(self) -> bool:
-        """Whether any rank was asked to stop: all ranks get the same answer, so they stop at the same step."""
+        """Return whether any rank was asked to stop. All ranks get the same answer, so they stop at the same step. A collective."""
         from runtime.ranks import any_rank
 
         return any_rank(self.received is not None)
 
 
-_of_this_process: Interrupts | None = None
+_held: Interrupts | None = None
+"""Set by `hold_interrupts` for the rest of this process."""
 
 
 def hold_interrupts() -> None:
-    """From here to the end of this process signals only ask it to stop: for a command whose stage saves and leaves by itself.
+    """Let signals only ask this process to stop, until it ends. Meant for commands that save and exit by themselves.
 
-    Without it a second signal, while the exit code is on its way, would end the process with a code of its own.
+    Without it, a second signal could replace the exit code of a stage that is already on its way out.
     """
-    global _of_this_process
-    _of_this_process = Interrupts()
-    _of_this_process.install()
+    global _held
+    _held = Interrupts()
+    _held.install()
 
 
 @contextmanager
 def watch_interrupts() -> Iterator[Interrupts]:
-    """Turn SIGTERM, SIGINT and SIGUSR1 into a flag while the block runs, or for good where `hold_interrupts` was called."""
-    if _of_this_process is not None:
-        yield _of_this_process
+    """Turn SIGTERM, SIGINT and SIGUSR1 into a flag while the block runs, or for good after `hold_interrupts`."""
+    if _held is not None:
+        yield _held
         return
     interrupts = Interrupts()
     previous = interrupts.install()

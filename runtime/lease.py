@@ -2,13 +2,18 @@
 
     <run>/lease/job=4711,restart=1,host=node-3,machine=…,pid=812,start=93441/work-812-93441/alive
 
-The one folder in `lease/` names the holder (`free` after an orderly end). Taking over is to rename that folder: the file
-system lets one of many do it. Whatever the holder commits is prepared in its `work-…` folder and renamed from there; whatever
-it throws away is renamed into there first. The successor removes that folder before it reads anything, and from then on no
-rename of its predecessor can succeed, also one that was checked before and delayed: its source, or its goal, is gone.
+The one folder in `lease/` names the holder, or is called `free` after an orderly end. A process takes over by renaming that
+folder, and the file system lets only one of many do it. The holder prepares its commits in its `work-…` folder and renames
+them from there. What it removes, it first renames into there. The successor removes that folder before it reads anything.
+From then on no rename of its predecessor can succeed, not even one that was checked before and delayed: its source or its
+target is gone.
 
-Who may take over: anybody, of a free lease; a job that SLURM restarted (same job, higher restart count), at once; on the same
-machine, once the holder's process is dead; from elsewhere, once its heartbeat has stood still for EXPIRY seconds by our own clock.
+Who may take over:
+
+- a free lease: any process
+- a held one, when SLURM restarted the holder's job (same job, higher restart count): at once
+- on the holder's machine: once the holder's process is dead
+- from another machine: once the heartbeat has stood still for EXPIRY seconds by the waiting process's own clock
 """
 
 from __future__ import annotations
@@ -30,11 +35,13 @@ from typing import Any
 from runtime.errors import LigatureError, RunHeld, Superseded
 
 HEARTBEAT = 10.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats."""
 EXPIRY = 60.0
-"""Seconds without one after which a holder on another machine is taken for dead."""
+"""Seconds without a heartbeat after which a holder on another machine counts as dead."""
 POLL = 1.0
+"""Seconds between two looks at the heartbeat of a holder on another machine."""
 FREE = "free"
+"""Name of the folder in `lease/` that nobody holds."""
 
 
 @dataclass(frozen=True)
@@ -47,33 +54,40 @@ class Holder:
     """How often SLURM has restarted that job."""
     host: str
     machine: str
-    """This boot of this machine and its process namespace, where process numbers mean something; empty where unknown."""
+    """The machine, its boot and its process namespace, within which a process id is unique; empty where unknown."""
     pid: int
     start: str
-    """When the process started, in the kernel's ticks: a process number comes back, the pair does not."""
+    """When the process started, in the kernel's ticks. A process id is used again; id and start together are not."""
 
     @classmethod
     def this_process(cls) -> Holder:
+        """Return the holder that this process is."""
         job = re.sub(r"[^\w.-]", "-", os.environ.get("SLURM_JOB_ID", ""))
         host = re.sub(r"[^\w.-]", "-", socket.gethostname())
         restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-        return cls(job, restart, host, _machine(), os.getpid(), _started(os.getpid()) or f"{time.time():.0f}")
+        return cls(job, restart, host, _machine(), os.getpid(), _start_of(os.getpid()) or f"{time.time():.0f}")
 
     @classmethod
     def parse(cls, name: str) -> Holder:
-        """The holder that a folder's name states."""
+        """Return the holder that a folder's name states.
+
+        Raises:
+            LigatureError: the name states no process.
+        """
         try:
-            stated: dict[str, Any] = dict(part.split("=", 1) for part in name.split(","))
-            return cls(**(stated | {"restart": int(stated["restart"]), "pid": int(stated["pid"])}))
+            values: dict[str, Any] = dict(part.split("=", 1) for part in name.split(","))
+            return cls(**(values | {"restart": int(values["restart"]), "pid": int(values["pid"])}))
         except (ValueError, KeyError, TypeError):
             raise LigatureError(f"`{name}` in a run's lease/ names no process; remove it when none runs") from None
 
     @property
     def name(self) -> str:
+        """The name of the holder's folder in `lease/`."""
         return ",".join(f"{field.name}={value}" for field, value in zip(fields(self), astuple(self), strict=True))
 
     @property
     def work(self) -> str:
+        """The name of the work folder within the holder's folder."""
         return f"work-{self.pid}-{self.start}"
 
     def __str__(self) -> str:
@@ -89,8 +103,8 @@ def _machine() -> str:
         return ""  # not Linux: heartbeats decide
 
 
-def _started(pid: int) -> str | None:
-    """Start of a process that lives; None of one that does not, or is a zombie."""
+def _start_of(pid: int) -> str | None:
+    """Return when a living process started, in ticks; None where it is dead or a zombie."""
     try:
         values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -99,25 +113,31 @@ def _started(pid: int) -> str | None:
 
 
 class Lease:
-    """A run's folder, held. Made by `take_lease`; end it with `release`."""
+    """This process's hold on a run's folder. `take_lease` makes it, and `release` ends it."""
 
     def __init__(self, run: Path, holder: Holder) -> None:
         self.run, self.folder, self.holder = run, run / "lease", holder
         self.work = self.folder / holder.name / holder.work
-        """What will be renamed into the run is prepared here."""
+        """The folder in which commits are prepared before they are renamed into the run."""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
     def check(self) -> None:
-        """Raises Superseded once another process has taken the run over."""
+        """Return where this process still holds the run.
+
+        Raises:
+            Superseded: another process has taken the run over.
+            LigatureError: the disk is gone, or the lease was deleted by hand.
+        """
         if self.work.is_dir():
             return
         try:
             others = [name for name in _entries(self.folder) if name != self.holder.name]
-        except OSError as error:  # a mount that went away is no successor
+        except OSError as error:  # a mount that has gone away is no successor
             raise LigatureError(f"cannot read {self.folder}: {error.strerror}; is its disk still there?") from error
         if not others:
             raise LigatureError(f"{self.work} is gone, and nobody has taken the run over: was it deleted by hand?")
+        # A successor that has ended again leaves the lease free.
         by = "nobody that still runs" if others[0] == FREE else str(Holder.parse(others[0]))
         raise Superseded(
             f"{self.run} was taken over from {self.holder} by {by}; this process stops and writes no more into it"
@@ -125,7 +145,12 @@ class Lease:
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[Path]:
-        """Yield the folder to prepare a commit in. A failure because the run was taken over meanwhile is told as Superseded."""
+        """Yield the folder in which to prepare a commit.
+
+        Raises:
+            Superseded: another process has taken the run over, before the block or during it.
+            LigatureError: any other failure of the disk within the block.
+        """
         self.check()
         try:
             yield self.work
@@ -136,16 +161,16 @@ class Lease:
             raise LigatureError(f"cannot write {error.filename or self.run}: {error.strerror}") from error
 
     def release(self) -> None:
-        """Leave the run to whoever comes next. Nothing happens where somebody has taken it already."""
+        """Give the run up for the next process. It changes nothing where another process has already taken it over."""
         self._stopping.set()
         self._thread.join()
         shutil.rmtree(self.work, ignore_errors=True)
-        with contextlib.suppress(OSError):  # taken over, or its disk is gone: heartbeats will tell
+        with contextlib.suppress(OSError):  # taken over, or the disk is gone: then the heartbeat stops
             os.rename(self.folder / self.holder.name, self.folder / FREE)
 
     def _beat(self) -> None:
         while not self._stopping.wait(HEARTBEAT):
-            with contextlib.suppress(OSError):  # `check` finds out why, where it matters
+            with contextlib.suppress(OSError):  # `check` finds the reason before the next commit
                 os.utime(self.work / "alive")
 
 
@@ -154,14 +179,19 @@ def _entries(folder: Path) -> list[str]:
 
 
 def take_lease(run: Path) -> Lease:
-    """Hold the run's folder from here on. Raises RunHeld while another process does."""
-    me = Holder.this_process()
-    lease = Lease(run, me)
+    """Hold the run's folder from here on. The folder is created where it is missing.
+
+    Raises:
+        RunHeld: another process holds it.
+        LigatureError: the lease names several holders, or none that can be read.
+    """
+    holder = Holder.this_process()
+    lease = Lease(run, holder)
     run.mkdir(parents=True, exist_ok=True)
-    while not _take(lease.folder, me):
-        pass  # another start was faster: judge that one
-    # The predecessor's unfinished work, and with it its means to finish it, goes before anything of the run is read.
-    for entry in (lease.folder / me.name).iterdir():
+    while not _try_to_take(lease.folder, holder):
+        pass  # another process was faster: look at the lease as that one left it
+    # Remove the predecessor's unfinished work before reading anything of the run. It can then no longer finish it.
+    for entry in (lease.folder / holder.name).iterdir():
         _remove(entry)
     lease.work.mkdir()
     (lease.work / "alive").touch()
@@ -169,8 +199,12 @@ def take_lease(run: Path) -> Lease:
     return lease
 
 
-def _take(folder: Path, me: Holder) -> bool:
-    """One try. -> whether the folder's one entry now names us. Raises RunHeld."""
+def _try_to_take(folder: Path, me: Holder) -> bool:
+    """Return whether the one entry of `folder` now names `me`; False where another process was faster.
+
+    Raises:
+        RunHeld: another process holds the lease.
+    """
     try:
         names = _entries(folder)
     except FileNotFoundError:
@@ -179,13 +213,13 @@ def _take(folder: Path, me: Holder) -> bool:
         raise LigatureError(f"{folder} names several holders ({'; '.join(names)}); remove it when none of them runs")
     if names:
         if names[0] != FREE:
-            _judge(folder, Holder.parse(names[0]), me)
+            _refuse_living_holder(folder, Holder.parse(names[0]), me)
         try:
             os.rename(folder / names[0], folder / me.name)
         except FileNotFoundError:
             return False
         return True
-    # The first start of this run. The folder comes into being with its entry in it: it is empty at no moment.
+    # The first start of this run. The folder appears with its entry already in it, so it is never empty.
     prepared = folder.with_name(f".lease-{me.work}")
     (prepared / me.name).mkdir(parents=True, exist_ok=True)
     try:
@@ -198,42 +232,45 @@ def _take(folder: Path, me: Holder) -> bool:
     return True
 
 
-def _judge(folder: Path, holder: Holder, me: Holder) -> None:
-    """Return if the holder is dead or has to give way. Raises RunHeld if not."""
+def _refuse_living_holder(folder: Path, holder: Holder, me: Holder) -> None:
+    """Return where the holder is dead or has to give way to `me`.
+
+    Raises:
+        RunHeld: the holder is alive.
+    """
     if holder.job and holder.job == me.job and holder.restart != me.restart:
         if me.restart > holder.restart:
             return
         raise RunHeld(
             f"{folder.parent} belongs to restart {holder.restart} of job {me.job}; this is restart {me.restart}"
         )
-    held = f"{folder.parent} is being written by {holder}; stop that first, or choose another --name"
+    message = f"{folder.parent} is being written by {holder}; stop that first, or choose another --name"
     if holder.machine and holder.machine == me.machine:
-        if _started(holder.pid) == holder.start:
-            raise RunHeld(held)
+        if _start_of(holder.pid) == holder.start:
+            raise RunHeld(message)
         return
     print(f"{folder.parent} was last written by {holder}; waiting {EXPIRY:.0f} s for a sign of life", file=sys.stderr)
-    first, deadline = _last_sign(folder, holder), time.monotonic() + EXPIRY
+    first, deadline = _last_heartbeat(folder, holder), time.monotonic() + EXPIRY
     while time.monotonic() < deadline:
         time.sleep(POLL)
-        if _last_sign(folder, holder) != first:
-            raise RunHeld(held)
+        if _last_heartbeat(folder, holder) != first:
+            raise RunHeld(message)
 
 
-def _last_sign(folder: Path, holder: Holder) -> int | None:
-    """When the holder was last heard of, by the file server's clock; None where it has left no sign."""
+def _last_heartbeat(folder: Path, holder: Holder) -> int | None:
+    """Return the time of the holder's last heartbeat by the file server's clock; None where there was none."""
     try:
-        with open(
-            folder / holder.name / holder.work / "alive"
-        ) as file:  # opened, because NFS answers `stat` from memory
+        # Opened, because NFS answers a `stat` of a path from its cache.
+        with open(folder / holder.name / holder.work / "alive") as file:
             return os.fstat(file.fileno()).st_mtime_ns
     except OSError:
         return None
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder into which a process that does not know better may still be writing."""
+    """Remove a folder into which a superseded process may still be writing."""
     for _ in range(100):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             return
-    raise LigatureError(f"cannot remove {folder}; look whether another process writes there")
+    raise LigatureError(f"cannot remove {folder}; check whether another process writes there")

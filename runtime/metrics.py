@@ -1,4 +1,7 @@
-"""Figures of a run, by step: `metrics.jsonl` for programs and tensorboard events for people."""
+"""Figures of a run, by step: `metrics.jsonl` for programs and tensorboard events for people.
+
+Tested in tests/runtime/test_metrics_log.py.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,10 @@ from runtime.lease import Lease
 
 
 class MetricsLog:
-    """Appends one JSON object a step. Opened again at `step`, it first forgets what an interrupted run logged after it.
+    """Appends one JSON object per logged step.
 
-    A disk that takes no more stops nothing: lines wait in memory until it does, tensorboard's events end with a warning.
+    Opened again at `step`, it first removes what an interrupted run logged after that step. A full disk stops nothing:
+    lines wait in memory until the disk takes them, and tensorboard's events end with a warning.
     """
 
     def __init__(self, folder: Path, step: int = 0, lease: Lease | None = None) -> None:
@@ -31,26 +35,30 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
-        # A new file: lines of a process that the lease was taken from go on into the old one, which has no name any more.
+        # A new file. A process that has lost the lease keeps appending to the old one, which no longer has a name.
         with self.lease.guarded() if self.lease else nullcontext() as staging:
-            write_text(self.path, "".join(_spell(line) for line in kept), staging)
+            write_text(self.path, "".join(_format_line(line) for line in kept), staging)
         self._file: Any = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open for the length of the run)
         self._board: Any = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
     def forget_after(self, step: int) -> None:
-        """The run went back to a step: what was logged after it belongs to weights that are gone."""
+        """Remove what was logged after `step`. The run went back to it, so those figures belong to weights that are gone."""
         self.close()
         self._open(step)
 
     def write(self, step: int, figures: dict[str, float]) -> None:
-        """Raises Superseded where another process has taken the run over."""
-        self._waiting.append(_spell({"step": step, **{name: float(value) for name, value in figures.items()}}))
+        """Append the figures of a step.
+
+        Raises:
+            Superseded: another process has taken the run over.
+        """
+        self._waiting.append(_format_line({"step": step, **{name: float(value) for name, value in figures.items()}}))
         self._flush()
         try:
             for name, value in figures.items():
                 if self._board:
                     self._board.add_scalar(name, value, step)
-        except OSError as error:  # raised by its writing thread, at a later call
+        except OSError as error:  # raised by tensorboard's writing thread, at a later call
             self._board = None
             print(
                 f"ligature: WARNING: tensorboard's events end here: {error}; {self.path} has all figures",
@@ -58,12 +66,12 @@ class MetricsLog:
             )
 
     def _flush(self) -> None:
-        """Append what waits, whole or not at all."""
+        """Append the waiting lines, all or none."""
         try:
             if self.lease:
                 self.lease.check()
             end, text = self._file.seek(0, os.SEEK_END), "".join(self._waiting).encode()
-            if self._file.write(text) < len(text):  # the disk took what it had room for
+            if self._file.write(text) < len(text):  # the disk had room for a part only
                 self._file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except Superseded:
@@ -76,6 +84,7 @@ class MetricsLog:
             self._waiting.clear()
 
     def close(self) -> None:
+        """Try once more to append the waiting lines, and close the files."""
         if self._waiting:
             self._flush()
         self._file.close()
@@ -83,14 +92,16 @@ class MetricsLog:
             self._board.close()
 
 
-def _spell(line: dict[str, float]) -> str:
-    """JSON has no NaN and no infinity: null stands for them."""
+def _format_line(line: dict[str, float]) -> str:
+    """Return the line as JSON, which has no NaN and no infinity: null stands for both."""
     return json.dumps({name: value if math.isfinite(value) else None for name, value in line.items()}) + "\n"
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """All logged steps of a run, oldest first; empty where nothing was logged. A last line cut by a crash is left out; a figure
-    that was not finite is NaN."""
+    """Return the logged steps of a run, oldest first, or an empty list where nothing was logged.
+
+    A last line that a crash cut short is left out. A figure that was not finite is NaN.
+    """
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         return []

@@ -1,4 +1,8 @@
-"""Which process this is among those of a run, and the few collectives the stages share."""
+"""Which process of a run this is, and the few collectives that the stages share.
+
+A rank is one process of a run, numbered from 0. The world size is their number. A collective is a call that returns only
+when every rank has made it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process's place: `rank` of `world`, and `local_rank` of `local_world` on its node."""
+    """This process: rank `rank` of `world` ranks, and `local_rank` of `local_world` on its node."""
 
     rank: int = 0
     world: int = 1
@@ -28,12 +32,12 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Rank 0 alone writes files and speaks to the terminal."""
+        """Whether this is rank 0, which alone writes files and prints to the terminal."""
         return self.rank == 0
 
 
 def ranks_from_environment() -> Ranks:
-    """Read torchrun's variables, else SLURM's (one task per device), else a world of one."""
+    """Return the ranks by torchrun's variables, else by SLURM's (one task per device), else a world of one."""
     for names in (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
         ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", None),
@@ -49,17 +53,28 @@ def ranks_from_environment() -> Ranks:
 
 
 def _slurm_tasks_here(world: int) -> int:
-    """Tasks on this node: `SLURM_NODEID` counted into SLURM's `2(x3),1`. `world` where SLURM does not tell."""
-    told = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", ""))
+    """Return the number of tasks on this node, or `world` where SLURM does not say.
+
+    SLURM writes the nodes' tasks as `2(x3),1`: two on each of three nodes and one on a fourth. `SLURM_NODEID` counts into it.
+    """
+    task_counts = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", ""))
     counts: list[int] = []
-    for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", told):
+    for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", task_counts):
         counts += [int(tasks)] * int(times or 1)
     node = int(os.environ.get("SLURM_NODEID", "0"))
     return counts[node] if node < len(counts) else world
 
 
 def choose_device(name: str, ranks: Ranks) -> torch.device:
-    """`auto` takes a GPU where there is one; `cuda` without a GPU is an error, never a silent CPU."""
+    """Return the device that this rank computes on.
+
+    Args:
+        name: `auto` takes a GPU where there is one; `cpu`; or `cuda`, which without a GPU is an error, never a silent CPU.
+        ranks: this process among the ranks. Each rank of a node gets a GPU of its own.
+
+    Raises:
+        RecipeError: there is no GPU for `cuda`, or the node has more ranks than GPUs.
+    """
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
@@ -69,55 +84,76 @@ def choose_device(name: str, ranks: Ranks) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if 1 < count < ranks.local_world:  # one alone may be each rank's own, bound to it by SLURM
+    if 1 < count < ranks.local_world:  # SLURM may have bound a single GPU of its own to each rank
         raise RecipeError(f"{ranks.local_world} ranks on this node, but torch sees {count} GPUs; start one rank a GPU")
     device = torch.device("cuda", ranks.local_rank % count)
     torch.cuda.set_device(device)
-    # DeepSpeed and accelerate take it for the GPU's number, which it is not where a rank sees its own GPU alone.
+    # DeepSpeed and accelerate read LOCAL_RANK as the number of the GPU. It differs where a rank sees only its own GPU.
     os.environ["LOCAL_RANK"] = str(device.index)
     return device
 
 
-def use_precision(asked: str, device: torch.device) -> None:
-    """Of float32 products and convolutions in this process from now on: `fp32`, or `tf32` on a GPU's tensor cores.
+def use_precision(precision: str, device: torch.device) -> None:
+    """Set how this process computes float32 products and convolutions from now on.
 
-    Tensors stay float32, so scores are not rounded into ties. Raises RecipeError for `tf32` where there is no GPU.
+    Tensors stay float32, so scores are not rounded into ties.
+
+    Args:
+        precision: `fp32`, or `tf32` on a GPU's tensor cores.
+        device: what this process computes on.
+
+    Raises:
+        RecipeError: `tf32` without a GPU.
     """
     import torch
 
-    if asked == "tf32" and device.type != "cuda":
+    if precision == "tf32" and device.type != "cuda":
         raise RecipeError(f"precision is tf32, which a GPU computes in, and this runs on the {device.type}; use fp32")
-    torch.set_float32_matmul_precision("high" if asked == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = asked == "tf32"  # torch allows it of itself
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"  # torch allows it by default
 
 
 def join(device_name: str = "auto", timeout: float = 600.0) -> tuple[Ranks, torch.device]:
-    """Join (or, alone, make) the process group of this run: NCCL on GPUs, gloo on CPUs. Divides the cores among local ranks.
+    """Join the process group of this run, or make it for a world of one: NCCL on GPUs, gloo on CPUs.
 
-    Raises RankLost naming the ranks that did not come within `timeout` seconds.
+    On CPUs it also divides the cores among the ranks of this node.
+
+    Args:
+        device_name: as in `choose_device`.
+        timeout: seconds to wait for the other ranks.
+
+    Returns:
+        This process among the ranks, and its device.
+
+    Raises:
+        RankLost: some ranks did not come in time; the message names them.
+        RecipeError: as in `choose_device`.
     """
     import torch
     from torch import distributed
 
     ranks = ranks_from_environment()
-    if ranks.world > 1 and "RANK" not in os.environ:  # started by srun alone: accelerate knows torchrun's names only
-        places = (("RANK", ranks.rank), ("LOCAL_RANK", ranks.local_rank))
-        worlds = (("WORLD_SIZE", ranks.world), ("LOCAL_WORLD_SIZE", ranks.local_world))
-        os.environ.update({name: str(value) for name, value in places + worlds})
+    if ranks.world > 1 and "RANK" not in os.environ:  # started by srun; accelerate reads torchrun's names only
+        numbers = (("RANK", ranks.rank), ("LOCAL_RANK", ranks.local_rank))
+        sizes = (("WORLD_SIZE", ranks.world), ("LOCAL_WORLD_SIZE", ranks.local_world))
+        os.environ.update({name: str(value) for name, value in numbers + sizes})
     device = choose_device(device_name, ranks)
     if not distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        store = distributed.HashStore() if ranks.world == 1 else _meet(ranks, timeout)
-        # The watchdog ends a run that hangs; a collective's own timeout, an abort without names, is for when it cannot.
-        later = timedelta(seconds=2 * timeout + 60)
-        distributed.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=later)
+        store = distributed.HashStore() if ranks.world == 1 else _rendezvous(ranks, timeout)
+        # The watchdog ends a run that hangs, and names the rank. A collective's own timeout aborts without names, so it
+        # comes later, for the case that the watchdog cannot act.
+        last_resort = timedelta(seconds=2 * timeout + 60)
+        distributed.init_process_group(
+            backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=last_resort
+        )
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world))
     return ranks, device
 
 
-def _meet(ranks: Ranks, timeout: float) -> Any:
-    """The store at MASTER_ADDR:MASTER_PORT, once every rank has come to it."""
+def _rendezvous(ranks: Ranks, timeout: float) -> Any:
+    """Return the store at MASTER_ADDR:MASTER_PORT once every rank has come to it."""
     import time
 
     from torch import distributed
@@ -127,12 +163,12 @@ def _meet(ranks: Ranks, timeout: float) -> Any:
         raise LigatureError(
             f"rank {ranks.rank} of {ranks.world} has no MASTER_ADDR and MASTER_PORT; start it with `ligature launch`"
         )
-    # torchrun keeps the store itself and says so.
-    serves = ranks.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    # torchrun serves the store itself, and says so in this variable.
+    is_server = ranks.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     limit = timedelta(seconds=timeout)
-    began = time.monotonic()
+    start = time.monotonic()
     try:
-        store = distributed.TCPStore(address, int(port), None, serves, limit, wait_for_workers=False)
+        store = distributed.TCPStore(address, int(port), None, is_server, limit, wait_for_workers=False)
         run = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         run.set(f"came/{ranks.rank}", "")
     except (distributed.DistError, ValueError) as error:
@@ -141,18 +177,18 @@ def _meet(ranks: Ranks, timeout: float) -> Any:
         ) from error
     names = [f"came/{rank}" for rank in range(ranks.world)]
     try:
-        run.wait(names, timedelta(seconds=max(1.0, timeout - (time.monotonic() - began))))
+        run.wait(names, timedelta(seconds=max(1.0, timeout - (time.monotonic() - start))))
     except distributed.DistError as error:
         missing = [rank for rank, name in enumerate(names) if not run.check([name])]
-        shown = ", ".join(str(rank) for rank in missing[:8]) + f" and {len(missing) - 8} more" * (len(missing) > 8)
+        names_missing = ", ".join(map(str, missing[:8])) + f" and {len(missing) - 8} more" * (len(missing) > 8)
         raise RankLost(
-            f"rank {ranks.rank} waited {timeout:.0f} s at {address}:{port}, but of {ranks.world} ranks {shown} did not come"
+            f"rank {ranks.rank} waited {timeout:.0f} s at {address}:{port}, but of {ranks.world} ranks {names_missing} did not come"
         ) from error
     return run
 
 
 def rendezvous_store(name: str) -> Any:
-    """A connection of its own, with names of its own, to the store that the ranks of the default group met at."""
+    """Return a new connection to the store that the ranks joined through, with keys under `name`."""
     from torch import distributed
     from torch.distributed.distributed_c10d import _get_default_store
 
@@ -160,7 +196,14 @@ def rendezvous_store(name: str) -> Any:
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """(n, …) on each rank -> (world * n, …), in rank order, without gradient. Every rank must bring the same n."""
+    """Gather the rows of all ranks, in rank order and without gradient. A collective.
+
+    Args:
+        rows: (n, …), with the same n on every rank.
+
+    Returns:
+        (world * n, …).
+    """
     import torch
     from torch import distributed
 
@@ -174,16 +217,16 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather_into(gathered: torch.Tensor, part: torch.Tensor) -> None:
-    """Fill `gathered`, (world * n, …), with every rank's `part`, (n, …), in rank order."""
+    """Fill `gathered`, (world * n, …), with the `part`, (n, …), of every rank, in rank order. A collective."""
     from torch import distributed
 
-    # torch 2.13 renamed the collective; the old name warns on every call from then on.
+    # torch 2.13 renamed this collective, and the old name warns on every call since then.
     gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
     gather(gathered, part)
 
 
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all ranks, as a new tensor."""
+    """Return the sum of a tensor over all ranks, as a new tensor. A collective."""
     from torch import distributed
 
     value = value.clone()
@@ -193,32 +236,42 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
 
 
 def run_on_first(ranks: Ranks, make: Callable[[], T]) -> T:
-    """What `make()` returns on the first rank, on every rank. A LigatureError it raises stops them all; the first rank tells it."""
+    """Call `make()` on the first rank, and return its result on every rank. A collective.
+
+    Args:
+        ranks: this process among the ranks.
+        make: called on the first rank alone; its result must be picklable.
+
+    Raises:
+        LigatureError: raised by `make`. It stops every rank; only the first rank's error has the message.
+    """
     import torch
     from torch import distributed
 
-    told: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # the result, the error
     if ranks.first:
         try:
-            told[0] = make()
+            outcome[0] = make()
         except LigatureError as error:
-            told[1] = error
+            outcome[1] = error
     if ranks.world > 1:
         device = torch.device("cpu") if distributed.get_backend() == "gloo" else None
-        distributed.broadcast_object_list(told, device=device)
-    if told[1] is not None:
-        raise told[1] if ranks.first else type(told[1])()
-    return told[0]
+        distributed.broadcast_object_list(outcome, device=device)
+    result, failure = outcome
+    if failure is not None:
+        raise failure if ranks.first else type(failure)()
+    return result
 
 
 _control: Any = None
-"""(default group, the control group made beside it)."""
+"""The default group, and the control group that was made beside it."""
 
 
 def control_group() -> Any:
-    """A small gloo group of all ranks for words on the host's side (stop? sick? how fast?), whatever carries the tensors.
+    """Return a gloo group of all ranks for small values on the host, whatever backend carries the tensors.
 
-    Made on first use, which is a collective; a GPU's queue of work is not waited for by what it carries.
+    It carries flags (stop, sick) and speeds, and does not wait for the work that a GPU has queued. Its first use creates it,
+    which is a collective.
     """
     global _control
     from torch import distributed
@@ -230,7 +283,7 @@ def control_group() -> Any:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank: every rank gets the same answer. A collective."""
+    """Return whether the flag is set on any rank. Every rank gets the same answer. A collective."""
     import torch
     from torch import distributed
 
@@ -242,17 +295,18 @@ def any_rank(flag: bool) -> bool:
 
 
 def gather_values(value: Any) -> list[Any]:
-    """A small value of each rank, in rank order, on every rank. A collective."""
+    """Return a small value of every rank, in rank order, on every rank. A collective."""
     from torch import distributed
 
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return [value]
-    told: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(told, value, group=control_group())
-    return told
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value, group=control_group())
+    return values
 
 
 def barrier() -> None:
+    """Wait until every rank has come here. A collective."""
     from torch import distributed
 
     if distributed.is_initialized() and distributed.get_world_size() > 1:

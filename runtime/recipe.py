@@ -1,4 +1,8 @@
-"""Recipes: a YAML file and dotted overrides -> dataclasses, through jsonargparse. Mistakes become one line."""
+"""Recipes: a YAML file and dotted overrides become dataclasses, by jsonargparse. Every mistake becomes one line.
+
+A recipe is a dataclass. Its fields are values, or groups of keys, which are dataclasses again. A recipe key is the dotted path
+to a value, such as `optimizer.lr`.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +21,26 @@ Recipe = TypeVar("Recipe")
 
 
 class OptionParser(argparse.ArgumentParser):
-    """For commands without a recipe: a mistake is one line as well, and options are not guessed from their beginning."""
+    """Parses the options of a command without a recipe. A mistake is one line, and options may not be abbreviated."""
 
     def __init__(self, prog: str, **settings: Any) -> None:
         super().__init__(prog, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
+        """Raise a RecipeError with argparse's message and the command that explains the options."""
         raise RecipeError(f"{self.prog.removeprefix('ligature ')}: {message}; see `{self.prog} --help`")
 
 
 def read_recipe(kind: type[Recipe], arguments: list[str], command: str) -> Recipe:
-    """Parse `--config recipe.yaml --dotted.key value …` into `kind`, a dataclass; `--help` prints every key and exits.
+    """Parse `--config recipe.yaml --dotted.key value …` into a recipe. `--help` prints every key and exits.
 
-    Raises RecipeError, with the key, the value and the nearest right one, for anything that does not fit.
+    Args:
+        kind: the recipe's dataclass.
+        arguments: the words after the command. Later ones win.
+        command: what the help calls the command.
+
+    Raises:
+        RecipeError: an argument does not fit; the message has the key, the value and the nearest right key.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
@@ -37,28 +48,37 @@ def read_recipe(kind: type[Recipe], arguments: list[str], command: str) -> Recip
         prog=command,
         exit_on_error=False,
         allow_abbrev=False,  # `--optimizer.weight 1` is a mistake, not a weight_decay
-        description=(kind.__doc__ or "").strip().splitlines()[0],
+        description=(kind.__doc__ or "").strip().splitlines()[0],  # the docstring's summary
     )
     parser.add_argument(
         "--config", action="config", help="a recipe (YAML); may be given more than once, later ones win"
     )
-    # The parser takes care of types; `instantiate` below keeps our own one-line messages from __post_init__.
+    # The parser checks the types. `build_config` makes the dataclasses, so that messages of __post_init__ stay one line.
     parser.add_class_arguments(kind, as_group=False)
-    arguments = [part for argument in arguments for part in _split_config(argument)]
-    for place, argument in enumerate(arguments[:-1]):
+    arguments = [part for argument in arguments for part in _split_config_option(argument)]
+    for number, argument in enumerate(arguments[:-1]):
         if argument == "--config":
-            path = find_recipe(arguments[place + 1])
+            path = find_recipe(arguments[number + 1])
             _check_keys(kind, _read_yaml(path), f"{path}: ")
-            arguments[place + 1] = str(path)
+            arguments[number + 1] = str(path)
     try:
         parsed = parser.parse_args([*arguments])
     except (ArgumentError, TypeError) as error:
-        raise RecipeError(_one_line(str(error), keys_of(kind))) from None
+        raise RecipeError(_format_parser_error(str(error), keys_of(kind))) from None
     return build_config(kind, parsed.as_dict())
 
 
 def build_config(kind: type[Recipe], values: dict[str, Any], prefix: str = "") -> Recipe:
-    """Nested dictionaries -> dataclasses. Unknown keys are refused; `config` (the parser's own) is left out."""
+    """Return a dataclass made from nested dictionaries. The parser's own key `config` is ignored.
+
+    Args:
+        kind: the dataclass; fields that are dataclasses are made in the same way.
+        values: by field name. Missing fields take their defaults.
+        prefix: what errors write before a key.
+
+    Raises:
+        RecipeError: a key is unknown, or a value is null that may not be.
+    """
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(kind)
     arguments = {}
@@ -67,20 +87,21 @@ def build_config(kind: type[Recipe], values: dict[str, Any], prefix: str = "") -
             continue
         if name not in fields:
             raise RecipeError(
-                f"unknown key {prefix}{name}{_nearest(prefix + name, [prefix + known for known in fields])}"
+                f"unknown key {prefix}{name}{_suggest_key(prefix + name, [prefix + known for known in fields])}"
             )
         if value is None and types.NoneType not in typing.get_args(hints[name]):
             raise RecipeError(f"{prefix}{name} is null; give it a value, or leave the key out for its default")
-        if isinstance(value, dict) and (inner := _dataclass_in(hints[name])):
-            value = build_config(inner, value, f"{prefix}{name}.")
-        elif isinstance(value, dict) and (named := _dataclass_in(typing.get_args(hints[name])[-1])):
-            value = {key: build_config(named, one, f"{prefix}{name}.{key}.") for key, one in value.items()}
+        if isinstance(value, dict) and (group := _group_of(hints[name])):
+            value = build_config(group, value, f"{prefix}{name}.")
+        elif isinstance(value, dict) and (entry_kind := _group_of(typing.get_args(hints[name])[-1])):
+            # dict[str, SomeConfig]: the user names the entries.
+            value = {key: build_config(entry_kind, entry, f"{prefix}{name}.{key}.") for key, entry in value.items()}
         arguments[name] = value
     return kind(**arguments)
 
 
 def write_recipe(path: Path, recipe: Any) -> None:
-    """The resolved recipe as YAML, every key stated; `--config` reads it back."""
+    """Write a resolved recipe as YAML with every key. `--config` and `load_recipe` read it back."""
     import yaml
 
     from runtime.files import write_text
@@ -89,7 +110,11 @@ def write_recipe(path: Path, recipe: Any) -> None:
 
 
 def load_recipe(kind: type[Recipe], path: Path) -> Recipe:
-    """Read what `write_recipe` wrote."""
+    """Return the recipe that `write_recipe` wrote.
+
+    Raises:
+        RecipeError: there is no such file, or it does not fit `kind`.
+    """
     if not Path(path).is_file():
         raise RecipeError(f"no recipe at {path}")
     values = _read_yaml(Path(path))
@@ -98,7 +123,7 @@ def load_recipe(kind: type[Recipe], path: Path) -> Recipe:
 
 
 def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """`key: old -> new` for every leaf in which two recipes of one kind differ."""
+    """Return `key: old -> new` for every recipe key in which two recipes of one kind differ."""
     lines = []
     for field in dataclasses.fields(old):
         before, after = getattr(old, field.name), getattr(new, field.name)
@@ -126,7 +151,7 @@ def free_keys(kind: type, prefix: str = "") -> list[str]:
     hints = typing.get_type_hints(kind)
     keys: list[str] = []
     for field in dataclasses.fields(kind):
-        key, group = prefix + field.name, _dataclass_in(hints[field.name])
+        key, group = prefix + field.name, _group_of(hints[field.name])
         if field.metadata.get("free"):
             keys += keys_of(group, f"{key}.") if group else [key]
         elif group:
@@ -135,24 +160,28 @@ def free_keys(kind: type, prefix: str = "") -> list[str]:
 
 
 def check_name(key: str, name: str) -> None:
-    """Refuse a name that could not be a folder's."""
+    """Refuse a name that cannot be a folder's name.
+
+    Raises:
+        RecipeError: `name`, the value of the recipe key `key`, is empty, has a slash or begins with a dot.
+    """
     if not name or "/" in name or name.startswith("."):
         raise RecipeError(
-            f"{key} is {name!r}; it becomes a folder's name, so it has no slash and does not begin with a dot"
+            f"{key} is {name!r}; it names a folder, so it must not be empty, have a slash or begin with a dot"
         )
 
 
 def keys_of(kind: type, prefix: str = "") -> list[str]:
-    """All dotted keys of a recipe."""
+    """Return all dotted keys of a recipe, in the order of its fields."""
     keys = []
     for name, hint in typing.get_type_hints(kind).items():
-        inner = _dataclass_in(hint)
-        keys += keys_of(inner, f"{prefix}{name}.") if inner else [prefix + name]
+        group = _group_of(hint)
+        keys += keys_of(group, f"{prefix}{name}.") if group else [prefix + name]
     return keys
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe's file: as named, else the shipped one of that name (`pretrain/demo.yaml`), from whichever folder."""
+    """Return the file of that name, or else the shipped recipe of that name (`pretrain/demo.yaml`)."""
     import configs
 
     if Path(name).is_file():
@@ -161,15 +190,17 @@ def find_recipe(name: str) -> Path:
     return shipped if shipped.is_file() else Path(name)
 
 
-def _split_config(argument: str) -> list[str]:
+def _split_config_option(argument: str) -> list[str]:
+    """Return `--config=FILE` as two words, and every other argument as it is."""
     return ["--config", argument[9:]] if argument.startswith("--config=") else [argument]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    """Return the keys and values of a recipe file. Raises RecipeError, in one line, where it holds none."""
     import yaml
 
     if not path.is_file():
-        raise RecipeError(f"--config {path}: no such file{_nearest_recipe(path)}")
+        raise RecipeError(f"--config {path}: no such file{_suggest_recipe(path)}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -181,40 +212,48 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _check_keys(kind: Any, values: dict[str, Any], where: str, prefix: str = "") -> None:
-    """Refuse unknown keys of a file by their dotted names; the parser would name only the last part."""
+def _check_keys(kind: Any, values: dict[str, Any], source: str, prefix: str = "") -> None:
+    """Refuse unknown keys of a file by their dotted names; the parser would name only the last part of a key.
+
+    Args:
+        kind: the dataclass that the values are for.
+        values: the file's content, or a group of it.
+        source: what errors begin with, such as `recipe.yaml: `.
+        prefix: the dotted path to `values`.
+    """
     hints = typing.get_type_hints(kind)
     for name, value in values.items():
         if name not in hints:
             raise RecipeError(
-                f"{where}unknown key {prefix}{name} (value {value!r}){_nearest(f'{prefix}{name}', keys_of(kind, prefix))}"
+                f"{source}unknown key {prefix}{name} (value {value!r}){_suggest_key(f'{prefix}{name}', keys_of(kind, prefix))}"
             )
-        inner = _dataclass_in(hints[name])
-        if inner and isinstance(value, dict):
-            _check_keys(inner, value, where, f"{prefix}{name}.")
-        elif inner and not (value is None and types.NoneType in typing.get_args(hints[name])):
-            shown = "null" if value is None else repr(value)
-            raise RecipeError(f"{where}{prefix}{name} is {shown}; it is a group of keys: {', '.join(keys_of(inner))}")
+        group = _group_of(hints[name])
+        if group and isinstance(value, dict):
+            _check_keys(group, value, source, f"{prefix}{name}.")
+        elif group and not (value is None and types.NoneType in typing.get_args(hints[name])):
+            text = "null" if value is None else repr(value)
+            raise RecipeError(f"{source}{prefix}{name} is {text}; it is a group of keys: {', '.join(keys_of(group))}")
 
 
-def _dataclass_in(hint: Any) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+def _group_of(hint: Any) -> Any:
+    """Return the dataclass in a type hint (`SomeConfig` or `SomeConfig | None`), or None where the field is a value."""
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((member for member in members if dataclasses.is_dataclass(member)), None)
 
 
-def _nearest(key: str, keys: list[str]) -> str:
-    """`; did you mean …?` by the whole dotted key, else by its last part."""
+def _suggest_key(key: str, keys: list[str]) -> str:
+    """Return `; did you mean …?` with the nearest of `keys` by its whole name, or else by its last part."""
     groups = sorted({known.rsplit(".", 1)[0] for known in keys if "." in known})
     close = difflib.get_close_matches(key, keys + groups, n=1, cutoff=0.7)
-    last = key.rsplit(".", 1)[-1]
+    last_part = key.rsplit(".", 1)[-1]
     close = close or [
-        known for known in keys if difflib.SequenceMatcher(None, known.rsplit(".", 1)[-1], last).ratio() > 0.6
+        known for known in keys if difflib.SequenceMatcher(None, known.rsplit(".", 1)[-1], last_part).ratio() > 0.6
     ]
     return f"; did you mean {close[0]}?" if close else "; `--help` lists the keys"
 
 
-def _nearest_recipe(path: Path) -> str:
-    """The shipped recipe of the nearest name, as a path that works from any folder."""
+def _suggest_recipe(path: Path) -> str:
+    """Return `; did you mean …?` with the shipped recipe of the nearest name, as a path that works from any folder."""
     import configs
 
     shipped = sorted(Path(configs.__path__[0]).rglob("*.yaml"))
@@ -222,21 +261,24 @@ def _nearest_recipe(path: Path) -> str:
     return f"; did you mean {next(recipe for recipe in shipped if recipe.name == close[0])}?" if close else ""
 
 
-def _one_line(message: str, keys: list[str]) -> str:
-    """jsonargparse's report of several lines -> one, with the nearest key where a key is unknown."""
+def _format_parser_error(message: str, keys: list[str]) -> str:
+    """Return jsonargparse's error as one line in our words, with the nearest key where a key is unknown.
+
+    Its errors carry no structure, so each pattern below reads one form of its text. An unknown form is returned as it is.
+    """
     line = re.sub(r"\s+", " ", message).strip()
     if unknown := re.search(r"[Uu]nrecognized arguments?: --([\w.-]+)(?:[= ](\S+))?", line):
         value = f" (value {unknown[2]!r})" if unknown[2] else ""
-        return f"unknown key {unknown[1]}{value}{_nearest(unknown[1], keys)}"
+        return f"unknown key {unknown[1]}{value}{_suggest_key(unknown[1], keys)}"
     if unknown := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", line):
-        return f"unknown key {unknown[1]}.{unknown[2]}{_nearest(f'{unknown[1]}.{unknown[2]}', keys)}"
+        return f"unknown key {unknown[1]}.{unknown[2]}{_suggest_key(f'{unknown[1]}.{unknown[2]}', keys)}"
     if stray := re.search(r"[Uu]nrecognized arguments?: (.+)", line):
-        return f"{stray[1]!r} belongs to no key; write --key value, or --config FILE for a recipe"
+        return f"{stray[1]!r} belongs to no key; write --key VALUE, or --config FILE for a recipe"
     if bare := re.search(r"argument --([\w.]+): expected one argument", line):
         return f"{bare[1]} has no value; write --{bare[1]} VALUE"
     if group := re.match(r'Parser key "([\w.]+)": Unable to load config \'(.*?)\' -', line):
-        inner = [key for key in keys if key.startswith(f"{group[1]}.")]
-        return f"{group[1]} is {group[2]!r}; it is a group of keys: {', '.join(inner)}"
+        members = [key for key in keys if key.startswith(f"{group[1]}.")]
+        return f"{group[1]} is {group[2]!r}; it is a group of keys: {', '.join(members)}"
     if union := re.match(
         r'Parser key "([\w.]+)": Does not validate.*Subtypes: \[(.*?)\] Errors:.*Given value: (.*)', line
     ):

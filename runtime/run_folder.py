@@ -1,4 +1,4 @@
-"""A run's folder: a function of its name, never of the clock. The same command again finds it and goes on."""
+"""A run's folder: a function of the run's name, never of the clock. The same command finds it again and resumes the run."""
 
 from __future__ import annotations
 
@@ -27,10 +27,15 @@ PACKAGES = (
     "webdataset",
     "numpy",
 )
+"""Packages that `environment.json` gives the versions of."""
 
 
 class RunFolder:
-    """`config.yaml`, `environment.json`, `metrics.jsonl`, `tensorboard/`, `quarantine.jsonl`, `checkpoints/`, `lease/`, `finished.json`."""
+    """The folder of one run. Only the process that holds its lease writes into it.
+
+    It holds `config.yaml`, `environment.json`, `metrics.jsonl`, `tensorboard/`, `quarantine.jsonl`, `checkpoints/`, `lease/` and,
+    at the end, `finished.json`.
+    """
 
     def __init__(self, recipe: Any) -> None:
         self.path = Path(recipe.runs) / recipe.name
@@ -41,8 +46,11 @@ class RunFolder:
         )
 
     def changes(self, recipe: Any) -> list[str]:
-        """`key: old -> new` where the folder's recipe and this one differ in what makes a run another run. A start that came to no
-        checkpoint (a mistake in the recipe that only building the model shows) binds nobody."""
+        """Return `key: old -> new` for each recipe key in which the folder's recipe differs from this one, free keys left out.
+
+        A folder without a checkpoint has no such keys. Its start may have failed by a mistake in the recipe that only
+        building the model shows, and the corrected recipe must be accepted.
+        """
         if not self.config.exists() or not self.checkpoints.steps():
             return []
         stored = load_recipe(type(recipe), self.config)
@@ -50,16 +58,23 @@ class RunFolder:
         return [line for line in changed_keys(stored, recipe) if line.split(":")[0] not in free]
 
     def check(self, recipe: Any) -> None:
-        """Refuse a folder that belongs to another recipe, naming the keys that differ."""
+        """Refuse a folder that belongs to another recipe.
+
+        Raises:
+            RecipeError: the recipes differ; the message names the keys.
+        """
         if changes := self.changes(recipe):
             raise RecipeError(
                 f"{self.path} belongs to another recipe ({'; '.join(changes)}); choose another --name, or remove the folder"
             )
 
     def open(self, recipe: Any, ranks: Ranks) -> None:
-        """Hold the folder (made on the first start) until `close`, and write down the recipe and the environment.
+        """Hold the folder until `close`, and write the recipe and the environment into it. A collective.
 
-        All ranks come here. Raises RunHeld while another process holds it.
+        The first start creates the folder.
+
+        Raises:
+            RunHeld: another process holds the folder.
         """
 
         def take_and_write() -> None:
@@ -70,29 +85,30 @@ class RunFolder:
         run_on_first(ranks, take_and_write)
 
     def close(self) -> None:
-        """Leave the folder to whoever comes next."""
+        """Give the folder up for the next process."""
         if self.lease:
             self.lease.release()
 
     def finished(self) -> bool:
-        """Whether the run reached its end; the first rank says so."""
+        """Return whether the run reached its end. The first rank prints it where it did."""
         path = self.path / "finished.json"
         if path.exists() and ranks_from_environment().first:
             print(f"{self.path} is finished ({read_json(path)['steps']} steps); nothing to do")
         return path.exists()
 
     def finish(self, summary: dict[str, Any]) -> None:
+        """Mark the run as finished. `summary` has its number of `steps`."""
         self.write("finished.json", summary)
 
     def write(self, name: str, value: Any) -> None:
-        """Put a JSON file into the folder."""
+        """Write a JSON file into the folder."""
         assert self.lease, "only the process that holds the run writes into it"
         with self.lease.guarded() as staging:
             write_json(self.path / name, value, staging)
 
 
 def environment() -> dict[str, Any]:
-    """Versions, host and commit that a run was made with."""
+    """Return the versions, host, command and commit of this process."""
     versions = {}
     for package in PACKAGES:
         try:

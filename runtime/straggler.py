@@ -1,4 +1,4 @@
-"""The straggler watch: which rank the others wait for. One small gather every few steps, nothing in between."""
+"""The straggler watch finds the rank that the others wait for. It costs one small gather every few steps."""
 
 from __future__ import annotations
 
@@ -13,63 +13,81 @@ from runtime.files import write_json
 from runtime.ranks import Ranks, gather_values
 
 SLOW = 1.5
-"""A rank falls behind when its own work takes this many times the median rank's …"""
+"""A rank falls behind when its own work takes more than this many times the median rank's, and `SHARE` holds too."""
 SHARE = 0.1
-"""… and what it takes beyond the median is this share of the step or more."""
+"""What its own work takes beyond the median must be more than this share of the step."""
 WRITE_EVERY = 60.0
-"""Seconds between two `ranks.json`."""
+"""Seconds between two writes of `ranks.json`, at least."""
 
 
 class StragglerWatch:
-    """Steps are as long on every rank, for they wait for one another. What differs is the own work: the time from a step's start
-    until the rank first needs the others (waiting for its data included). The slowest rank is the one with the most of it.
+    """Compares the own work of the ranks: the time from a step's start until the rank first waits for the others.
 
-    On a GPU the host runs ahead of the device, so the stage lets the device catch up where the own work ends (`Watchdog.enter_collective`).
+    A whole step is equally long on every rank, because the ranks wait for one another. Own work includes waiting for data.
+    The slowest rank is the one with the most own work. On a GPU the host runs ahead of the device, so the host waits for the
+    device where own work ends (`Watchdog.enter_collective`).
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self._waited, self._own, self._taken, self._count = 0.0, 0.0, 0.0, 0
+        self._data_wait, self._own_work, self._step_seconds, self._count = 0.0, 0.0, 0.0, 0
         self._named, self._written = -1, -WRITE_EVERY
 
-    def add(self, waited: float, own: float, taken: float) -> None:
-        """A step: seconds it waited for data, seconds of own work (data included), seconds in all."""
-        self._waited, self._own, self._taken = self._waited + waited, self._own + own, self._taken + taken
+    def add(self, data_wait: float, own_work: float, step_seconds: float) -> None:
+        """Add a step of this rank.
+
+        Args:
+            data_wait: seconds it waited for data.
+            own_work: seconds of own work, `data_wait` included.
+            step_seconds: seconds of the whole step.
+        """
+        self._data_wait += data_wait
+        self._own_work += own_work
+        self._step_seconds += step_seconds
         self._count += 1
 
     def report(self, step: int, folder: Path) -> dict[str, float]:
-        """Means since the last look -> figures to log; the slowest rank is named on stderr when it begins to fall behind, and the
-        ranks' figures are in `ranks.json` of `folder`. A collective."""
+        """Return the figures to log, as means over the steps since the last report. A collective.
+
+        The first rank prints a line when a rank begins to fall behind, and writes the figures of all ranks to `ranks.json`.
+
+        Args:
+            step: the current step.
+            folder: the run's folder, for `ranks.json`.
+        """
         count = max(1, self._count)
-        rows = gather_values((self._waited / count, self._own / count, self._taken / count, platform.node()))
-        self._waited, self._own, self._taken, self._count = 0.0, 0.0, 0.0, 0
-        own = [row[1] for row in rows]
-        usual = statistics.median_low(own)
-        taken = statistics.fmean(row[2] for row in rows)
-        slowest = max(range(len(own)), key=own.__getitem__)
-        behind = own[slowest] > SLOW * usual and own[slowest] - usual > SHARE * taken
+        means = (self._data_wait / count, self._own_work / count, self._step_seconds / count, platform.node())
+        rows = gather_values(means)
+        self._data_wait, self._own_work, self._step_seconds, self._count = 0.0, 0.0, 0.0, 0
+        own_work = [row[1] for row in rows]
+        median = statistics.median_low(own_work)
+        step_seconds = statistics.fmean(row[2] for row in rows)
+        slowest = max(range(len(own_work)), key=own_work.__getitem__)
+        lost = own_work[slowest] - median
+        is_behind = own_work[slowest] > SLOW * median and lost > SHARE * step_seconds
         if self.ranks.first:
-            if behind and slowest != self._named:
-                waited, lost = rows[slowest][0], own[slowest] - usual
+            if is_behind and slowest != self._named:
+                data_wait, _, _, host = rows[slowest]
                 print(
-                    f"ligature: rank {slowest} ({rows[slowest][3]}) falls behind at step {step}: {own[slowest]:.3g} s of own work a "
-                    f"step ({waited:.3g} s of it waiting for data) where the median rank has {usual:.3g} s; all ranks wait "
-                    f"{lost:.3g} s ({lost / taken:.0%}) of each step for it",
+                    f"ligature: rank {slowest} ({host}) falls behind at step {step}: {own_work[slowest]:.3g} s of own work a "
+                    f"step ({data_wait:.3g} s of it waiting for data) where the median rank has {median:.3g} s; all ranks wait "
+                    f"{lost:.3g} s ({lost / step_seconds:.0%}) of each step for it",
                     file=sys.stderr,
                 )
             self._write(step, rows, folder)
-        self._named = slowest if behind else -1
+        self._named = slowest if is_behind else -1
         return {
-            "step_seconds": taken,
-            "data_wait": statistics.fmean(row[0] for row in rows) / max(taken, 1e-9),
-            "own_work_slowest": own[slowest],
-            "own_work_median": usual,
+            "step_seconds": step_seconds,
+            "data_wait": statistics.fmean(row[0] for row in rows) / max(step_seconds, 1e-9),
+            "own_work_slowest": own_work[slowest],
+            "own_work_median": median,
             "slowest_rank": float(slowest),
         }
 
     def _write(self, step: int, rows: list[tuple[float, float, float, str]], folder: Path) -> None:
         now = time.monotonic()
-        if now - self._written < WRITE_EVERY or not folder.is_dir():  # a mount that went is not to be written beneath
+        # Where a mount has gone away, writing would create the folder on the disk below it.
+        if now - self._written < WRITE_EVERY or not folder.is_dir():
             return
         self._written = now
         names = ("data_wait_seconds", "own_work_seconds", "step_seconds", "host")

@@ -1,13 +1,16 @@
-"""The watchdog: a rank that died or hangs is named within the recipe's limit, and the others stop, saying what each was doing.
+"""The watchdog names a rank that died or hangs within the recipe's limit, and stops the others with what each was doing.
 
-Without it the others wait in a collective, for as long as its timeout (30 minutes) or for ever. A thread of each rank writes a
-beat to the store that the ranks met at: how often it has beaten, how many phases its main thread has entered, and which one it
-is in. Rank 0 reads them all, the others read rank 0's alone, so that a thousand ranks cost a thousand small reads a beat.
+Without it the other ranks wait in a collective until its timeout (30 minutes) or for ever. A thread of each rank writes a beat
+to the store that the ranks joined through. A beat holds the number of beats so far, the number of phases that the main thread
+has entered, and the phase it is in. Rank 0 reads every rank's beats and the others read rank 0's alone. So a thousand ranks
+cost a thousand small reads per beat.
 
-died    no new beat for six beats
-hung    beats, but its main thread entered no new phase for the limit; where all stand still, the ones that entered the fewest
-        phases are those the others wait for
-left    it stopped by an error of its own, and wrote down which
+A rank is lost in one of three ways:
+
+dead    it has sent no new beat for `MISSED_BEATS` beats
+hung    it beats, but its main thread has entered no new phase for the limit. Where every rank stands still, the others wait
+        for the ranks that have entered the fewest phases
+failed  it stopped by an error of its own, and wrote down which
 """
 
 from __future__ import annotations
@@ -26,9 +29,9 @@ from typing import Any
 from runtime.errors import LigatureError, RankLost
 from runtime.ranks import Ranks, barrier, rendezvous_store
 
-MISSED = 6
+MISSED_BEATS = 6
 """Beats that a rank may miss before it counts as dead."""
-FAILURES = (
+CONNECTION_WORDS = (
     "gloo",
     "nccl",
     "connection closed",
@@ -38,102 +41,108 @@ FAILURES = (
     "timed out",
     "socket",
 )
-"""What an error of torch.distributed says when another rank has gone."""
+"""Words of the errors that torch.distributed raises when another rank has gone."""
+TOGETHER = "computing with the others"
+"""The phase in which a rank waits for the others in a collective."""
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-OURS = tuple(
+OWN_FOLDERS = tuple(
     os.path.join(_ROOT, floor)
     for floor in ("runtime", "data_tools", "retrieval", "training", "pretrain", "finetune", "launch", "tests")
 )
+"""Folders of our own code. A rank's location in the verdict is its innermost frame in one of them."""
 
 _watches = 0
+"""Watches that this process has started."""
 
 
 class Watchdog:
-    """What this rank is doing, told to the others; made by `watch_ranks`."""
+    """Publishes what this rank is doing, and ends this process when another rank is lost. `watch_ranks` makes it."""
 
     def __init__(self, ranks: Ranks, limit: float, store: Any = None) -> None:
         self.ranks, self.limit = ranks, limit
-        self.beat = min(5.0, limit / 20)
+        self.beat_seconds = min(5.0, limit / 20)
         self.own_work = 0.0
-        """Seconds from the step's start until this rank first needed the others, of the step that is being taken or was last."""
+        """Seconds from a step's start until this rank first waited for the others, of the current step or else the last one."""
         self._store = store
         self._phases, self._phase, self._step = 0, "starting", 0
-        self._since = self._step_began = time.monotonic()
+        self._step_start = time.monotonic()
         self._beats = 0
-        self._left = ""
+        self._error = ""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._main = threading.main_thread().ident
 
     def enter_phase(self, phase: str, step: int) -> None:
-        """The main thread enters a phase of a step. Every rank enters the same phases in the same order."""
-        now = time.monotonic()
+        """Record that the main thread enters a phase of a step. Every rank enters the same phases in the same order."""
         if step != self._step:
-            self._step_began = now
-        self._phase, self._step, self._since = phase, step, now
+            self._step_start = time.monotonic()
+        self._phase, self._step = phase, step
         self._phases += 1
 
     def enter_collective(self) -> None:
-        """The main thread is about to wait for the others: its own work of this step ends. Later calls in a step count nothing."""
+        """Record that the main thread is about to wait for the others, which ends its own work of this step.
+
+        Later calls within a step change nothing.
+        """
         if self._phase == TOGETHER:
             return
-        if _device_idle(self._step):
-            self.own_work = time.monotonic() - self._step_began
+        if _device_is_idle(self._step):
+            self.own_work = time.monotonic() - self._step_start
         self.enter_phase(TOGETHER, self._step)
 
     def _watch(self) -> None:
-        seen: dict[int, RankStatus] = {}
+        """Send beats and read those of other ranks until `stop`. Ends the process when a rank is lost."""
+        statuses: dict[int, RankStatus] = {}
         watched = range(self.ranks.world) if self.ranks.first else (0, self.ranks.rank)
-        while not self._stopped.wait(self.beat):
+        while not self._stopped.wait(self.beat_seconds):
             try:
-                self._tell()
+                self._send_beat()
                 if self.ranks.world > 1 and not self.ranks.first and self._store.check(["verdict"]):
                     self._store.add("acknowledged", 1)
-                    self._end("")  # rank 0 speaks for all
-                told = self._store.multi_get([f"beat/{rank}" for rank in watched])
-            except Exception as error:  # torch's store errors share no type of their own with its other ones
-                if self._stopped.wait(2 * self.beat):
+                    self._end_process("")  # rank 0 prints the verdict for all
+                beats = self._store.multi_get([f"beat/{rank}" for rank in watched])
+            except Exception as error:  # torch's store errors have no base class of their own
+                # `stop` or `leave` may be ending the watch already. Then the missing store is no news.
+                if self._stopped.wait(2 * self.beat_seconds):
                     return
-                self._end(
-                    f"rank 0 is gone: the ranks' store does not answer ({_first_line(error)}); {self._own_words()}"
-                )
+                reason = f"the ranks' store does not answer ({_first_line(error)})"
+                self._end_process(f"rank 0 is gone: {reason}; {self._describe_this_rank()}")
                 return
             now = time.monotonic()
-            for rank, text in zip(watched, told, strict=True):
-                seen.setdefault(rank, RankStatus(now)).update(json.loads(text), now)
-            if verdict := diagnose(seen, self.ranks, self.limit, MISSED * self.beat, now):
+            for rank, text in zip(watched, beats, strict=True):
+                statuses.setdefault(rank, RankStatus(now)).update(json.loads(text), now)
+            verdict = diagnose(statuses, self.ranks, self.limit, MISSED_BEATS * self.beat_seconds, now)
+            if verdict:
                 if self.ranks.first:
-                    self._spread(verdict, len(seen))
-                self._end(verdict)
+                    self._publish_verdict(verdict, len(statuses))
+                self._end_process(verdict)
 
-    def _tell(self) -> None:
+    def _send_beat(self) -> None:
         self._beats += 1
-        frame = _innermost(self._main)
         beat = {
-            "beat": self._beats,
+            "beats": self._beats,
             "phases": self._phases,
-            "doing": f"{self._phase}, step {self._step}" if self._step else self._phase,
-            "for": round(time.monotonic() - self._since, 1),
-            "at": frame,
+            "activity": f"{self._phase}, step {self._step}" if self._step else self._phase,
+            "location": _innermost_frame(self._main),
             "host": platform.node(),
             "pid": os.getpid(),
-            "left": self._left,
+            "error": self._error,
         }
         self._store.set(f"beat/{self.ranks.rank}", json.dumps(beat))
 
-    def _own_words(self) -> str:
-        return f"this rank {self.ranks.rank} was {self._phase}, step {self._step} ({_innermost(self._main)})"
+    def _describe_this_rank(self) -> str:
+        return f"this rank {self.ranks.rank} was {self._phase}, step {self._step} ({_innermost_frame(self._main)})"
 
-    def _spread(self, verdict: str, ranks: int) -> None:
-        """Tell the others before the store goes with this process; those that can, answer."""
+    def _publish_verdict(self, verdict: str, ranks: int) -> None:
+        """Write the verdict for the others, and wait until those that can have read it: the store ends with this process."""
         self._store.set("verdict", verdict)
-        deadline = time.monotonic() + 3 * self.beat
+        deadline = time.monotonic() + 3 * self.beat_seconds
         while time.monotonic() < deadline and self._store.add("acknowledged", 0) < ranks - 1:
-            time.sleep(self.beat / 20)
+            time.sleep(self.beat_seconds / 20)
 
-    def _end(self, verdict: str) -> None:
-        """Leave at once: the main thread may wait in a collective that nothing ends."""
+    def _end_process(self, verdict: str) -> None:
+        """End the process at once, because the main thread may wait in a collective that nothing else ends."""
         if self._stopped.is_set():
             return
         if verdict:
@@ -142,115 +151,135 @@ class Watchdog:
         os._exit(RankLost.exit_code)
 
     def start(self) -> None:
+        """Begin to watch. A collective: every rank calls it."""
         if self._store is None:
             global _watches
-            _watches += 1  # every rank counts alike: nothing a former watch wrote is read
+            _watches += 1  # every rank counts alike, so no watch reads the keys of an earlier one
             self._store = rendezvous_store(f"watch-{_watches}")
-        self._store.set_timeout(timedelta(seconds=max(1.0, MISSED * self.beat)))
-        self._tell()
-        barrier()  # from here on every rank's beat is there to be read
+        self._store.set_timeout(timedelta(seconds=max(1.0, MISSED_BEATS * self.beat_seconds)))
+        self._send_beat()
+        barrier()  # after it every rank's first beat is in the store
         self._thread.start()
 
     def stop(self) -> None:
+        """End the watch after an orderly end of the work. A collective: every rank calls it."""
         barrier()
         self._stopped.set()
         self._thread.join()
 
     def leave(self, error: BaseException) -> None:
-        """This rank stops by an error: tell the others, who may be waiting for it. Where the error is that of a broken connection,
-        wait first for the verdict on who broke it, which ends this process."""
+        """Tell the other ranks, which may be waiting for this one, that it stops by an error.
+
+        A broken connection is usually another rank's fault. The watching thread then gets time to find out whose, and ends
+        this process with that verdict.
+        """
         text = _first_line(error)
-        if not isinstance(error, LigatureError) and any(word in text.lower() for word in FAILURES):
-            self._thread.join((MISSED + 6) * self.beat)
+        if not isinstance(error, LigatureError) and any(word in text.lower() for word in CONNECTION_WORDS):
+            self._thread.join((MISSED_BEATS + 6) * self.beat_seconds)
         self._stopped.set()
         self._thread.join()
         if self.ranks.world == 1:
             return
-        self._left = text if isinstance(error, LigatureError) else f"{type(error).__name__}: {text}"
+        self._error = text if isinstance(error, LigatureError) else f"{type(error).__name__}: {text}"
         try:
-            self._tell()
+            self._send_beat()
             count = self._store.add("left", 1)
             if not self.ranks.first:
                 return
-            # The store goes with this process: those that leave by the same error get time to, the others are told.
-            deadline = time.monotonic() + 2 * self.beat
+            # The store ends with this process. Ranks that leave by the same error get time to do so; the rest are told.
+            deadline = time.monotonic() + 2 * self.beat_seconds
             while count < self.ranks.world and time.monotonic() < deadline:
-                time.sleep(self.beat / 20)
+                time.sleep(self.beat_seconds / 20)
                 count = self._store.add("left", 0)
             if count < self.ranks.world:
-                self._spread("rank 0 left", self.ranks.world - count + 1)
-        except Exception as lost:  # the store is with rank 0, which has gone before us; our own error counts
-            print(f"ligature: rank 0 cannot be told ({_first_line(lost)})", file=sys.stderr)
-
-
-TOGETHER = "computing with the others"
+                self._publish_verdict("rank 0 left", self.ranks.world - count + 1)
+        except Exception as store_error:  # rank 0 and the store have gone before us; our own error is what counts
+            print(f"ligature: cannot tell rank 0 of this error ({_first_line(store_error)})", file=sys.stderr)
 
 
 class RankStatus:
-    """When a rank's beats and phases were last seen to change, by the watching rank's own clock."""
+    """A rank's latest beat, and when its beats and phases last changed by the clock of the rank that watches."""
 
     def __init__(self, now: float) -> None:
-        self.beat: dict[str, Any] = {"beat": -1, "phases": -1, "left": ""}
-        self.beaten = self.moved = now
+        self.beat: dict[str, Any] = {"beats": -1, "phases": -1, "error": ""}
+        self.last_beat = self.last_phase = now
 
     def update(self, beat: dict[str, Any], now: float) -> None:
-        if beat["beat"] != self.beat["beat"]:
-            self.beaten = now
+        """Take note of the beat that the store holds at `now`, in seconds."""
+        if beat["beats"] != self.beat["beats"]:
+            self.last_beat = now
         if beat["phases"] != self.beat["phases"]:
-            self.moved = now
+            self.last_phase = now
         self.beat = beat
 
 
-def diagnose(seen: dict[int, RankStatus], ranks: Ranks, limit: float, missing: float, now: float) -> str:
-    """The line that names who is to blame and what the others were doing; empty while all is well."""
-    gone = [rank for rank, one in seen.items() if now - one.beaten > missing and not one.beat["left"]]
-    # One that left said why itself; the others may be leaving too, so they are given a little time.
-    left = [
-        rank for rank, one in seen.items() if one.beat["left"] and now - one.moved > missing / 2 and rank not in gone
+def diagnose(statuses: dict[int, RankStatus], ranks: Ranks, limit: float, dead_after: float, now: float) -> str:
+    """Return one line that names the ranks to blame and what the others were doing, or an empty text while all is well.
+
+    Args:
+        statuses: by rank; all ranks on rank 0, and two of them elsewhere.
+        ranks: this process among the ranks.
+        limit: seconds without a new phase after which a rank counts as hung.
+        dead_after: seconds without a beat after which a rank counts as dead.
+        now: seconds, by the clock of the statuses.
+    """
+    dead = [
+        rank for rank, status in statuses.items() if now - status.last_beat > dead_after and not status.beat["error"]
     ]
-    if left:
-        blamed, fault = left, f"stopped ({seen[left[0]].beat['left']})"
-    elif gone:
-        blamed, fault = (
-            gone,
-            f"died or lost its network: nothing heard for {now - min(seen[r].beaten for r in gone):.0f} s",
-        )
+    # A failed rank printed its own error. The others may be failing by the same one, so they get a little time.
+    failed = [
+        rank
+        for rank, status in statuses.items()
+        if status.beat["error"] and now - status.last_phase > dead_after / 2 and rank not in dead
+    ]
+    if failed:
+        blamed, fault = failed, f"stopped ({statuses[failed[0]].beat['error']})"
+    elif dead:
+        silence = now - min(statuses[rank].last_beat for rank in dead)
+        blamed, fault = dead, f"died or lost its network: nothing heard for {silence:.0f} s"
     else:
-        if len(seen) < ranks.world or any(now - one.moved <= limit for one in seen.values()):
+        # Only rank 0 sees all ranks, and while one of them still moves, the others just wait for it.
+        if len(statuses) < ranks.world or any(now - status.last_phase <= limit for status in statuses.values()):
             return ""
-        least = min(one.beat["phases"] for one in seen.values())
-        blamed = [rank for rank, one in seen.items() if one.beat["phases"] == least]
-        fault = f"hangs: no progress for {now - max(seen[r].moved for r in blamed):.0f} s"
+        fewest = min(status.beat["phases"] for status in statuses.values())
+        blamed = [rank for rank, status in statuses.items() if status.beat["phases"] == fewest]
+        standstill = now - max(statuses[rank].last_phase for rank in blamed)
+        fault = f"hangs: no progress for {standstill:.0f} s"
     if len(blamed) == ranks.world and ranks.world > 1:
-        return f"no rank makes progress: {_words(seen, list(seen))}; a collective hangs, look at the network"
-    others = [rank for rank in seen if rank not in blamed]
+        activities = _format_activities(statuses, list(statuses))
+        return f"no rank makes progress: {activities}; a collective hangs, look at the network"
+    others = [rank for rank in statuses if rank not in blamed]
     return (
-        f"{_names(blamed, seen)} {fault}; it was {_words(seen, blamed)}"
-        + (f". The others: {_words(seen, others)}" if others else "")
+        f"{_format_names(blamed, statuses)} {fault}; it was {_format_activities(statuses, blamed)}"
+        + (f". The others: {_format_activities(statuses, others)}" if others else "")
         + ". Stopping; start the run again to go on from its last checkpoint"
     )
 
 
-def _names(blamed: list[int], seen: dict[int, RankStatus]) -> str:
-    shown = ", ".join(
-        f"{rank} ({seen[rank].beat.get('host', '?')}, pid {seen[rank].beat.get('pid', '?')})" for rank in blamed[:8]
+def _format_names(ranks: list[int], statuses: dict[int, RankStatus]) -> str:
+    """Return the ranks with their hosts and process ids, eight of them at most."""
+    names = ", ".join(
+        f"{rank} ({statuses[rank].beat.get('host', '?')}, pid {statuses[rank].beat.get('pid', '?')})"
+        for rank in ranks[:8]
     )
-    return f"rank{'s' * (len(blamed) > 1)} {shown}" + (f" and {len(blamed) - 8} more" if len(blamed) > 8 else "")
+    return f"rank{'s' * (len(ranks) > 1)} {names}" + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
 
-def _words(seen: dict[int, RankStatus], some: list[int]) -> str:
-    """What ranks were doing, those that did the same in one clause."""
+def _format_activities(statuses: dict[int, RankStatus], ranks: list[int]) -> str:
+    """Return what these ranks were doing, with one clause for all that did the same."""
     groups: dict[str, list[int]] = {}
-    for rank in some:
-        beat = seen[rank].beat
-        groups.setdefault(f"{beat.get('doing', '?')} ({beat.get('at', '?')})", []).append(rank)
+    for rank in ranks:
+        beat = statuses[rank].beat
+        groups.setdefault(f"{beat.get('activity', '?')} ({beat.get('location', '?')})", []).append(rank)
     if len(groups) == 1:
         return next(iter(groups))
-    return "; ".join(f"rank{'s' * (len(own) > 1)} {_spans(own)} {words}" for words, own in groups.items())
+    return "; ".join(
+        f"rank{'s' * (len(members) > 1)} {_format_spans(members)} {activity}" for activity, members in groups.items()
+    )
 
 
-def _spans(ranks: list[int]) -> str:
-    """[0, 1, 2, 5] -> `0-2, 5`."""
+def _format_spans(ranks: list[int]) -> str:
+    """Return ranks with consecutive ones joined: [0, 1, 2, 5] as `0-2, 5`."""
     spans: list[list[int]] = []
     for rank in sorted(ranks):
         if spans and spans[-1][1] == rank - 1:
@@ -260,12 +289,12 @@ def _spans(ranks: list[int]) -> str:
     return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in spans)
 
 
-def _innermost(thread: int | None) -> str:
-    """`task.py:103 prepare`: where the main thread stands in our own code."""
+def _innermost_frame(thread: int | None) -> str:
+    """Return where a thread stands in our own code, as `task.py:103 prepare`."""
     frame = sys._current_frames().get(thread or 0)
     while frame is not None:
         folder, name = os.path.split(frame.f_code.co_filename)
-        if folder.startswith(OURS) and name != "watchdog.py":
+        if folder.startswith(OWN_FOLDERS) and name != "watchdog.py":
             return f"{name}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return "outside our code"
@@ -275,8 +304,11 @@ def _first_line(error: BaseException) -> str:
     return " ".join(str(error).split("\n")[0].split())[:300]
 
 
-def _device_idle(step: int) -> bool:
-    """Whether the clock tells of this rank's work: on a GPU the host runs ahead, and waits for it in one step of ten only."""
+def _device_is_idle(step: int) -> bool:
+    """Return whether the clock measures this rank's work. On a GPU it does so in one step of ten.
+
+    The host runs ahead of the GPU, so the clock is right only after the host has waited for it, which costs time.
+    """
     import torch
 
     if torch.cuda.is_initialized():
@@ -288,8 +320,15 @@ def _device_idle(step: int) -> bool:
 
 @contextmanager
 def watch_ranks(ranks: Ranks, limit: float) -> Iterator[Watchdog]:
-    """Watch all ranks while the block runs. limit: seconds without progress. When one is lost this process ends with
-    `RankLost.exit_code`, whatever its main thread waits for; an error of the block's own is told to the other ranks."""
+    """Watch all ranks while the block runs.
+
+    When a rank is lost, this process ends with `RankLost.exit_code`, whatever its main thread waits for. When the block
+    raises an error, the other ranks are told.
+
+    Args:
+        ranks: this process among the ranks.
+        limit: seconds without progress after which a rank counts as hung.
+    """
     watchdog = Watchdog(ranks, limit)
     watchdog.start()
     try:

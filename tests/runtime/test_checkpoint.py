@@ -99,7 +99,7 @@ def test_a_missing_file_is_refused_by_its_name(checkpoint):
 @pytest.mark.parametrize(
     ("manifest", "says"),
     [
-        (None, "no complete checkpoint"),
+        (None, "is not a complete checkpoint"),
         ('{"format": "lig', "not valid JSON"),
         ("[]", "is not a ligature-checkpoint"),
         ('{"format": "ligature-checkpoint", "version": 2, "files": {}}', "version 1"),

@@ -113,10 +113,10 @@ def test_a_zombie_is_dead(run, in_a_child):
 
 
 def test_a_process_number_that_came_back_is_another_process(run, in_a_child, monkeypatch):
-    started = leases._started
-    monkeypatch.setattr(leases, "_started", lambda pid: "1")
+    started = leases._start_of
+    monkeypatch.setattr(leases, "_start_of", lambda pid: "1")
     in_a_child(lambda: take_lease(run))
-    monkeypatch.setattr(leases, "_started", started)
+    monkeypatch.setattr(leases, "_start_of", started)
     take_lease(run).release()
 
 

@@ -47,20 +47,24 @@ def ended(tmp_path_factory):
 def test_a_dead_ranks_fellow_stops_with_its_name(ended, fault, culprit):
     codes, logs = ended[fault, culprit]
     assert codes[1 - culprit] == 76, logs
-    said = logs[1 - culprit]
-    assert f"rank {culprit}" in said and "computing with the others, step 3" in said, said
-    assert "died or lost its network" in said or "does not answer" in said, said
+    verdict = logs[1 - culprit]
+    assert f"rank {culprit}" in verdict and "computing with the others, step 3" in verdict, verdict
+    assert "died or lost its network" in verdict or "does not answer" in verdict, verdict
     if culprit == 1:  # what it was last heard of doing: it may have died within its first beat
-        assert "; it was " in said and "step 3 (watchdog_jobs.py" in said, said
+        assert "; it was " in verdict and "step 3 (watchdog_jobs.py" in verdict, verdict
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_a_hung_rank_is_told_from_those_that_wait_for_it(ended, culprit):
     codes, logs = ended["hung", culprit]
     assert codes == [76, 76], logs
-    said = logs[0]
-    assert f"rank {culprit} (" in said and "hangs: no progress for" in said and "it was reading data, step 3" in said
-    assert "The others: computing with the others, step 3" in said
+    verdict = logs[0]
+    assert (
+        f"rank {culprit} (" in verdict
+        and "hangs: no progress for" in verdict
+        and "it was reading data, step 3" in verdict
+    )
+    assert "The others: computing with the others, step 3" in verdict
 
 
 @pytest.mark.parametrize(("fault", "culprit", "code"), [("error", 1, 1), ("error", 0, 1), ("bug", 1, 1)])
@@ -85,21 +89,24 @@ def test_ranks_that_stop_by_the_same_error_keep_its_code(ended):
 
 
 def test_of_a_thousand_ranks_those_that_entered_the_fewest_phases_are_named():
-    seen = {rank: RankStatus(0.0) for rank in range(1000)}
-    for rank, one in seen.items():
+    statuses = {rank: RankStatus(0.0) for rank in range(1000)}
+    for rank, status in statuses.items():
         late = rank in (17, 18, 700)
-        beat = {"beat": 1, "phases": 40 - late, "left": "", "host": "n", "pid": rank, "at": "x.py:1 f"}
-        one.update(beat | {"doing": "reading data, step 9" if late else "computing with the others, step 9"}, 0.0)
-        one.update(one.beat | {"beat": 2}, 99.0)
-    assert diagnose(seen, Ranks(0, 1000), 100.0, 30.0, 99.0) == ""
-    said = diagnose(seen, Ranks(0, 1000), 50.0, 30.0, 99.0)
-    assert said.startswith("ranks 17 (n, pid 17), 18 (n, pid 18), 700 (n, pid 700) hangs: no progress for 99 s")
-    assert "ranks" not in said.split("The others: ")[1] and "computing with the others, step 9 (x.py:1 f)" in said
+        beat = {"beats": 1, "phases": 40 - late, "error": "", "host": "n", "pid": rank, "location": "x.py:1 f"}
+        status.update(beat | {"activity": "reading data, step 9" if late else "computing with the others, step 9"}, 0.0)
+        status.update(status.beat | {"beats": 2}, 99.0)
+    assert diagnose(statuses, Ranks(0, 1000), 100.0, 30.0, 99.0) == ""
+    verdict = diagnose(statuses, Ranks(0, 1000), 50.0, 30.0, 99.0)
+    assert verdict.startswith("ranks 17 (n, pid 17), 18 (n, pid 18), 700 (n, pid 700) hangs: no progress for 99 s")
+    assert "ranks" not in verdict.split("The others: ")[1] and "computing with the others, step 9 (x.py:1 f)" in verdict
 
 
 def test_where_all_stand_at_the_same_place_nobody_is_blamed():
-    seen = {rank: RankStatus(0.0) for rank in range(3)}
-    for one in seen.values():
-        one.update({"beat": 2, "phases": 4, "left": "", "doing": "computing with the others, step 9", "at": "a"}, 0.0)
-        one.beaten = 99.0
-    assert "a collective hangs" in diagnose(seen, Ranks(0, 3), 50.0, 30.0, 99.0)
+    statuses = {rank: RankStatus(0.0) for rank in range(3)}
+    for status in statuses.values():
+        status.update(
+            {"beats": 2, "phases": 4, "error": "", "activity": "computing with the others, step 9", "location": "a"},
+            0.0,
+        )
+        status.last_beat = 99.0
+    assert "a collective hangs" in diagnose(statuses, Ranks(0, 3), 50.0, 30.0, 99.0)
