@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from data_tools.in_order.collection import validation_collection
+from data_tools.in_order.collection import Collection, validation_collection
 from data_tools.pixels.packed import render_views
 from data_tools.pixels.transforms import TrainTransform
 from data_tools.stream.examples import Preparation
 from data_tools.stream.order import derived_seed, uniforms
-from data_tools.stream.shard_stream import ShardStream, open_stream
+from data_tools.stream.shard_stream import open_stream
 from data_tools.stream.training_set import open_training_set
 from finetune.config import FinetuneRecipe
 from finetune.heads.base import RetrievalTask, make_task
@@ -26,28 +27,29 @@ from pretrain.model.activations import checkpoint_activations
 from pretrain.model.alignment_model import TextBatch
 from pretrain.objectives.state import Keys, MicroBatch
 from pretrain.task import NEGATIVES
-from pretrain.train import find_healthy, find_resume
 from pretrain.weights.load import copy_weights
 from retrieval.protocols import recalls
 from runtime.checkpoint import read_tensors, write_checkpoint
 from runtime.checkpoint_writer import Write, host_copies
 from runtime.errors import CheckpointError, LigatureError, RecipeError
 from runtime.files import read_json
-from runtime.ranks import Ranks, sum_over_ranks
+from runtime.ranks import sum_over_ranks
 from runtime.recipe import write_recipe
-from runtime.run_folder import RunFolder
-from runtime.watchdog import Watchdog
-from training.loop import Stage, hold_run, run_loop
+from training.context import RunContext, hold_run
+from training.loop import TrainingLoop
+from training.resume import find_resume
 from training.sick_steps import SickSteps
+from training.stage import LoopState, Stage
 
 
 def finetune(recipe: FinetuneRecipe) -> Path:
-    """Fine-tune by the recipe, or go on from its last checkpoint. -> the run's folder."""
+    """Fine-tune by the recipe, or resume from the run's last checkpoint, and return the run's folder."""
     return hold_run(recipe, train)
 
 
-def train(recipe: FinetuneRecipe, run: RunFolder, ranks: Ranks, device: torch.device, watchdog: Watchdog) -> None:
-    """One rank's part of the run, from what is saved of it to its end."""
+def train(recipe: FinetuneRecipe, context: RunContext) -> None:
+    """Run one rank's part of the run, from its last checkpoint to its end."""
+    ranks, device, watchdog = context.ranks, context.device, context.watchdog
     if recipe.training.global_batch % ranks.world:
         raise RecipeError(
             f"training.global_batch {recipe.training.global_batch} does not divide over {ranks.world} ranks"
@@ -55,10 +57,10 @@ def train(recipe: FinetuneRecipe, run: RunFolder, ranks: Ranks, device: torch.de
     task = make_task(recipe).train()
     if recipe.training.checkpoint_activations:
         checkpoint_activations(task.layers())
-    told = recipe.data.validation
-    validation = validation_collection(told, recipe.data.select_on_test) if told else None
+    folder = recipe.data.validation
+    validation = validation_collection(folder, recipe.data.select_on_test) if folder else None
     watchdog.enter_phase("taking the run", 0)
-    run.open(recipe, ranks)
+    context.folder.open(recipe, ranks)
     watchdog.enter_phase("opening the data", 0)
     data, batch_size = open_training_set(recipe.data), recipe.training.global_batch // ranks.world
     transform = TrainTransform(task.image_size, recipe.data.augment, views=1)
@@ -69,7 +71,7 @@ def train(recipe: FinetuneRecipe, run: RunFolder, ranks: Ranks, device: torch.de
         ranks,
         recipe.training.seed,
         Preparation(transform, task.tokenizer),
-        run.quarantine,
+        context.folder.quarantine,
         device,
     )
     mixed = "bf16" if recipe.training.precision == "bf16" else "no"
@@ -84,60 +86,124 @@ def train(recipe: FinetuneRecipe, run: RunFolder, ranks: Ranks, device: torch.de
         parameter_groups(task, named, recipe.optimizer.weight_decay),
         betas=(recipe.optimizer.betas[0], recipe.optimizer.betas[1]),
     )
-    losses, prepared = accelerator.prepare(task, optimizer)
-    sick = SickSteps(recipe.training.sick_steps)
-    step, best = 0, -1.0
-    if (resumed := find_resume(run, ranks)) is not None:
-        state = resume(resumed, task, optimizer, named, sick)
-        if state.get("frozen", task.frozen) != task.frozen:
-            raise CheckpointError(
-                f"{recipe.checkpoint} now leads to another checkpoint than this run began with, and its model is used as it is; "
-                f"make it lead to {state['frozen']} again"
-            )
-        stream.load_state_dict(state["stream"])
-        step, best = state["step"], state["best_rsum"]
-        if ranks.first:
-            print(f"going on from {resumed} at step {step}", flush=True)
-    elif ranks.first:
-        print(
-            f"fine-tuning {task.about} on {recipe.dataset}, {ranks.world} x {device.type}",
-            flush=True,
-        )
-
-    def take_step(batch: dict[str, Any], epoch: float, step: int) -> dict[str, Tensor]:
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr_share"] * recipe.optimizer.lr_at(step, steps)
-        task.begin_step(epoch)
-        torch.manual_seed(derived_seed(recipe.training.seed, step, ranks.rank))
-        watchdog.enter_collective()
-        loss, figures = losses(retrieval_batch(batch, recipe.training.seed, device))
-        accelerator.backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_(named.values(), recipe.optimizer.clip_norm or math.inf)
-        mean_loss = float(sum_over_ranks(figures["loss"])) / ranks.world
-        if sick.admits(mean_loss, float(norm)):
-            prepared.step()
-        prepared.zero_grad()
-        lr = torch.tensor(recipe.optimizer.lr_at(step, steps))
-        return figures | {"lr": lr, "gradient_norm": norm} | task.extra_figures()
-
-    def measure() -> dict[str, float]:
-        assert validation is not None
-        training = task.training
-        similarity = task.eval().similarity(validation, ranks, device, 64, recipe.data.workers)
-        task.train(training)
-        return {f"validation/{name}": value for name, value in recalls(similarity, validation.caption_image).items()}
-
-    def commit(step: int, best: float, improved: bool) -> Write | None:
-        return save(run, recipe, task, optimizer, named, stream, sick, step, best, improved) if ranks.first else None
-
-    def go_back(healthy: int) -> int:
-        return resume(find_healthy(run, ranks, healthy), task, optimizer, named, sick)["step"]
-
+    wrapped, prepared = accelerator.prepare(task, optimizer)
+    state = LoopState(stream, SickSteps(recipe.training.sick_steps))
     steps = recipe.training.total_steps(len(stream))
+    learner = Learner(task, wrapped, named, optimizer, prepared, accelerator)
+    stage = Finetuning(recipe, context, learner, state, validation, steps)
+    if (checkpoint := find_resume(context)) is not None:
+        state.resume(stage.restore(checkpoint))
+        if ranks.first:
+            print(f"going on from {checkpoint} at step {state.step}", flush=True)
+    elif ranks.first:
+        print(f"fine-tuning {task.about} on {recipe.dataset}, {ranks.world} x {device.type}", flush=True)
     if ranks.first and (caveat := task.caveat(steps * recipe.training.global_batch / len(stream))):
         print(f"ligature: {caveat}", file=sys.stderr)
-    stage = Stage(take_step, measure if validation else None, commit, go_back)
-    run_loop(run, recipe.training, stream, stage, sick, watchdog, ranks, device, step, best)
+    TrainingLoop(context, recipe.training, stage, state).run()
+
+
+@dataclass
+class Learner:
+    """What learns, and what makes it learn: a task and its optimizer, plain and as accelerate wraps them."""
+
+    task: RetrievalTask
+    wrapped: nn.Module
+    """The task under accelerate (DDP, mixed precision); its forward gives the losses."""
+    named: dict[str, nn.Parameter]
+    """The parameters that learn, by their name in the task."""
+    optimizer: torch.optim.Optimizer
+    prepared: Any
+    """The optimizer under accelerate."""
+    accelerator: Accelerator
+
+
+@dataclass
+class Finetuning(Stage):
+    """Fine-tuning as the loop drives it: a step, a validation, a checkpoint."""
+
+    recipe: FinetuneRecipe
+    context: RunContext
+    learner: Learner
+    state: LoopState
+    validation: Collection | None
+    steps: int
+    """Training steps of the whole run."""
+
+    def __post_init__(self) -> None:
+        self.validates = self.validation is not None
+
+    def take_step(self, batch: dict[str, Any], epoch: float, step: int) -> dict[str, Tensor]:
+        """Train on one batch; see `Stage.take_step`."""
+        recipe, context, learner = self.recipe, self.context, self.learner
+        for group in learner.optimizer.param_groups:
+            group["lr"] = group["lr_share"] * recipe.optimizer.lr_at(step, self.steps)
+        learner.task.begin_step(epoch)
+        torch.manual_seed(derived_seed(recipe.training.seed, step, context.ranks.rank))
+        context.watchdog.enter_collective()
+        loss, figures = learner.wrapped(retrieval_batch(batch, recipe.training.seed, context.device))
+        learner.accelerator.backward(loss)
+        norm = torch.nn.utils.clip_grad_norm_(learner.named.values(), recipe.optimizer.clip_norm or math.inf)
+        mean_loss = float(sum_over_ranks(figures["loss"])) / context.ranks.world
+        if self.state.sick.admits(mean_loss, float(norm)):
+            learner.prepared.step()
+        learner.prepared.zero_grad()
+        lr = torch.tensor(recipe.optimizer.lr_at(step, self.steps))
+        return figures | {"lr": lr, "gradient_norm": norm} | learner.task.extra_figures()
+
+    def validate(self) -> dict[str, float]:
+        """Return R@1, R@5 and R@10 in percent both ways by the head's scores, and their sum."""
+        assert self.validation is not None
+        task, context = self.learner.task, self.context
+        training = task.training
+        similarity = task.eval().similarity(
+            self.validation, context.ranks, context.device, 64, self.recipe.data.workers
+        )
+        task.train(training)
+        scores = recalls(similarity, self.validation.caption_image)
+        return {f"validation/{name}": value for name, value in scores.items()}
+
+    def save(self, improved: bool) -> Write | None:
+        """Copy the model, Adam's moments and the cursor to memory; see `Stage.save`."""
+        recipe, task, optimizer = self.recipe, self.learner.task, self.learner.optimizer
+        if not self.context.ranks.first:  # every rank holds the same weights: nothing is gathered
+            return None
+        moments = (
+            (f"{moment}.{name}", optimizer.state[parameter][moment])
+            for name, parameter in self.learner.named.items()
+            if parameter in optimizer.state
+            for moment in MOMENTS
+        )
+        tensors = {
+            "model": host_copies(task.stored().items(), keep=True),
+            "optimizer": host_copies(moments, keep=True),
+        }
+        state = self.state.state_dict() | {"frozen": task.frozen}
+        # A copy: training goes on and changes the state while a thread writes it.
+        values = copy.deepcopy({"state": state, "model": task.describe(f"fine-tuned-on {recipe.dataset}")})
+        step, checkpoints = self.state.step, self.context.folder.checkpoints
+
+        def write_texts(folder: Path) -> None:
+            task.tokenizer.save(folder)
+            write_recipe(folder / "config.yaml", recipe)
+
+        def write(folder: Path, staging: Path) -> None:
+            write_checkpoint(folder, tensors, values, write_texts, staging)
+
+        return lambda: checkpoints.try_commit(step, improved, write)
+
+    def restore(self, checkpoint: Path) -> dict[str, Any]:
+        """Restore everything but the data cursor; see `Stage.restore`."""
+        task = self.learner.task
+        saved = read_json(checkpoint / "state.json")
+        self.state.sick.load(saved.get("sick"))
+        copy_weights(task.stored(), read_tensors(checkpoint, "model"), checkpoint)
+        load_moments(self.learner.optimizer, self.learner.named, read_tensors(checkpoint, "optimizer"))
+        if saved.get("frozen", task.frozen) != task.frozen:
+            raise CheckpointError(
+                f"{self.recipe.checkpoint} now leads to another checkpoint than this run began with, and its model is used as it is; "
+                f"make it lead to {saved['frozen']} again"
+            )
+        return saved
 
 
 def retrieval_batch(batch: dict[str, Any], seed: int, device: torch.device) -> MicroBatch:
@@ -155,21 +221,6 @@ def retrieval_batch(batch: dict[str, Any], seed: int, device: torch.device) -> M
         distill_weight=0.0,
         positions=batch["positions"],
     )
-
-
-def resume(
-    folder: Path,
-    task: RetrievalTask,
-    optimizer: torch.optim.Optimizer,
-    named: dict[str, nn.Parameter],
-    sick: SickSteps,
-) -> dict[str, Any]:
-    """Restore everything but the data's cursor from a checkpoint. -> its `state.json`."""
-    state = read_json(folder / "state.json")
-    sick.load(state.get("sick"))
-    copy_weights(task.stored(), read_tensors(folder, "model"), folder)
-    load_moments(optimizer, named, read_tensors(folder, "optimizer"))
-    return state
 
 
 def parameter_groups(task: RetrievalTask, named: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -196,40 +247,3 @@ def load_moments(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter
             optimizer.state[parameter] = {
                 moment: value if moment == "step" else value.to(parameter.device) for moment, value in state.items()
             }
-
-
-def save(
-    run: RunFolder,
-    recipe: FinetuneRecipe,
-    task: RetrievalTask,
-    optimizer: torch.optim.Optimizer,
-    named: dict[str, nn.Parameter],
-    stream: ShardStream,
-    sick: SickSteps,
-    step: int,
-    best: float,
-    improved: bool,
-) -> Write:
-    """Copy the model, Adam's moments and the cursor. -> what writes them into a checkpoint."""
-    moments = (
-        (f"{moment}.{name}", optimizer.state[parameter][moment])
-        for name, parameter in named.items()
-        if parameter in optimizer.state
-        for moment in MOMENTS
-    )
-    tensors = {
-        "model": host_copies(task.stored().items(), keep=True),
-        "optimizer": host_copies(moments, keep=True),
-    }
-    state = {"step": step, "best_rsum": best, "stream": stream.state_dict(), "sick": sick.state_dict()}
-    state["frozen"] = task.frozen
-    values = copy.deepcopy({"state": state, "model": task.describe(f"fine-tuned-on {recipe.dataset}")})
-
-    def write_more(folder: Path) -> None:
-        task.tokenizer.save(folder)
-        write_recipe(folder / "config.yaml", recipe)
-
-    def write(folder: Path, staging: Path) -> None:
-        write_checkpoint(folder, tensors, values, write_more, staging)
-
-    return lambda: run.checkpoints.try_commit(step, improved, write)

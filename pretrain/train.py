@@ -1,8 +1,13 @@
-"""A pretraining run, to be read from top to bottom; the loop it shares with fine-tuning is in `loop.py`."""
+"""A pretraining run, told from top to bottom by `train`. The loop it shares with fine-tuning is `training/loop.py`.
+
+Tested in tests/end_to_end/test_killed.py.
+"""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,7 @@ from data_tools.in_order.collection import Collection, validation_collection
 from data_tools.pixels.transforms import TrainTransform
 from data_tools.stream.examples import Preparation
 from data_tools.stream.order import derived_seed
-from data_tools.stream.shard_stream import ShardStream, open_stream
+from data_tools.stream.shard_stream import open_stream
 from data_tools.stream.training_set import TrainingSet, open_training_set
 from data_tools.tokenizer import CaptionTokenizer, load_tokenizer, train_tokenizer
 from pretrain.config import PretrainRecipe, divide_batch
@@ -28,64 +33,74 @@ from pretrain.weights.starting import load_starting_weights
 from retrieval.protocols import recalls
 from runtime.checkpoint import checkpoint_hash, read_tensors, verify_checkpoint, write_checkpoint
 from runtime.checkpoint_writer import Write, host_copies
-from runtime.errors import CheckpointError, SickRun
 from runtime.files import read_json
-from runtime.ranks import Ranks, barrier, run_on_first, sum_over_ranks
+from runtime.ranks import barrier, run_on_first, sum_over_ranks
 from runtime.recipe import write_recipe
-from runtime.run_folder import RunFolder
-from runtime.watchdog import Watchdog
-from training.loop import Stage, hold_run, mean_figures, run_loop
+from training.context import RunContext, hold_run
+from training.loop import TrainingLoop
+from training.resume import find_resume
 from training.sick_steps import SickSteps
+from training.stage import LoopState, Stage
 
 TOKENIZER_CAPTIONS = 2_000_000
-"""Captions the tokenizer is trained on, at most."""
+"""The most captions that a tokenizer is trained on."""
 
 
 def pretrain(recipe: PretrainRecipe) -> Path:
-    """Train by the recipe, or go on from its last checkpoint. -> the run's folder.
+    """Train by the recipe, or resume from the run's last checkpoint.
 
-    Raises Interrupted when a signal asked it to stop (its state is saved), other LigatureErrors for mistakes.
+    Returns:
+        The run's folder.
+
+    Raises:
+        Interrupted: a signal asked the run to stop; its state is saved.
+        LigatureError: any other mistake, with what to do about it.
     """
     return hold_run(recipe, train)
 
 
-def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.device, watchdog: Watchdog) -> None:
-    """One rank's part of the run, from what is saved of it to its end."""
+def train(recipe: PretrainRecipe, context: RunContext) -> None:
+    """Run one rank's part of the run, from its last checkpoint to its end."""
+    ranks, device, watchdog = context.ranks, context.device, context.watchdog
     micro_batch, accumulation = divide_batch(recipe.training.global_batch, recipe.training.micro_batch, ranks.world)
-    data = open_training_set(recipe.data)
-    told = recipe.data.validation
-    validation = validation_collection(told, recipe.data.select_on_test) if told else None
-    watchdog.enter_phase("taking the run", 0)
-    run.open(recipe, ranks)
-    watchdog.enter_phase("looking for checkpoints", 0)
-    resumed = find_resume(run, ranks)
-    # The first rank's word: another may see a run that has gone on meanwhile.
-    source = (
-        run_on_first(ranks, lambda: find_checkpoint(recipe.checkpoint)) if recipe.checkpoint and not resumed else None
-    )
-    watchdog.enter_phase("making the tokenizer", 0)
-    tokenizer = prepare_tokenizer(recipe, run, data, ranks, source)
 
+    # Open the data. Mistakes in its paths show before the run's folder is touched.
+    data = open_training_set(recipe.data)
+    folder = recipe.data.validation
+    validation = validation_collection(folder, recipe.data.select_on_test) if folder else None
+
+    # Hold the run's folder and decide what to start from.
+    watchdog.enter_phase("taking the run", 0)
+    context.folder.open(recipe, ranks)
+    watchdog.enter_phase("looking for checkpoints", 0)
+    checkpoint = find_resume(context)
+    source = find_source(recipe, context) if checkpoint is None else None
+
+    watchdog.enter_phase("making the tokenizer", 0)
+    tokenizer = prepare_tokenizer(recipe, context, data, source)
+
+    # The model, on the CPU until its first weights are loaded.
     torch.manual_seed(recipe.training.seed)
     model = AlignmentModel(recipe.model, tokenizer.vocabulary)
     watchdog.enter_phase("loading weights", 0)
-    teacher = None
-    if resumed is None:
-        report = load_starting_weights(model)
-        if source:
-            report, teacher = begin_from(source, model)
+    teacher_weights = None
+    if checkpoint is None:
+        report, teacher_weights = load_first_weights(model, source)
         if ranks.first:
             if source:
-                run.write("begun_from.json", {"checkpoint": str(source), "hash": checkpoint_hash(source)})
-            print("\n".join([describe(model, recipe, ranks, device, micro_batch, accumulation), *report]), flush=True)
+                context.folder.write("begun_from.json", {"checkpoint": str(source), "hash": checkpoint_hash(source)})
+            print("\n".join([describe(model, recipe, context, (micro_batch, accumulation)), *report]), flush=True)
     model.to(device)
+
+    # The task (student, teacher, queue, objectives) and the engine that trains its student.
     task = PretrainTask(recipe, model, tokenizer, ranks, device)
-    if teacher:
-        task.teacher.load(task.teacher.averages | teacher)
+    if teacher_weights:
+        task.teacher.load(task.teacher.averages | teacher_weights)
     task.before_collective = watchdog.enter_collective
     training = recipe.training.for_world_size(ranks.world)
     engine = Engine(task.student, recipe.optimizer, training, micro_batch, accumulation, device)
     task.gathered = engine.gathered
+
     views = 2 if recipe.teacher.second_view else 1
     transform = TrainTransform(recipe.model.image.image_size, recipe.data.augment, views)
     batch_size = micro_batch * accumulation
@@ -96,187 +111,194 @@ def train(recipe: PretrainRecipe, run: RunFolder, ranks: Ranks, device: torch.de
         ranks,
         recipe.training.seed,
         Preparation(transform, tokenizer),
-        run.quarantine,
+        context.folder.quarantine,
         device,
     )
-    sick = SickSteps(recipe.training.sick_steps)
+
+    state = LoopState(stream, SickSteps(recipe.training.sick_steps))
     profile = StepProfile(recipe.profile if ranks.first else 0, task.student.model, task.teacher.model, device)
-    step, best = 0, -1.0
-    if resumed is not None:
-        step, best = resume(resumed, task, engine, sick)
-        stream.load_state_dict(read_json(resumed / "state.json")["stream"])
-        if ranks.first:
-            print(f"going on from {resumed} at step {step}", flush=True)
-
-    def take_step(batch: dict[str, Any], epoch: float, step: int) -> dict[str, Tensor]:
-        engine.set_lr(
-            lr := recipe.optimizer.lr_at(step, steps, epoch, steps * recipe.training.global_batch / len(data))
-        )
-        micro_batches, figures = task.prepare(batch, epoch, micro_batch)
-        parts: list[dict[str, Tensor]] = []
-
-        def admits(norm: float) -> bool:
-            loss = torch.stack([part["loss"] for part in parts]).mean()
-            return sick.admits(float(sum_over_ranks(loss)) / ranks.world, norm)
-
-        for number, inputs in enumerate(micro_batches):
-            # Dropout is a function of where we are, so nothing of it needs saving.
-            torch.manual_seed(derived_seed(recipe.training.seed, step, ranks.rank, number))
-            loss, named = engine.module(inputs)
-            engine.backward(loss)
-            parts.append(named)
-            norm = engine.step(admits)
-        if engine.applied:
-            task.finish(engine.masters())
-        if (step + 1) % recipe.training.log_every == 0:
-            figures |= {"teacher_distance": task.teacher.distance(engine.masters())}
-        figures |= {"lr": torch.tensor(lr), "gradient_norm": torch.tensor(norm)}
-        profile.after_step()
-        return figures | mean_figures(parts)
-
-    def measure() -> dict[str, float]:
-        assert validation is not None
-        network = model
-        if engine.stage == 3:  # ranks encode different numbers of batches, so each needs whole weights
-            network = AlignmentModel(recipe.model, tokenizer.vocabulary).to(device)
-            engine.copy_weights(network)
-        return validate(network, tokenizer, validation, ranks, device, micro_batch, recipe.data.workers)
-
-    def commit(step: int, best: float, improved: bool) -> Write | None:
-        return save(run, recipe, task, engine, stream, sick, step, best, improved, ranks)
-
-    def go_back(healthy: int) -> int:
-        return resume(find_healthy(run, ranks, healthy), task, engine, sick)[0]
-
     steps = recipe.training.total_steps(len(data))
-    stage = Stage(take_step, measure if validation else None, commit, go_back)
-    run_loop(run, recipe.training, stream, stage, sick, watchdog, ranks, device, step, best)
+    stage = Pretraining(recipe, context, task, engine, state, profile, validation, micro_batch, steps)
+    if checkpoint is not None:
+        state.resume(stage.restore(checkpoint))
+        if ranks.first:
+            print(f"going on from {checkpoint} at step {state.step}", flush=True)
+
+    TrainingLoop(context, recipe.training, stage, state).run()
     profile.finish()
 
 
+@dataclass
+class Pretraining(Stage):
+    """Pretraining as the loop drives it: a step, a validation, a checkpoint."""
+
+    recipe: PretrainRecipe
+    context: RunContext
+    task: PretrainTask
+    engine: Engine
+    state: LoopState
+    profile: StepProfile
+    validation: Collection | None
+    micro_batch: int
+    """Samples that one forward pass takes on this rank."""
+    steps: int
+    """Training steps of the whole run."""
+
+    def __post_init__(self) -> None:
+        self.validates = self.validation is not None
+        self.epochs = self.steps * self.recipe.training.global_batch / len(self.state.stream)
+
+    def take_step(self, batch: dict[str, Any], epoch: float, step: int) -> dict[str, Tensor]:
+        """Train on one batch; see `Stage.take_step`."""
+        task, engine, training = self.task, self.engine, self.recipe.training
+        lr = self.recipe.optimizer.lr_at(step, self.steps, epoch, self.epochs)
+        engine.set_lr(lr)
+        micro_batches, figures = task.prepare(batch, epoch, self.micro_batch)
+        losses: list[dict[str, Tensor]] = []
+        for number, inputs in enumerate(micro_batches):
+            # Dropout is a function of (seed, step, rank, micro-batch), so nothing of it needs saving.
+            torch.manual_seed(derived_seed(training.seed, step, self.context.ranks.rank, number))
+            loss, named = engine.module(inputs)
+            engine.backward(loss)
+            losses.append(named)
+            # The engine applies the gradients at the last micro-batch only, and asks `admits` there.
+            norm = engine.step(partial(self._admits, losses))
+        if engine.applied:
+            task.finish(engine.masters())
+        if (step + 1) % training.log_every == 0:
+            figures |= {"teacher_distance": task.teacher.distance(engine.masters())}
+        figures |= {"lr": torch.tensor(lr), "gradient_norm": torch.tensor(norm)}
+        self.profile.after_step()
+        return figures | mean_over_micro_batches(losses)
+
+    def _admits(self, losses: list[dict[str, Tensor]], norm: float) -> bool:
+        """Return whether the step may be applied, by its mean loss over all ranks and its gradient norm. A collective."""
+        loss = torch.stack([figures["loss"] for figures in losses]).mean()
+        return self.state.sick.admits(float(sum_over_ranks(loss)) / self.context.ranks.world, norm)
+
+    def validate(self) -> dict[str, float]:
+        """Return R@1, R@5 and R@10 in percent both ways by the features' cosine, and their sum."""
+        recipe, context, tokenizer = self.recipe, self.context, self.task.tokenizer
+        assert self.validation is not None
+        model = self.task.student.model
+        if self.engine.stage == 3:  # ranks encode different numbers of batches, so each needs whole weights
+            model = AlignmentModel(recipe.model, tokenizer.vocabulary).to(context.device)
+            self.engine.copy_weights(model)
+        encodings = encode_collection(
+            model, tokenizer, self.validation, context.ranks, self.micro_batch, recipe.data.workers
+        )
+        cosines = (encodings.image @ encodings.text.T).numpy()
+        scores = recalls(cosines, self.validation.caption_image)
+        return {f"validation/{name}": value for name, value in scores.items()}
+
+    def save(self, improved: bool) -> Write | None:
+        """Copy everything to the first rank's memory; see `Stage.save`."""
+        recipe, task, engine, first = self.recipe, self.task, self.engine, self.context.ranks.first
+        tensors = {
+            "model": host_copies(engine.masters(), first),
+            "optimizer": host_copies(engine.moments(), first),
+            "teacher": host_copies(task.teacher.averages.items(), first),
+            "queue": host_copies(task.queue.state_dict().items(), first),
+        }
+        if task.potentials is not None:
+            tensors["transport"] = host_copies([("potentials", task.potentials)], first)
+        if not first:
+            return None
+        description = describe_model(recipe.model, recipe.data.caption_tokens, "pretrained")
+        # A copy: training goes on and changes the state while a thread writes it.
+        values = copy.deepcopy({"state": self.state.state_dict(), "model": description})
+        step, checkpoints = self.state.step, self.context.folder.checkpoints
+
+        def write_texts(folder: Path) -> None:
+            task.tokenizer.save(folder)
+            write_recipe(folder / "config.yaml", recipe)
+
+        def write(folder: Path, staging: Path) -> None:
+            write_checkpoint(folder, tensors, values, write_texts, staging)
+
+        return lambda: checkpoints.try_commit(step, improved, write)
+
+    def restore(self, checkpoint: Path) -> dict[str, Any]:
+        """Restore everything but the data cursor; see `Stage.restore`."""
+        verify_checkpoint(checkpoint)
+        task, sick = self.task, self.state.sick
+        saved = read_json(checkpoint / "state.json")
+        sick.load(saved.get("sick"))
+        applied = saved["step"] - sick.skipped  # Adam counts the steps that were applied
+        self.engine.load(read_tensors(checkpoint, "model"), read_tensors(checkpoint, "optimizer"), applied)
+        task.teacher.load(read_tensors(checkpoint, "teacher"))
+        task.queue.load_state_dict(read_tensors(checkpoint, "queue"))
+        task.potentials = None
+        if (checkpoint / "transport.safetensors").exists():
+            task.potentials = read_tensors(checkpoint, "transport")["potentials"].to(task.device)
+        return saved
+
+
+def find_source(recipe: PretrainRecipe, context: RunContext) -> Path | None:
+    """Return the folder of the model that a new run begins from, or None. A collective.
+
+    The first rank decides: the source may be a run that is still training, and another rank might see a newer checkpoint.
+    """
+    name = recipe.checkpoint
+    return run_on_first(context.ranks, lambda: find_checkpoint(name)) if name else None
+
+
+def load_first_weights(model: AlignmentModel, source: Path | None) -> tuple[list[str], dict[str, Tensor] | None]:
+    """Load a new run's weights into `model`: those of the recipe's `weights` keys, then those of `source`.
+
+    Returns:
+        Lines that report what was and was not used, and the teacher's weights by name when `source` has a teacher.
+    """
+    report = load_starting_weights(model)
+    return begin_from(source, model) if source else (report, None)
+
+
 def prepare_tokenizer(
-    recipe: PretrainRecipe, run: RunFolder, data: TrainingSet, ranks: Ranks, source: Path | None
+    recipe: PretrainRecipe, context: RunContext, data: TrainingSet, source: Path | None
 ) -> CaptionTokenizer:
-    """The run's tokenizer: trained or loaded once by the first rank, then read from the run's folder by all. Without a checkpoint
-    it is made anew: the recipe may be another one than that of a start which came to none. source: what the run begins from."""
-    if ranks.first and not (run.checkpoints.steps() and (run.path / "tokenizer.json").exists()):
-        if recipe.data.tokenizer == "train":
+    """Return the run's tokenizer. The first rank makes it, then all ranks read it from the run's folder. A collective.
+
+    As long as the run has no checkpoint it is made anew: an earlier start that failed may have had another recipe.
+
+    Args:
+        recipe: says whether to train a tokenizer on the captions or to load one.
+        context: this rank's place in the run.
+        data: the captions to train on.
+        source: the model that the run begins from; its tokenizer is used unless one is to be trained.
+    """
+    config, folder = recipe.data, context.folder
+    exists = (folder.path / "tokenizer.json").exists()
+    if context.ranks.first and not (folder.checkpoints.steps() and exists):
+        if config.tokenizer == "train":
             captions = data.some_captions(TOKENIZER_CAPTIONS)
-            asked = recipe.data
-            made = train_tokenizer(captions, asked.vocabulary, asked.caption_tokens, asked.punctuation)
+            tokenizer = train_tokenizer(captions, config.vocabulary, config.caption_tokens, config.punctuation)
         else:
-            made = load_tokenizer(source or recipe.data.tokenizer, recipe.data.caption_tokens)
-            if not recipe.data.punctuation:
-                made.drop_punctuation()
-        made.save(run.path)
+            tokenizer = load_tokenizer(source or config.tokenizer, config.caption_tokens)
+            if not config.punctuation:
+                tokenizer.drop_punctuation()
+        tokenizer.save(folder.path)
     barrier()
-    return load_tokenizer(run.path, recipe.data.caption_tokens)
+    return load_tokenizer(folder.path, config.caption_tokens)
 
 
-def describe(
-    model: AlignmentModel,
-    recipe: PretrainRecipe,
-    ranks: Ranks,
-    device: torch.device,
-    micro_batch: int,
-    accumulation: int,
-) -> str:
-    """What this run is, in two lines."""
+def describe(model: AlignmentModel, recipe: PretrainRecipe, context: RunContext, batch: tuple[int, int]) -> str:
+    """Return two lines about the run: its size and world, and how its global batch is divided.
+
+    Args:
+        model: the student.
+        recipe: the run's recipe.
+        context: this rank's place in the run.
+        batch: the micro-batch size and the number of accumulated micro-batches, as `divide_batch` returns them.
+    """
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    training = recipe.training.for_world_size(ranks.world)
+    world, (micro_batch, accumulation) = context.ranks.world, batch
+    training = recipe.training.for_world_size(world)
     return (
-        f"{recipe.name}: {millions:.1f} M parameters on {ranks.world} x {device.type}, {training.precision}, ZeRO {training.zero_stage}\n"
-        f"global batch {training.global_batch} = {ranks.world} ranks x {accumulation} accumulated x {micro_batch}"
+        f"{recipe.name}: {millions:.1f} M parameters on {world} x {context.device.type}, {training.precision}, ZeRO {training.zero_stage}\n"
+        f"global batch {training.global_batch} = {world} ranks x {accumulation} accumulated x {micro_batch}"
     )
 
 
-def validate(
-    model: AlignmentModel,
-    tokenizer: CaptionTokenizer,
-    validation: Collection,
-    ranks: Ranks,
-    device: torch.device,
-    batch_size: int,
-    workers: int,
-) -> dict[str, float]:
-    """R@1, R@5 and R@10 in percent both ways by the features' cosine, and their sum."""
-    encodings = encode_collection(model, tokenizer, validation, ranks, batch_size, workers)
-    return {
-        f"validation/{name}": value
-        for name, value in recalls((encodings.image @ encodings.text.T).numpy(), validation.caption_image).items()
-    }
-
-
-def save(
-    run: RunFolder,
-    recipe: PretrainRecipe,
-    task: PretrainTask,
-    engine: Engine,
-    stream: ShardStream,
-    sick: SickSteps,
-    step: int,
-    best: float,
-    improved: bool,
-    ranks: Ranks,
-) -> Write | None:
-    """Copy everything to the first rank's memory, a collective. -> what writes it there into a checkpoint; None elsewhere."""
-    tensors = {
-        "model": host_copies(engine.masters(), ranks.first),
-        "optimizer": host_copies(engine.moments(), ranks.first),
-        "teacher": host_copies(task.teacher.averages.items(), ranks.first),
-        "queue": host_copies(task.queue.state_dict().items(), ranks.first),
-    }
-    if task.potentials is not None:
-        tensors["transport"] = host_copies([("potentials", task.potentials)], ranks.first)
-    if not ranks.first:
-        return None
-    state = {"step": step, "best_rsum": best, "stream": stream.state_dict(), "sick": sick.state_dict()}
-    about = describe_model(recipe.model, recipe.data.caption_tokens, "pretrained")
-    values = copy.deepcopy({"state": state, "model": about})
-
-    def write_more(folder: Path) -> None:
-        task.tokenizer.save(folder)
-        write_recipe(folder / "config.yaml", recipe)
-
-    def write(folder: Path, staging: Path) -> None:
-        write_checkpoint(folder, tensors, values, write_more, staging)
-
-    return lambda: run.checkpoints.try_commit(step, improved, write)
-
-
-def find_resume(run: RunFolder, ranks: Ranks) -> Path | None:
-    """The newest checkpoint that verifies, as the first rank sees it; None where there is none at all. Raises CheckpointError where
-    there are some and none verifies: a run that began anew would throw them away."""
-
-    def find() -> Path | None:
-        found, steps = run.checkpoints.newest_valid(), run.checkpoints.steps()
-        if found is None and steps:
-            raise CheckpointError(
-                f"none of the {len(steps)} checkpoints in {run.checkpoints.folder} verifies; bring a whole one back, or remove the folder to begin anew"
-            )
-        return found
-
-    return run_on_first(ranks, find)
-
-
-def find_healthy(run: RunFolder, ranks: Ranks, until: int) -> Path:
-    """The same, not after step `until`; later ones are thrown away. Raises SickRun where there is none."""
-    folder = run_on_first(ranks, lambda: run.checkpoints.newest_valid(until))
-    if folder is None:
-        raise SickRun(f"no checkpoint of step {until} or before to go back to; start again with a lower optimizer.lr")
-    return folder
-
-
-def resume(folder: Path, task: PretrainTask, engine: Engine, sick: SickSteps) -> tuple[int, float]:
-    """Restore everything but the data's cursor from a checkpoint. -> step, best validation so far."""
-    verify_checkpoint(folder)
-    state = read_json(folder / "state.json")
-    sick.load(state.get("sick"))
-    applied = state["step"] - sick.skipped  # Adam counts the steps it took
-    engine.load(read_tensors(folder, "model"), read_tensors(folder, "optimizer"), applied)
-    task.teacher.load(read_tensors(folder, "teacher"))
-    task.queue.load_state_dict(read_tensors(folder, "queue"))
-    task.potentials = None
-    if (folder / "transport.safetensors").exists():
-        task.potentials = read_tensors(folder, "transport")["potentials"].to(task.device)
-    return state["step"], state["best_rsum"]
+def mean_over_micro_batches(figures: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean of each named figure over a step's micro-batches."""
+    return {name: torch.stack([one[name].float().reshape(()) for one in figures]).mean() for name in figures[0]}

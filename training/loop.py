@@ -1,175 +1,228 @@
-"""The loop that pretraining and fine-tuning share: batch, step, log, validate, checkpoint, stop when asked."""
+"""The loop that pretraining and fine-tuning share: batch, step, log, validate, checkpoint, stop when asked.
+
+`TrainingLoop.run` is the order of events. Every method below it is one of them. Methods marked "a collective" are
+reached by all ranks in the same step.
+
+Tested in tests/end_to_end/test_interrupt.py.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data_tools.stream.shard_stream import ShardStream
-from runtime.checkpoint_writer import CheckpointWriter, Write
+from runtime.checkpoint_writer import CheckpointWriter
 from runtime.errors import Interrupted, LigatureError
-from runtime.interrupts import watch_interrupts
+from runtime.interrupts import Interrupts, watch_interrupts
 from runtime.metrics import MetricsLog
-from runtime.progress import progress
-from runtime.ranks import Ranks, any_rank, join, sum_over_ranks
-from runtime.run_folder import RunFolder
+from runtime.progress import Progress, progress
+from runtime.ranks import any_rank, sum_over_ranks
 from runtime.straggler import StragglerWatch
-from runtime.watchdog import Watchdog, watch_ranks
 from training.config import LoopConfig
+from training.context import RunContext
 from training.profile import profiled
-from training.sick_steps import SickSteps
+from training.resume import find_healthy
+from training.stage import LoopState, Stage
 
 
-@dataclass
-class Stage:
-    """What a stage brings to the loop."""
+class TrainingLoop:
+    """Takes a stage from its current step to its last one."""
 
-    take_step: Callable[[dict[str, Any], float, int], dict[str, Tensor]]
-    """(batch, epochs consumed before it, steps taken before it) -> figures of the step, scalars, `loss` among them. It asks
-    `sick.admits` before it applies anything."""
-    validate: Callable[[], dict[str, float]] | None
-    """-> figures, `validation/rsum` among them."""
-    save: Callable[[int, float, bool], Write | None]
-    """(step, best rsum so far, whether this step is the best) -> what is left to do on the first rank once all state has been
-    copied to host memory."""
-    go_back: Callable[[int], int]
-    """Restore weights, optimizer, teacher and queue from the newest checkpoint not after a step, the data's cursor left where it
-    is. -> that checkpoint's step."""
+    writer: CheckpointWriter
+    interrupts: Interrupts
+    bar: Progress
 
+    def __init__(self, context: RunContext, config: LoopConfig, stage: Stage, state: LoopState) -> None:
+        self.context, self.config, self.stage, self.state = context, config, stage, state
+        self.steps = config.total_steps(len(state.stream))
+        first, folder = context.ranks.first, context.folder
+        self.log = MetricsLog(folder.path, state.step, folder.lease) if first else None
+        self.straggler = StragglerWatch(context.ranks)
+        self.sick_log = folder.path / "sick_steps.jsonl"
+        self._writing = False
+        self._best_on_disk = state.best_rsum
+        """The best rsum among the checkpoints known to be on disk."""
+        self._stalled = 0.0
+        """Seconds spent on checkpoints since they were last logged."""
 
-def run_loop(
-    run: RunFolder,
-    config: LoopConfig,
-    stream: ShardStream,
-    stage: Stage,
-    sick: SickSteps,
-    watchdog: Watchdog,
-    ranks: Ranks,
-    device: torch.device,
-    step: int,
-    best: float,
-) -> None:
-    """From `step` to the last one. Raises Interrupted, its state saved, when any rank was asked to stop."""
-    steps = config.total_steps(len(stream))
-    log = MetricsLog(run.path, step, run.lease) if ranks.first else None
-    straggler = StragglerWatch(ranks)
-    sick_log = run.path / "sick_steps.jsonl"
-    writing, standing, stalled = False, best, 0.0
+    def run(self) -> None:
+        """Train up to the last step and mark the run as finished.
 
-    def settled() -> bool:
-        """Wait for the checkpoint being written, if any. -> whether it stands; where not, its step was not the best one either."""
-        nonlocal best, standing, writing
-        watchdog.enter_phase("waiting for a checkpoint to be written", step)
-        stands = not any_rank(not writer.finish())
-        best = standing = best if stands else standing
-        sick.returns = 0 if writing and stands else sick.returns
-        writing = False
-        return stands
-
-    counting = progress(run.path.name, steps, "steps", step, silent=not ranks.first)
-    with CheckpointWriter() as writer, watch_interrupts() as interrupts, counting as bar:
-        if interrupts.received_on_any_rank():
-            raise Interrupted(f"stopped at step {step} of {steps}, before a step was taken; the same command goes on")
-        batches = iter(stream)
-        while step < steps:
-            began = time.monotonic()
-            epoch = stream.epoch
-            watchdog.enter_phase("reading data", step + 1)
-            with profiled("data wait"):
-                batch = next(batches)
-            waited = time.monotonic() - began
-            watchdog.enter_phase("its own part of the step", step + 1)
-            figures = stage.take_step(batch, epoch, step)
-            step += 1
-            last, improved = step == steps, False
-            straggler.add(waited, watchdog.own_work, time.monotonic() - began)
-
-            if sick.steeper and ranks.first:
-                print(f"ligature: step {step}: {sick.steeper}", file=sys.stderr)
-            if sick.reason:
-                sick.note(step, float(figures["loss"]), batch["keys"], ranks, sick_log)
-                if sick.exhausted:
-                    settled()
-                    healthy = sick.give_up_or_return(step, sick_log)
-                    watchdog.enter_phase("going back to a checkpoint", step)
-                    step = stage.go_back(healthy)
-                    bar.done = step
-                    if log:
-                        log.forget_after(step)
-                    continue
-
-            if step % config.log_every == 0 or last:
-                figures |= {"epoch": torch.tensor(stream.epoch)}
-                figures |= {"skipped_steps": torch.tensor(sick.skipped)}
-                shown = over_ranks(figures, device, ranks) | straggler.report(step, run.path)
-                shown |= {"samples_per_second": config.global_batch / shown["step_seconds"]}
-                shown |= {"checkpoint_stall": stalled, "quarantined": float(stream.count_bad())}
-                stalled = 0.0
-                bar.note = f"loss {shown['loss']:.3f}  {shown['samples_per_second']:.0f} samples/s"
-                if log:
-                    log.write(step, {f"train/{name}": value for name, value in shown.items()})
-            writer.check()
-            if stage.validate and (step % config.validate_every == 0 or last):
-                settled()
-                watchdog.enter_phase("validating", step)
-                scores = stage.validate()
-                improved = scores["validation/rsum"] > best
-                found = (scores[f"validation/{way}_R@10"] for way in ("image_to_text", "text_to_image"))
-                bar.note = "validation R@10 {:.1f} / {:.1f}".format(*found)
-                if log:
-                    log.write(step, scores)
-            bar.advance(1)
-
-            stopping = interrupts.received_on_any_rank()
-            # Nothing is kept of a sick streak but what a signal asks for: the last good checkpoint must not be pushed out by it.
-            due = (improved or step % config.checkpoint_every == 0) and not sick.in_a_row
-            if due or last or stopping:
-                began = time.monotonic()
-                settled()
-                best = scores["validation/rsum"] if improved else best
-                watchdog.enter_phase("saving a checkpoint", step)
-                writer.start(stage.save(step, best, improved))
-                writing, stalled = True, stalled + time.monotonic() - began
-            saved = (stopping or last) and settled()
-            if stopping and not last:
-                where = f"saved in {run.checkpoints.path_of(step)}" if saved else "NOT saved"
-                raise Interrupted(f"stopped at step {step} of {steps}, {where}; the same command goes on from there")
-            if last and not saved:
-                raise LigatureError(
-                    f"all {steps} steps are taken, but the last checkpoint cannot be written; make room and start again"
+        Raises:
+            Interrupted: a rank was asked to stop; the state is saved.
+            SickRun: too many steps in a row were sick.
+            LigatureError: the last checkpoint cannot be written.
+        """
+        state, first = self.state, self.context.ranks.first
+        counting = progress(self.context.folder.path.name, self.steps, "steps", state.step, silent=not first)
+        with CheckpointWriter() as self.writer, watch_interrupts() as self.interrupts, counting as self.bar:
+            if self.interrupts.received_on_any_rank():
+                raise Interrupted(
+                    f"stopped at step {state.step} of {self.steps}, before a step was taken; the same command goes on"
                 )
-    if log:
-        log.close()
-        run.finish({"steps": step, "best_rsum": best, "quarantined": stream.count_bad(), "skipped_steps": sick.skipped})
+            batches = iter(state.stream)
+            while state.step < self.steps:
+                batch, figures = self.take_step(batches)
+                self.report_sick_step(batch, figures)
+                if state.sick.reason and state.sick.exhausted:
+                    self.go_back()
+                    continue
+                if state.step % self.config.log_every == 0 or self.at_last_step:
+                    self.log_step(figures)
+                self.writer.check()
+                new_best = None
+                if self.stage.validates and (state.step % self.config.validate_every == 0 or self.at_last_step):
+                    new_best = self.validate()
+                self.bar.advance(1)
+                self.save_or_stop(new_best)
+        self.finish()
+
+    @property
+    def at_last_step(self) -> bool:
+        """Whether no step is left to take."""
+        return self.state.step == self.steps
+
+    def take_step(self, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Read a batch and train on it, measuring how long each took. A collective.
+
+        Returns:
+            The batch, and the step's figures as `Stage.take_step` returns them.
+        """
+        state, watchdog = self.state, self.context.watchdog
+        start = time.monotonic()
+        epoch = state.stream.epoch
+        watchdog.enter_phase("reading data", state.step + 1)
+        with profiled("data wait"):
+            batch = next(batches)
+        waited = time.monotonic() - start
+        watchdog.enter_phase("its own part of the step", state.step + 1)
+        figures = self.stage.take_step(batch, epoch, state.step)
+        state.step += 1
+        self.straggler.add(waited, watchdog.own_work, time.monotonic() - start)
+        return batch, figures
+
+    def report_sick_step(self, batch: dict[str, Any], figures: dict[str, Tensor]) -> None:
+        """Report a step that was skipped, or one with a large gradient that was applied. A collective."""
+        step, sick, ranks = self.state.step, self.state.sick, self.context.ranks
+        if sick.steeper and ranks.first:
+            print(f"ligature: step {step}: {sick.steeper}", file=sys.stderr)
+        if sick.reason:
+            sick.record(step, float(figures["loss"]), batch["keys"], ranks, self.sick_log)
+
+    def go_back(self) -> None:
+        """Restore the last checkpoint before a row of sick steps. The data go on after them. A collective."""
+        state = self.state
+        self.wait_for_checkpoint()
+        healthy = state.sick.count_return(state.step, self.sick_log)
+        self.context.watchdog.enter_phase("going back to a checkpoint", state.step)
+        state.step = self.stage.restore(find_healthy(self.context, healthy))["step"]
+        self.bar.done = state.step
+        if self.log:
+            self.log.forget_after(state.step)
+
+    def log_step(self, figures: dict[str, Tensor]) -> None:
+        """Log the step's figures, averaged over the ranks. A collective."""
+        state, folder = self.state, self.context.folder
+        figures |= {"epoch": torch.tensor(state.stream.epoch)}
+        figures |= {"skipped_steps": torch.tensor(state.sick.skipped)}
+        means = mean_over_ranks(figures, self.context) | self.straggler.report(state.step, folder.path)
+        means |= {"samples_per_second": self.config.global_batch / means["step_seconds"]}
+        means |= {"checkpoint_stall": self._stalled, "quarantined": float(state.stream.count_bad())}
+        self._stalled = 0.0
+        self.bar.note = f"loss {means['loss']:.3f}  {means['samples_per_second']:.0f} samples/s"
+        if self.log:
+            self.log.write(state.step, {f"train/{name}": value for name, value in means.items()})
+
+    def validate(self) -> float | None:
+        """Validate and log the scores. A collective.
+
+        Returns:
+            The new best rsum, or None when it is no better than the best so far.
+        """
+        state = self.state
+        # A checkpoint that fails to be written takes its rsum with it, so the best is known only after it.
+        self.wait_for_checkpoint()
+        self.context.watchdog.enter_phase("validating", state.step)
+        scores = self.stage.validate()
+        recalls = (scores[f"validation/{direction}_R@10"] for direction in ("image_to_text", "text_to_image"))
+        self.bar.note = "validation R@10 {:.1f} / {:.1f}".format(*recalls)
+        if self.log:
+            self.log.write(state.step, scores)
+        rsum = scores["validation/rsum"]
+        return rsum if rsum > state.best_rsum else None
+
+    def save_or_stop(self, new_best: float | None) -> None:
+        """Save a checkpoint when one is due, and stop when a rank was asked to. A collective.
+
+        Args:
+            new_best: the rsum of this step's validation, if it is the best so far.
+        """
+        state, last = self.state, self.at_last_step
+        stopping = self.interrupts.received_on_any_rank()
+        improved = new_best is not None
+        # Within a row of sick steps only a stop is saved: the last good checkpoint must not be pushed out.
+        due = (improved or state.step % self.config.checkpoint_every == 0) and not state.sick.in_a_row
+        if due or last or stopping:
+            self.start_checkpoint(new_best)
+        saved = (stopping or last) and self.wait_for_checkpoint()
+        if stopping and not last:
+            where = f"saved in {self.context.folder.checkpoints.path_of(state.step)}" if saved else "NOT saved"
+            raise Interrupted(
+                f"stopped at step {state.step} of {self.steps}, {where}; the same command goes on from there"
+            )
+        if last and not saved:
+            raise LigatureError(
+                f"all {self.steps} steps are taken, but the last checkpoint cannot be written; make room and start again"
+            )
+
+    def start_checkpoint(self, new_best: float | None) -> None:
+        """Copy all state to host memory and begin to write it. A collective."""
+        state, start = self.state, time.monotonic()
+        self.wait_for_checkpoint()
+        state.best_rsum = state.best_rsum if new_best is None else new_best
+        self.context.watchdog.enter_phase("saving a checkpoint", state.step)
+        self.writer.start(self.stage.save(improved=new_best is not None))
+        self._writing, self._stalled = True, self._stalled + time.monotonic() - start
+
+    def wait_for_checkpoint(self) -> bool:
+        """Wait for the checkpoint being written, if any. A collective.
+
+        Returns:
+            Whether it is on disk. If it is not, its step no longer counts as the best one.
+        """
+        state = self.state
+        self.context.watchdog.enter_phase("waiting for a checkpoint to be written", state.step)
+        on_disk = not any_rank(not self.writer.finish())
+        if on_disk:
+            self._best_on_disk = state.best_rsum
+        else:
+            state.best_rsum = self._best_on_disk
+        if self._writing and on_disk:
+            state.sick.returns = 0  # a checkpoint after the return: going back has helped
+        self._writing = False
+        return on_disk
+
+    def finish(self) -> None:
+        """Close the log and mark the run as finished."""
+        state = self.state
+        if self.log:
+            self.log.close()
+            self.context.folder.finish(
+                {
+                    "steps": state.step,
+                    "best_rsum": state.best_rsum,
+                    "quarantined": state.stream.count_bad(),
+                    "skipped_steps": state.sick.skipped,
+                }
+            )
 
 
-def hold_run(recipe: Any, train: Callable[[Any, RunFolder, Ranks, torch.device, Watchdog], None]) -> Path:
-    """One rank's way through a run: meet the others, hold the run's folder, train, leave it. A finished run does nothing. -> the folder."""
-    run = RunFolder(recipe)
-    run.check(recipe)
-    if not run.finished():
-        ranks, device = join(recipe.training.device, recipe.training.rank_timeout)
-        try:
-            with watch_ranks(ranks, recipe.training.rank_timeout) as watchdog:
-                train(recipe, run, ranks, device, watchdog)
-        finally:
-            run.close()
-    return run.path
-
-
-def over_ranks(figures: dict[str, Tensor], device: torch.device, ranks: Ranks) -> dict[str, float]:
-    """The mean of each figure over the ranks."""
-    stacked = torch.stack([value.to(device).float().reshape(()) for value in figures.values()])
-    return dict(zip(figures, (sum_over_ranks(stacked) / ranks.world).tolist(), strict=True))
-
-
-def mean_figures(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each named figure over the micro-batches of a step."""
-    return {name: torch.stack([part[name].float().reshape(()) for part in parts]).mean() for name in parts[0]}
+def mean_over_ranks(figures: dict[str, Tensor], context: RunContext) -> dict[str, float]:
+    """Return the mean of each figure over the ranks. A collective."""
+    stacked = torch.stack([value.to(context.device).float().reshape(()) for value in figures.values()])
+    return dict(zip(figures, (sum_over_ranks(stacked) / context.ranks.world).tolist(), strict=True))

@@ -84,7 +84,7 @@ class SickSteps:
                 return f"the gradient's norm {norm:.3g} is {norm / max(usual, 1e-12):.0f} times its usual {usual:.3g}"
         return ""
 
-    def note(self, step: int, own_loss: float, keys: list[str], ranks: Ranks, log: Path) -> None:
+    def record(self, step: int, own_loss: float, keys: list[str], ranks: Ranks, log: Path) -> None:
         """Write a skipped step down, with every rank's loss and sample keys, and say it. A collective."""
         told = gather_values((own_loss, keys))
         if not ranks.first:
@@ -115,7 +115,7 @@ class SickSteps:
         """Whether so many steps in a row were sick that skipping does not help."""
         return self.in_a_row >= self.config.in_a_row
 
-    def give_up_or_return(self, step: int, log: Path) -> int:
+    def count_return(self, step: int, log: Path) -> int:
         """Count a return to the last good checkpoint. -> the last step that was not sick.
 
         Raises SickRun where the recipe wants to stop, or returning did not help."""

@@ -14,7 +14,7 @@ from data_tools.tokenizer import train_tokenizer
 from launch.cli import main
 from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from pretrain.model.alignment_model import AlignmentModel
-from pretrain.train import describe_model
+from pretrain.weights.load import describe_model
 from runtime.checkpoint import write_checkpoint
 from runtime.errors import LigatureError
 

@@ -86,21 +86,21 @@ def test_going_back_is_counted_and_ends():
     sick = after([1.0] * 8, in_a_row=2, returns=1)
     for _ in range(2):
         sick.admits(math.nan, 1.0)
-    assert sick.exhausted and sick.give_up_or_return(12, "log") == 10
+    assert sick.exhausted and sick.count_return(12, "log") == 10
     for _ in range(2):
         sick.admits(math.nan, 1.0)
     with pytest.raises(SickRun, match="did not help 1 times"):
-        sick.give_up_or_return(14, "log")
+        sick.count_return(14, "log")
     with pytest.raises(SickRun, match="up to step 2"):
         stopping = SickSteps(SickStepConfig(then="stop"))
         stopping.admits(math.nan, 1.0)
-        stopping.give_up_or_return(2, "log")
+        stopping.count_return(2, "log")
 
 
 def test_a_log_that_cannot_be_written_still_names_the_samples(tmp_path, capsys):
     sick = after([])
     sick.admits(math.nan, 1.0)
-    sick.note(3, math.nan, ["k7", "k8"], Ranks(), tmp_path / "gone" / "sick_steps.jsonl")
+    sick.record(3, math.nan, ["k7", "k8"], Ranks(), tmp_path / "gone" / "sick_steps.jsonl")
     assert "k7, k8" in capsys.readouterr().err
 
 
