@@ -140,6 +140,6 @@ def codeword_html(codeword: Codeword, pixels: Tensor) -> str:
     )
     words = escape(", ".join(codeword.words)) or "no captions of its own"
     return (
-        f"<div class=codeword><b>{codeword.number}</b> <span class=soft>{codeword.share:.1%}</span>"
+        f"<div class='card codeword'><b>{codeword.number}</b> <span class=soft>{codeword.share:.1%}</span>"
         f"<br>{images}<br><i>{words}</i></div>"
     )

@@ -18,6 +18,8 @@ from runtime.page import escape, write_page
 
 TOP = 5
 """Images shown of the model that is wrong."""
+FLIPS_STYLE = "@media (min-width: 641px) { .grid { --cell: 180px } }"
+"""On a wide screen the best five and the right image fit one row."""
 
 
 @dataclass
@@ -57,7 +59,7 @@ def write_flips_page(first: Path, second: Path, data: str, images: str, page: Pa
     title = f"{comparison.records[0]['head']} right, {comparison.records[1]['head']} wrong"
     parts = [f"<h1>{escape(title)}</h1>", _counts_html(comparison)]
     parts += [_caption_html(comparison, caption) for caption in shown.tolist()]
-    write_page(page, title, parts, STYLE)
+    write_page(page, title, parts, STYLE + FLIPS_STYLE)
     return f"{page}: {len(shown):,} of {len(flipped):,} captions: {title}"
 
 

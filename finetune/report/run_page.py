@@ -48,9 +48,10 @@ MARKED_POINTS = 12
 """A curve of fewer points shows each as a dot."""
 STYLE = """
 .curves { --cell: 340px } .panel, .wide { padding: 10px 12px } .panel img, .wide img { display: block; width: 100% }
+.wide { overflow-x: auto } .wide img { min-width: 600px; max-width: none }
 figcaption { font-size: 13px; margin-bottom: 6px; overflow-wrap: anywhere }
 .codewords { --cell: 340px } .codeword { padding: 10px 12px; overflow-wrap: anywhere }
-.thumb { width: calc((100% - 20px) / 6); margin: 4px 4px 4px 0; border-radius: 4px }
+.thumb { width: calc((100% - 24px) / 6); margin: 4px 4px 4px 0; border-radius: 4px }
 .maps { display: flex; flex-wrap: wrap; gap: 6px } .maps figure { width: 98px; overflow: hidden }
 .map { display: block; width: 96px; height: 96px } .maps figcaption { text-align: center; font-size: 12px; margin: 2px 0 4px }
 @media (prefers-color-scheme: dark) { .panel img, .wide img { filter: invert(.9) hue-rotate(180deg) } }
@@ -145,6 +146,7 @@ def _panel_html(title: str, series: dict[str, list[tuple[float, float]]]) -> str
     if title.startswith(LOGARITHMIC) and all(value > 0 for points in series.values() for _, value in points):
         axis.set_yscale("log")
     axis.set_xlabel("step")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     if len(series) > 1:
         axis.legend(fontsize=7, frameon=False)
