@@ -37,7 +37,7 @@ from benchmarks.ratios import Ratios
 from data_tools import ShardStream
 from data_tools.config import AugmentConfig
 from data_tools.making.shard_file import Encoding
-from data_tools.making.writer import write_shards
+from data_tools.making.writer import WriteOptions, write_shards
 from data_tools.pixels.decode import decode_image, decode_pixels
 from data_tools.pixels.packed import PackedImages
 from data_tools.pixels.transforms import TrainTransform
@@ -238,7 +238,7 @@ def write_folders(images: dict[str, list[bytes]], folder: Path) -> None:
             for number, data in enumerate(encoded)
         ]
         with redirect_stderr(io.StringIO()):
-            write_shards(items, folder / name, workers=1)
+            write_shards(items, folder / name, WriteOptions(workers=1))
 
 
 def main() -> int:

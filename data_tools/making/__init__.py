@@ -1,1 +1,1 @@
-"""Making shard folders: writing, planning, finding duplicates, indexing tars made elsewhere, inspecting."""
+"""Make shard folders: write and plan them, find duplicates, index tars made elsewhere, and inspect the result."""

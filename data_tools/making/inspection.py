@@ -1,4 +1,7 @@
-"""Looks at a finished shard folder: is everything there, and what is in it."""
+"""Verify that a finished shard folder is whole, and measure what it holds.
+
+Tested in tests/data_tools/making/test_indexing.py.
+"""
 
 from __future__ import annotations
 
@@ -18,50 +21,57 @@ if TYPE_CHECKING:
     import numpy as np
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+"""Quantiles that a description gives."""
 CAPTIONS_READ = 20_000
-"""Samples whose captions are read to measure them, spread evenly; the rest is known from the indexes."""
+"""Most samples whose captions are read and measured, spread evenly over the folder. All else is known from the indexes."""
 
 
 def verify(folder: str | Path, full: bool = False, workers: int = 1) -> Manifest:
-    """Hold a folder against its manifest: names and sizes, or (`full`) every hash and every index.
+    """Compare a folder with its manifest.
 
-    Raises `DataError` with all that is broken, in one line.
+    Args:
+        folder: The shard folder.
+        full: Whether to check every hash and every index; otherwise names and sizes are checked.
+        workers: Number of processes that compute hashes, see `run_parallel`.
+
+    Raises:
+        DataError: Something is broken; the message lists all of it.
     """
     manifest = read_manifest(folder, check=False)
-    broken = manifest.damaged()
+    damage = manifest.find_damage()
     if full:
         tasks = [(manifest.folder, shard) for shard in manifest.shards]
-        found: dict[str, list[str]] = {}
+        by_shard: dict[str, list[str]] = {}
         with progress("verifying", sum(shard.bytes >> 20 for shard in manifest.shards), "MiB") as bar:
-            for (_, shard), wrong in run_parallel(_broken_inside, tasks, workers):
-                found[shard.name] = wrong
+            for (_, shard), phrases in run_parallel(_find_damage_inside, tasks, workers):
+                by_shard[shard.name] = phrases
                 bar.advance(shard.bytes >> 20)
-        broken += [phrase for shard in manifest.shards for phrase in found[shard.name]]
-    if broken:
-        raise DataError(f"{folder} is damaged: {'; '.join(broken)}; {mend(manifest)}")
+        damage += [phrase for shard in manifest.shards for phrase in by_shard[shard.name]]
+    if damage:
+        raise DataError(f"{folder} is damaged: {'; '.join(damage)}; {_advise_repair(manifest)}")
     return manifest
 
 
-def mend(manifest: Manifest) -> str:
-    """What to do about a damaged folder."""
+def _advise_repair(manifest: Manifest) -> str:
     if manifest.source.get("indexed"):
         return "copy what is broken again, or remove its .index.parquet and run `ligature inspect --index`"
-    return "run the `ligature shard` that made it again"
+    return "run the `ligature shard` command that made it again"
 
 
-def _broken_inside(task: tuple[Path, Shard]) -> list[str]:
+def _find_damage_inside(task: tuple[Path, Shard]) -> list[str]:
+    """Return a phrase for each hash or index of a shard that differs from the manifest."""
     folder, shard = task
-    found = []
+    phrases = []
     tar, index = folder / shard.name, folder / shard.index
     if tar.is_file() and tar.stat().st_size == shard.bytes and sha256_of(tar) != shard.sha256:
-        found.append(f"{shard.name} has other bytes than when it was written")
+        phrases.append(f"{shard.name} has other bytes than when it was written")
     if not index.is_file():
-        return found
+        return phrases
     if sha256_of(index) != shard.index_sha256:
-        found.append(f"{shard.index} has other bytes than when it was written")
+        phrases.append(f"{shard.index} has other bytes than when it was written")
     elif (rows := len(read_index(index))) != shard.samples:
-        found.append(f"{shard.index} lists {rows:,} samples, the manifest {shard.samples:,}")
-    return found
+        phrases.append(f"{shard.index} lists {rows:,} samples, the manifest {shard.samples:,}")
+    return phrases
 
 
 @dataclass(slots=True)
@@ -69,30 +79,32 @@ class Measured:
     """What a folder holds, in numbers."""
 
     caption_words: np.ndarray
-    """(captions read,) white-space separated words."""
+    """(captions read,) words of each caption, separated by white space."""
     captions_per_image: np.ndarray
-    """(samples,)"""
+    """(samples,) number of captions."""
     width: np.ndarray
     """(samples,) pixels as stored."""
     height: np.ndarray
+    """(samples,) pixels as stored."""
     image_bytes: np.ndarray
-    """(samples,)"""
+    """(samples,) size of the encoded image in bytes."""
     image_formats: dict[str, int]
+    """Number of images, by format."""
     different_images: int
-    """Distinct image ids: fewer than samples where several samples show one picture."""
+    """Number of distinct image ids. It is below the number of samples where several samples show one picture."""
     samples_read: int
-    """Samples that `caption_words` are of."""
+    """Number of samples that `caption_words` covers."""
 
 
 def measure(manifest: Manifest) -> Measured:
-    """Read every index, and the captions of at most CAPTIONS_READ samples."""
+    """Measure a folder from its indexes, and from the captions of at most CAPTIONS_READ samples."""
     import numpy as np
 
     step = max(1, -(-manifest.samples // CAPTIONS_READ))
     columns: dict[str, list[Any]] = {name: [] for name in ("captions", "width", "height", "image_size", "image_id")}
     words: list[int] = []
     formats = dict.fromkeys(IMAGE_FORMATS, 0)
-    seen = 0
+    samples = 0
     with progress("reading indexes", len(manifest.shards), "shards", silent=len(manifest.shards) < 100) as bar:
         for shard in manifest.shards:
             index = read_index(manifest.folder / shard.index)
@@ -100,22 +112,22 @@ def measure(manifest: Manifest) -> Measured:
                 parts.append(getattr(index, name))
             for name in index.image_format:
                 formats[name] += 1
-            rows = range(-seen % step, len(index), step)
+            rows = range(-samples % step, len(index), step)
             with open(manifest.folder / shard.name, "rb", buffering=0) as tar:
                 for row in rows:
                     raw = os.pread(tar.fileno(), int(index.text_size[row]), int(index.text_offset[row]))
                     words += [len(text.split()) for text in captions_of(raw, index.text_format[row], index.key[row])]
-            seen += len(index)
+            samples += len(index)
             bar.advance()
-    whole = {name: np.concatenate(parts) for name, parts in columns.items()}
+    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
     return Measured(
-        np.array(words), whole["captions"], whole["width"], whole["height"], whole["image_size"],
-        {name: count for name, count in formats.items() if count}, len(np.unique(whole["image_id"])), -(-seen // step),
+        np.array(words), joined["captions"], joined["width"], joined["height"], joined["image_size"],
+        {name: count for name, count in formats.items() if count}, len(np.unique(joined["image_id"])), -(-samples // step),
     )  # fmt: skip
 
 
 def captions_of(raw: bytes, text_format: str, key: str) -> list[str]:
-    """The captions in a text member. `DataError` where they cannot be read."""
+    """Return the captions of a text member. Raises DataError, with the sample's key, where they cannot be read."""
     try:
         return parse_captions(raw, text_format)
     except DataError as error:
@@ -123,7 +135,15 @@ def captions_of(raw: bytes, text_format: str, key: str) -> list[str]:
 
 
 def describe(folder: str | Path, measured: Measured | None = None) -> dict[str, Any]:
-    """Counts, and quantiles over the folder of caption length (words), captions an image and image sides (pixels)."""
+    """Describe a folder: counts, and quantiles of caption length, captions an image, image sides and image sizes.
+
+    Args:
+        folder: The shard folder.
+        measured: What `measure` returned for it; None: measure it now.
+
+    Returns:
+        A dictionary that is fit for JSON. `quantiles` has lengths in words, sides in pixels, and sizes in kilobytes.
+    """
     import numpy as np
 
     manifest = read_manifest(folder)

@@ -1,4 +1,4 @@
-"""Which of the collected images are written, and which shard holds them: decided before anything is written."""
+"""Decide which of the collected images are written, and which shard holds them, before anything is written."""
 
 from __future__ import annotations
 
@@ -15,29 +15,32 @@ from runtime.errors import DataError, Interrupted
 from runtime.progress import progress
 
 DUPLICATES = ("keep", "drop_exact", "drop_near")
+"""What to do with copies, see `ShardOptions.duplicates`."""
 EXACT, NEAR, EXCLUDED = "exact duplicates", "near duplicates", "images of an excluded dataset"
 PROBES = 64
-"""Images encoded to learn how much smaller re-encoding makes them, where shards have a size in bytes."""
+"""Images that are encoded to estimate how much smaller re-encoding makes them, where shards have a size in bytes."""
 
 
 def check_items(items: Sequence[CaptionedImage]) -> None:
-    """Raise `DataError` for items that break the contract of `CaptionedImage`."""
+    """Check that items keep the contract of `CaptionedImage`. Raises DataError for the first that does not."""
     if not items:
-        raise DataError("no images to write")
-    seen = set()
+        raise DataError("there are no images to write; check the source and its split")
+    keys = set()
     for item in items:
         if not item.key or safe_key(item.key) != (item.key, False):
             raise DataError(f"the key {item.key!r} of {item.source} is empty or has a dot, slash or blank")
-        if item.key in seen:
-            raise DataError(f"the key {item.key!r} of {item.source} comes twice; keys are unique in a shard folder")
-        texts = item.captions if isinstance(item.captions, (list, tuple)) else []  # a string is no list of letters
-        if not texts or not all(isinstance(caption, str) and caption for caption in texts):
-            raise DataError(f"{item.source} has no list of captions, or one that is empty or no text")
-        seen.add(item.key)
+        if item.key in keys:
+            raise DataError(f"the key {item.key!r} of {item.source} comes twice; keys must be unique in a shard folder")
+        captions = (
+            item.captions if isinstance(item.captions, (list, tuple)) else []
+        )  # a string is not a list of letters
+        if not captions or not all(isinstance(caption, str) and caption for caption in captions):
+            raise DataError(f"{item.source} has no list of captions, or an empty caption, or one that is not text")
+        keys.add(item.key)
 
 
 def digest_of(items: Iterable[CaptionedImage]) -> str:
-    """Hex sha256 of all that the items say, sizes included; images are not read."""
+    """Return the hex sha256 of the items' keys, captions, ids, names and sizes. Images are not read."""
     digest = hashlib.sha256()
     for item in items:
         line = [item.key, item.captions, item.image_id, item.source, item.size]
@@ -51,22 +54,23 @@ class Excluded:
 
     reads: list[Callable[[], bytes]]
     names: list[str]
-    """What each is called in a report."""
+    """Name of each image's dataset, for the report."""
     counts: dict[Path, int]
-    """Place -> how many images it has."""
+    """Number of images, by the dataset's path."""
 
 
-def read_excluded(places: Sequence[Path]) -> Excluded:
-    found = Excluded([], [], {})
-    if places:
-        from data_tools.making.fingerprints import every_image
+def read_excluded(paths: Sequence[Path]) -> Excluded:
+    """List the images of other datasets. No image is read yet."""
+    excluded = Excluded([], [], {})
+    if paths:
+        from data_tools.making.fingerprints import list_images
 
-        for place in places:
-            images = every_image(place)
-            found.counts[place] = len(images)
-            found.reads.extend(images)
-            found.names.extend([place.resolve().name] * len(images))
-    return found
+        for path in paths:
+            images = list_images(path)
+            excluded.counts[path] = len(images)
+            excluded.reads.extend(images)
+            excluded.names.extend([path.resolve().name] * len(images))
+    return excluded
 
 
 def leave_out_copies(
@@ -75,12 +79,24 @@ def leave_out_copies(
     duplicates: str,
     excluded: Excluded,
     workers: int,
-    piece: tuple[int, int],
+    job_slice: tuple[int, int],
 ) -> tuple[list[CaptionedImage], list[dict[str, Any]]]:
-    """Items -> those that are kept, and a line for each that is not: `key`, `source`, `reason`, `copy_of`, `bits` (in which they differ).
+    """Leave out the items that are copies of earlier ones or of excluded images.
 
-    Fingerprints are kept in `folder` while it is being written, so that a run that was killed goes on with them. `Interrupted` where
-    those of other slices are not there yet.
+    Args:
+        items: The collected samples.
+        folder: Keeps the fingerprints while it is being written, so that a run that was killed does not compute them again.
+        duplicates: One of DUPLICATES.
+        excluded: Images of other datasets.
+        workers: Processes that compute fingerprints.
+        job_slice: Number of this slice, and number of slices.
+
+    Returns:
+        The items that are kept; and for each other a line of the report with `key`, `source`, `reason`, `copy_of` and `bits`, the
+        number of bits in which the looks differ.
+
+    Raises:
+        Interrupted: Other slices have not computed their fingerprints yet.
     """
     if duplicates == "keep" and not excluded.reads:
         return items, []
@@ -89,46 +105,59 @@ def leave_out_copies(
     from data_tools.making.duplicates import find_duplicates
     from data_tools.making.fingerprints import fingerprints
 
-    theirs = fingerprints(folder, "excluded", excluded.reads, workers, piece)
-    ours = fingerprints(folder, "images", [item.read for item in items], workers, piece)
+    theirs = fingerprints(folder, "excluded", excluded.reads, workers, job_slice)
+    ours = fingerprints(folder, "images", [item.read for item in items], workers, job_slice)
     if theirs is None or ours is None:
         raise Interrupted(
-            f"slice {piece[0]}/{piece[1]} has looked at its images, but other slices have not: copies are found among all of them; "
-            "run it again when they have"
+            f"slice {job_slice[0]}/{job_slice[1]} has looked at its images, but other slices have not; copies are found among the "
+            "images of all slices, so run this slice again when the others have looked"
         )
     protected = len(theirs)
-    found = find_duplicates(np.concatenate([theirs, ours]), duplicates, protected)
+    copies = find_duplicates(np.concatenate([theirs, ours]), duplicates, protected)
     kept, lines = [], []
     for number, item in enumerate(items, start=protected):
-        of, bits = int(found.of[number]), int(found.distance[number])
-        if of < 0:
+        original, bits = int(copies.original[number]), int(copies.distance[number])
+        if original < 0:
             kept.append(item)
             continue
-        reason = EXCLUDED if of < protected else EXACT if bits < 0 else NEAR
-        original = excluded.names[of] if of < protected else items[of - protected].source
+        reason = EXCLUDED if original < protected else EXACT if bits < 0 else NEAR
+        copy_of = excluded.names[original] if original < protected else items[original - protected].source
         lines.append({"key": item.key, "source": item.source, "reason": reason, "counted_as": reason,
-                      "copy_of": original, "bits": max(bits, 0)})  # fmt: skip
+                      "copy_of": copy_of, "bits": max(bits, 0)})  # fmt: skip
     if not kept:
         raise DataError(f"every one of the {len(items):,} images is a copy of an excluded one; is --exclude right?")
     return kept, lines
 
 
 def cut(items: Sequence[CaptionedImage], samples: int | None, size: int | None, encoding: Encoding) -> list[range]:
-    """Item numbers of each shard: as many as `samples`, and as many as their bytes stay within `size` (at least one)."""
+    """Divide items into shards.
+
+    Args:
+        items: The samples, in order.
+        samples: Most samples in a shard; None: no limit.
+        size: Most bytes in a shard, estimated; None: no limit. A shard has at least one sample.
+        encoding: How images will be encoded.
+
+    Returns:
+        The item numbers of each shard.
+    """
     sizes = _written_sizes(items, encoding) if size else None
     ranges, start, total = [], 0, 0.0
     for number in range(len(items)):
-        more = sizes[number] if sizes else 0.0
+        item_size = sizes[number] if sizes else 0.0
         full = samples is not None and number - start == samples
-        if number > start and (full or (size is not None and total + more > size)):
+        if number > start and (full or (size is not None and total + item_size > size)):
             ranges.append(range(start, number))
             start, total = number, 0.0
-        total += more
+        total += item_size
     return [*ranges, range(start, len(items))]
 
 
 def _written_sizes(items: Sequence[CaptionedImage], encoding: Encoding) -> list[float]:
-    """Bytes in the tar of each item: header blocks, the image (by its size now and the mean change of PROBES spread over all), json."""
+    """Estimate the bytes that each item takes in a tar: header blocks, image and json.
+
+    Where images are encoded again, PROBES of them, spread over all, give the mean change of size.
+    """
     before = after = 0
     if encoding.resize_shorter or encoding.reencode:
         probes = items[:: -(-len(items) // PROBES)]
@@ -141,7 +170,7 @@ def _written_sizes(items: Sequence[CaptionedImage], encoding: Encoding) -> list[
                 except MemoryError:
                     raise
                 except Exception:
-                    continue  # the writer says what is wrong with it
+                    continue  # the writer will report what is wrong with the image
                 finally:
                     bar.advance()
     ratio = after / before if before else 1.0

@@ -1,4 +1,4 @@
-"""Work spread over the processes of one machine, which die with the one that started them."""
+"""Spread work over several processes of one machine, which die with the process that started them."""
 
 from __future__ import annotations
 
@@ -20,16 +20,25 @@ Result = TypeVar("Result")
 def run_parallel(
     function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
 ) -> Iterator[tuple[Task, Result]]:
-    """Yield (task, result) as each is ready, in any order, over `workers` processes (0: one a core; 1: this one alone).
+    """Call a function on each task, and yield (task, result) as each is ready, in any order.
 
-    Left early, it waits for the tasks under way. With several processes the caller's main module must be importable.
+    A caller that stops early waits for the tasks under way.
+
+    Args:
+        function: A module's function, which worker processes can import.
+        tasks: Its arguments.
+        workers: Number of processes; 0: one a core; 1: this process alone. With several, the caller's main module must be
+            importable (`if __name__ == "__main__":`).
+
+    Raises:
+        LigatureError: A worker process died.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(workers or cores, len(tasks))
     if workers <= 1:
         yield from ((task, function(task)) for task in tasks)
         return
-    # Spawned, not forked: the caller may have threads (torch, pyarrow), and a fork would copy their locks.
+    # Spawned, not forked: the caller may have threads (torch, pyarrow), and a fork would copy the locks they hold.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     try:
         futures = {pool.submit(function, task): task for task in tasks}
@@ -37,20 +46,20 @@ def run_parallel(
             yield futures.pop(future), future.result()
     except BrokenProcessPool:
         raise LigatureError(
-            "a worker process died (out of memory?); what is finished is kept: run it again with fewer --workers"
+            "a worker process died (out of memory?); finished shards are kept, run it again with fewer --workers"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and do not outlive it: a killed parent's pool would wait for work forever."""
+    """Leave Ctrl-C to the parent, and exit when it dies. The pool of a killed parent would wait for work forever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()

@@ -1,4 +1,4 @@
-"""One shard: images -> a plain WebDataset tar and its index, each complete or absent under its final name."""
+"""Write one shard: a plain WebDataset tar and its index. Under its final name each file is complete or absent."""
 
 from __future__ import annotations
 
@@ -18,26 +18,31 @@ from runtime.errors import DataError
 from runtime.files import replaced_file, sha256_of
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-"""Pillow's formats whose bytes are kept (an MPO is a JPEG with more pictures after it); others become JPEG."""
+"""File extension by Pillow's format, for formats that are kept as they are. An MPO is a JPEG with more pictures after it. Other
+formats become JPEG."""
 WRITTEN = {"jpg": "JPEG", "webp": "WEBP"}
-"""What `reencode` may ask for, by Pillow's names."""
+"""Pillow's format, by the name that `reencode` may have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """What becomes of an image's bytes. The default keeps them."""
+    """How an image's bytes are stored. The default keeps them as they are."""
 
     resize_shorter: int | None = None
-    """Pixels that a longer shorter side is reduced to."""
+    """Pixels that a longer shorter side is reduced to; None: no image is resized."""
     reencode: str | None = None
-    """jpg or webp: every image is written anew in it; none: only those that must be, as JPEG."""
+    """jpg or webp: every image is encoded in it; None: only images that must be, as JPEG."""
     quality: int = 90
+    """Quality of JPEG or WebP, 1 to 100."""
 
     def apply(self, raw: bytes) -> tuple[bytes, str, int, int]:
-        """Decode an image whole and give the bytes to store: `(bytes, extension, width, height)`.
+        """Decode an image whole, and return what to store. An image that is encoded again becomes RGB and upright.
 
-        What is encoded again is RGB and upright. Raises ValueError with what is wrong with it: broken, of no known format,
-        too many pixels.
+        Returns:
+            Bytes, file extension, and width and height in pixels.
+
+        Raises:
+            ValueError: The image is broken, of no known format, or has too many pixels.
         """
         from PIL import Image
 
@@ -59,7 +64,7 @@ class Encoding:
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """One shard to write; sent to a process."""
+    """One shard to write. It is sent to a worker process."""
 
     folder: Path
     number: int
@@ -68,21 +73,26 @@ class ShardTask:
 
     @property
     def tar(self) -> Path:
+        """Path of the tar."""
         return self.folder / f"shard-{self.number:06d}.tar"
 
     @property
     def index(self) -> Path:
+        """Path of the index."""
         return self.folder / f"shard-{self.number:06d}.parquet"
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
+    """A shard that is written."""
+
     shard: Shard
     unreadable: list[dict[str, Any]]
-    """Images set aside: key, source, reason."""
+    """Key, source and reason of each image that was left out because it does not decode."""
 
 
 def write_shard(task: ShardTask) -> Written:
+    """Write a shard's tar, then its index."""
     rows: list[tuple] = []
     image_ids: list[str] = []
     unreadable: list[dict[str, Any]] = []
@@ -96,22 +106,22 @@ def write_shard(task: ShardTask) -> Written:
                 except Exception as error:  # Pillow's decoders raise nearly anything on broken bytes
                     unreadable.append({"key": item.key, "source": item.source, "reason": one_line(error)})
                     continue
-                words = {"captions": item.captions, "image_id": item.image_id, "source": item.source}
-                text = json.dumps(words, ensure_ascii=False).encode()
+                record = {"captions": item.captions, "image_id": item.image_id, "source": item.source}
+                text = json.dumps(record, ensure_ascii=False).encode()
                 image_offset = _add_member(tar, f"{item.key}.{extension}", data)
                 text_offset = _add_member(tar, f"{item.key}.json", text)
                 rows.append((item.key, image_offset, len(data), extension, text_offset, len(text), "json",
                              width, height, len(item.captions)))  # fmt: skip
                 image_ids.append(item.image_id)
         size, digest = temporary.stat().st_size, sha256_of(temporary)
-    # The index follows its tar and carries what else is known of the shard: it is the mark of a complete one.
+    # The index follows its tar, so its presence marks a complete shard. Its note keeps what a later run needs to know.
     note = {"bytes": size, "sha256": digest, "unreadable": unreadable}
     write_index(task.index, ShardIndex.from_rows(rows, image_ids), note)
     return _as_written(task, len(rows), sum(row[-1] for row in rows), note)
 
 
 def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Append a member with nothing of this machine or moment in its header; returns the offset of its data."""
+    """Append a member whose header names no time, user or machine, and return the offset of its data."""
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
@@ -119,19 +129,19 @@ def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
 
 
 def one_line(error: Exception) -> str:
-    """An error in one line, without paths and addresses: the same on every run."""
+    """Return an error as one line without paths and memory addresses, so that it is the same on every run."""
     text = getattr(error, "strerror", None) or re.sub(r" <\S+ object at 0x[0-9a-f]+>", "", str(error))
     return " ".join(f"{type(error).__name__}: {text}".split())
 
 
 def finished_shard(task: ShardTask) -> Written | None:
-    """What an earlier run wrote of this shard; None where its tar or index is absent or cut."""
+    """Return the shard that an earlier run wrote, or None where its tar or index is absent or cut."""
     if not (task.index.is_file() and task.tar.is_file()):
         return None
     try:
         rows, note = read_index(task.index), read_index_note(task.index)
     except DataError:
-        return None  # cut by a crash of the machine: written again
+        return None  # cut by a crash of the machine; the shard is written again
     if task.tar.stat().st_size != note.get("bytes") or "unreadable" not in note:
         return None
     return _as_written(task, len(rows), int(rows.captions.sum()), note)

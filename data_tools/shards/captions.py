@@ -1,7 +1,7 @@
-"""Parse the captions of a sample: the one place that says what a text member may hold.
+"""Parse the captions of a sample. This is the one place that decides what a text member may hold.
 
 A text member is `<key>.json`, an object with `captions`, or `<key>.txt`, one caption. The reader, the inspection and the sources
-all call this module, so a sample is good for one of them exactly when it is good for the others.
+all call this module, so they agree on which samples are good.
 """
 
 from __future__ import annotations

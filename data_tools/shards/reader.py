@@ -1,7 +1,8 @@
-"""Random access to the samples of shard folders: one read each, by the index. Nothing read is ever executed.
+"""Read any sample of shard folders by its number, with one read at the place that the index names.
 
-What is read is held against the tar's own headers, so a shard that is not what its index says is seen: cut short, shifted, or
-overwritten in the middle. Samples that cannot be read come back as `BrokenSample`s, and the others of the shard as they are.
+Each read is checked against the tar's own headers. A shard that differs from its index is therefore noticed: cut short, shifted,
+or overwritten in the middle. A sample that cannot be read comes back as a `BrokenSample`; the others of its shard are still read.
+Nothing that is read is ever executed.
 """
 
 from __future__ import annotations
@@ -27,29 +28,34 @@ from runtime.errors import DataError
 OPEN_SHARDS = 256
 """Tars kept open by one process."""
 PART_ROWS, PARTS = 1024, 1024
-"""Rows of an index kept together, and how many such parts one process keeps (80 kB each)."""
+"""Rows of an index that one part holds, and parts that one process keeps (80 kB each)."""
 RUN_BYTES = 4 << 20
-"""Neighbours, and the members of one sample, are read at once where they lie within as many bytes."""
+"""Neighbouring samples are read in one go where they lie within this many bytes."""
 HEADER = 512
+"""Bytes of a tar header, which lies directly before its member."""
 INDEX_COLUMNS = ("key", "image_offset", "image_size", "text_offset", "text_size", "image_id", "text_format")
 
 
 @dataclass(slots=True)
 class RawSample:
+    """One sample as its shard holds it, nothing decoded."""
+
     key: str
+    """Sample key."""
     shard: str
-    """Name of the tar; of several folders, with the folder's name before it."""
+    """Name of the tar. Where several folders are read, the folder's name comes before it."""
     image: bytes
-    """Encoded, as the shard holds it."""
+    """The encoded image."""
     text: bytes
-    """Its captions, as the shard holds them: json (an object whose `captions` is a list) or txt (one caption)."""
+    """The text member, see `data_tools.shards.captions`."""
     text_format: str
+    """json or txt."""
     image_id: int
-    """Samples with the same number show the same picture; of several folders too, unless their ids are names of files."""
+    """Samples with the same number show the same picture. Across folders this holds unless image ids are file names."""
 
     @property
     def captions(self) -> list[str]:
-        """Raises DataError where they cannot be read."""
+        """The captions. Raises BrokenSample where they cannot be read."""
         try:
             return parse_captions(self.text, self.text_format)
         except DataError as error:
@@ -57,7 +63,7 @@ class RawSample:
 
 
 class BrokenSample(DataError):
-    """A sample that cannot be read, with what a quarantine lists."""
+    """A sample that cannot be read, with the shard, key and reason that a quarantine lists."""
 
     def __init__(self, shard: str, key: str, reason: str) -> None:
         super().__init__(f"sample {key}: {reason}")
@@ -69,15 +75,17 @@ class BrokenSample(DataError):
 
 @dataclass(slots=True)
 class _Tar:
+    """An open tar."""
+
     name: str
     descriptor: int = -1
     reason: str = ""
-    """Why it could not be opened."""
+    """Why it could not be opened; empty where it is open."""
 
 
 @dataclass(slots=True)
 class _Part:
-    """Some rows of one shard's index; memoryviews, since their items are Python's own numbers."""
+    """PART_ROWS rows of one shard's index. Columns are memoryviews, since indexing them gives plain Python numbers."""
 
     keys: list[str]
     image: memoryview
@@ -86,15 +94,16 @@ class _Part:
     text_size: memoryview
     image_id: memoryview
     first: memoryview
-    """Where the bytes of a sample begin, headers included."""
+    """Offset of a sample's first byte, headers included."""
     end: memoryview
+    """Offset after a sample's last byte."""
     text_format: list[str]
     reason: str = ""
-    """Why the index could not be read."""
+    """Why the index could not be read; empty where it could."""
 
 
 class ShardReader:
-    """`reader[i]` is the i-th sample of a folder, or of several folders one after the other, shards in manifest order."""
+    """The samples of one shard folder, or of several one after the other, shards in manifest order: `reader[i]` is the i-th."""
 
     def __init__(
         self,
@@ -102,17 +111,21 @@ class ShardReader:
         cache: ShardCache | None = None,
         check: bool = True,
     ) -> None:
-        """folders: one, or several by name, on a disk or remote (s3://…, gs://…, https://…; through `cache`).
+        """Read the manifests.
 
-        check: look whether every shard of a folder on a disk is there with its size; else this shows when it is read.
+        Args:
+            folders: One folder, or several by name, on a disk or remote (s3://…, gs://…, https://…).
+            cache: Where remote shards are kept; None: the default cache.
+            check: Whether every shard of a folder on a disk must be there with its size. Otherwise damage shows when a shard is
+                read.
         """
-        named = folders if isinstance(folders, Mapping) else {"": folders}
+        folders = folders if isinstance(folders, Mapping) else {"": folders}
         self.cache = cache
-        self.names = list(named)
+        self.names = list(folders)
         self.manifests: list[Manifest] = []
         self.roots: list[str] = []
-        """Where the folders lie, as they were given."""
-        for folder in named.values():
+        """Path or address of each folder, as the caller gave it."""
+        for folder in folders.values():
             if isinstance(folder, Manifest):
                 self.manifests.append(folder)
             elif is_remote(folder):
@@ -123,18 +136,18 @@ class ShardReader:
         if any(map(is_remote, self.roots)):
             self.cache = cache or ShardCache()
         self.counts = np.concatenate([manifest.table.columns["samples"] for manifest in self.manifests])
-        """(shards,) samples of each shard of all folders."""
+        """(shards,) number of samples of each shard, over all folders."""
         self._ends = np.cumsum(self.counts)
         self.first_samples = self._ends - self.counts
-        """(shards,) the first sample of each shard."""
+        """(shards,) number of each shard's first sample."""
         self._first_shards = np.cumsum([0, *(len(manifest.shards) for manifest in self.manifests)])
-        # The same name in another folder is another picture, the same folder elsewhere is not.
+        # A file name in another folder is another picture, but a copy of the same folder holds the same pictures.
         self._salts = [
             int(manifest.fingerprint[:16], 16) >> 1 if manifest.ids_are_names and len(self.manifests) > 1 else 0
             for manifest in self.manifests
         ]
         self.read_ahead = False
-        """Ask the disk for the whole part that a sample belongs to: its neighbours in the shard will be asked for soon."""
+        """Whether the disk is asked for a sample's whole part at once, because its neighbours will be read soon."""
         self._tars: OrderedDict[int, _Tar] = OrderedDict()
         self._parts: OrderedDict[tuple[int, int], _Part] = OrderedDict()
 
@@ -147,24 +160,25 @@ class ShardReader:
 
     @property
     def location(self) -> str:
-        """The folders, for messages."""
+        """The folders' paths or addresses, for messages."""
         return " + ".join(self.roots)
 
     def shards_of(self, folder: int) -> slice:
-        """The shards of a folder, among those of all."""
+        """Return the range of shard numbers that belong to a folder."""
         return slice(int(self._first_shards[folder]), int(self._first_shards[folder + 1]))
 
     def shard(self, number: int) -> tuple[int, Shard]:
-        """-> its folder, and what that folder's manifest says of it."""
+        """Return the number of a shard's folder, and its entry in that folder's manifest."""
         folder = int(np.searchsorted(self._first_shards, number, side="right")) - 1
         return folder, self.manifests[folder].shards[number - int(self._first_shards[folder])]
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """(shard number, row in the shard)."""
+        """Return the shard number of a sample, and its row in that shard."""
         shard = int(np.searchsorted(self._ends, sample, side="right"))
         return shard, sample - int(self.first_samples[shard])
 
     def key(self, sample: int) -> str:
+        """Return a sample's key. Raises DataError where its index cannot be read."""
         shard, row = self.locate(sample)
         part = self._part(shard, row // PART_ROWS)
         if part.reason:
@@ -172,21 +186,28 @@ class ShardReader:
         return part.keys[row % PART_ROWS]
 
     def captions(self, sample: int) -> list[str]:
-        """A sample's captions, without reading its image."""
-        found = self._read(*self.locate(sample), with_image=False)
-        if isinstance(found, BrokenSample):
-            raise found
-        return found.captions
+        """Return a sample's captions without reading its image. Raises BrokenSample where they cannot be read."""
+        raw = self._read(*self.locate(sample), with_image=False)
+        if isinstance(raw, BrokenSample):
+            raise raw
+        return raw.captions
 
     def __getitem__(self, sample: int) -> RawSample:
-        """Raises BrokenSample."""
-        found = self._read(*self.locate(sample))
-        if isinstance(found, BrokenSample):
-            raise found
-        return found
+        """Return a sample. Raises BrokenSample where it cannot be read."""
+        raw = self._read(*self.locate(sample))
+        if isinstance(raw, BrokenSample):
+            raise raw
+        return raw
 
     def read(self, samples: Sequence[int] | np.ndarray) -> list[RawSample | BrokenSample]:
-        """Many samples, undecoded, each as it can be read. Neighbours in a shard are read at once."""
+        """Read many samples, neighbours in a shard in one go.
+
+        Args:
+            samples: Sample numbers, in any order.
+
+        Returns:
+            One entry for each number: the undecoded sample, or why it cannot be read.
+        """
         numbers = np.asarray(samples, np.int64)
         if not len(numbers):
             return []
@@ -194,30 +215,42 @@ class ShardReader:
         rows = numbers - self.first_samples[shards]
         parts = shards << 32 | rows // PART_ROWS
         ends = np.append(np.flatnonzero((np.diff(numbers) != 1) | (np.diff(parts) != 0)) + 1, len(numbers)).tolist()
-        found: list[RawSample | BrokenSample | None] = []
+        read: list[RawSample | BrokenSample | None] = []
         headers: list[bytes] = []
         sizes: list[int] = []
         start = 0
         for end in ends:
-            shard, place, row = int(shards[start]), int(rows[start]) // PART_ROWS, int(rows[start]) % PART_ROWS
-            while start < end:  # once, unless neighbours are more than RUN_BYTES
-                part, tar = self._part(shard, place), self._tar(shard)
-                start += self._read_run(part, tar, row, end - start, found, headers, sizes)
+            shard, part_number, row = int(shards[start]), int(rows[start]) // PART_ROWS, int(rows[start]) % PART_ROWS
+            while start < end:  # once, unless the neighbours have more than RUN_BYTES
+                part, tar = self._part(shard, part_number), self._tar(shard)
+                start += self._read_run(part, tar, row, end - start, read, headers, sizes)
                 row = int(rows[start - 1]) % PART_ROWS + 1
-        right = _headers_right(headers, sizes).tolist()
-        checked = iter(right)
-        for place, sample in enumerate(found):
-            # What is not as usual is looked at again, alone: it may be fine, or why it is not is told.
-            if sample is None or not (next(checked) & next(checked)):
-                found[place] = self._read(int(shards[place]), int(rows[place]))
-        return found  # type: ignore[return-value]
+        verdicts = iter(_check_headers(headers, sizes).tolist())  # two for each sample that was read
+        for position, sample in enumerate(read):
+            # An unusual sample is read again alone: it may be fine, and if not, the slow path names the reason.
+            if sample is None or not (next(verdicts) & next(verdicts)):
+                read[position] = self._read(int(shards[position]), int(rows[position]))
+        return read  # type: ignore[return-value]
 
     def _read_run(
-        self, part: _Part, tar: _Tar, row: int, count: int, found: list, headers: list[bytes], sizes: list[int]
+        self, part: _Part, tar: _Tar, row: int, count: int, read: list, headers: list[bytes], sizes: list[int]
     ) -> int:
-        """Read up to `count` samples from `row` on in one go -> how many. None stands for one that is not as usual."""
+        """Read up to `count` neighbouring samples from `row` on with one call.
+
+        Args:
+            part: The index rows.
+            tar: The tar.
+            row: The first sample's row in the part.
+            count: Most samples to read.
+            read: Receives each sample, or None for one that is unusual.
+            headers: Receives the tar headers of each sample's image and text.
+            sizes: Receives the sizes that these headers must state.
+
+        Returns:
+            How many samples were read.
+        """
         if part.reason or tar.reason:
-            found.append(None)
+            read.append(None)
             return 1
         begin = part.first[row]
         while count > 1 and part.end[row + count - 1] - begin > RUN_BYTES:
@@ -225,10 +258,10 @@ class ShardReader:
         length = part.end[row + count - 1] - begin
         try:
             data = os.pread(tar.descriptor, length, begin) if begin >= 0 and 0 < length <= RUN_BYTES else b""
-        except OSError:  # a bad sector, a file replaced under us: each is read again alone, and what is broken told
+        except OSError:  # a bad sector, or a file replaced under us: each sample is read again alone
             data = b""
         if len(data) != length:
-            found += [None] * count
+            read += [None] * count
             return count
         keys, image_ids, name = part.keys, part.image_id, tar.name
         for number in range(row, row + count):
@@ -239,11 +272,11 @@ class ShardReader:
             sizes.append(image_size)
             sizes.append(text_size)
             image, text = data[image_at : image_at + image_size], data[text_at : text_at + text_size]
-            found.append(RawSample(keys[number], name, image, text, part.text_format[number], image_ids[number]))
+            read.append(RawSample(keys[number], name, image, text, part.text_format[number], image_ids[number]))
         return count
 
     def columns(self, number: int, names: Sequence[str]) -> Any:
-        """Columns of one shard's index, as an arrow table. Raises DataError."""
+        """Return columns of one shard's index as an arrow table. Raises DataError where it cannot be read."""
         folder, shard = self.shard(number)
         try:
             with os.fdopen(self._open(folder, shard.index, shard.index_sha256, None), "rb") as file:
@@ -292,18 +325,18 @@ class ShardReader:
                 _close(self._tars.popitem(last=False)[1])
         return tar
 
-    def _part(self, number: int, place: int) -> _Part:
-        part = self._parts.get((number, place))
+    def _part(self, number: int, part_number: int) -> _Part:
+        part = self._parts.get((number, part_number))
         if part is None:
             folder, shard = self.shard(number)
             try:
                 with os.fdopen(self._open(folder, shard.index, shard.index_sha256, None), "rb") as file:
-                    part = _read_part(file.read(), shard, place * PART_ROWS, self._salts[folder])
+                    part = _read_part(file.read(), shard, part_number * PART_ROWS, self._salts[folder])
             except (OSError, DataError) as error:
                 nothing = memoryview(b"")
                 reason = f"its index {shard.index} cannot be read: {getattr(error, 'strerror', None) or error}"
                 part = _Part([], nothing, nothing, nothing, nothing, nothing, nothing, nothing, [], reason)
-            self._parts[number, place] = part
+            self._parts[number, part_number] = part
             if len(self._parts) > PARTS:
                 self._parts.popitem(last=False)
             if self.read_ahead and part.keys and not (tar := self._tar(number)).reason:
@@ -312,17 +345,20 @@ class ShardReader:
         return part
 
     def _open(self, folder: int, name: str, sha256: str, size: int | None) -> int:
-        """A descriptor of a file of a folder, by way of the cache where it is remote."""
+        """Return a descriptor of a folder's file, through the cache where the folder is remote."""
         root = self.roots[folder]
         if self.cache is None or not (is_remote(root) or self.cache.stage):
             return os.open(f"{root}/{name}", os.O_RDONLY)
         descriptor = self.cache.open(f"{root}/{name}", sha256, size)
-        for number, tar in list(self._tars.items()):  # what has left the cache shall leave the disk
+        for number, tar in list(
+            self._tars.items()
+        ):  # a file that left the cache frees its space only when it is closed
             if tar.descriptor >= 0 and not os.fstat(tar.descriptor).st_nlink:
                 _close(self._tars.pop(number))
         return descriptor
 
     def close(self) -> None:
+        """Close all files. The reader opens them again when it is used."""
         for tar in self._tars.values():
             _close(tar)
         self._tars.clear()
@@ -335,10 +371,9 @@ def _close(tar: _Tar) -> None:
 
 
 def _read_part(data: bytes, shard: Shard, start: int, salt: int) -> _Part:
-    """Rows `start` to `start + PART_ROWS` of an index, given as the bytes of its file; `salt` (63 bits) changes image ids.
-    Raises DataError."""
+    """Return rows `start` to `start + PART_ROWS` of an index file's bytes. `salt` (63 bits) is mixed into the image ids."""
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
-        raise DataError("it is not the one that the manifest was made with")
+        raise DataError("its sha256 is not the one that the manifest states")
     columns = read_columns(io.BytesIO(data), INDEX_COLUMNS, shard.index)
     if columns.num_rows != shard.samples:
         raise DataError(f"it has {columns.num_rows} rows, the manifest says {shard.samples}")
@@ -350,8 +385,8 @@ def _read_part(data: bytes, shard: Shard, start: int, salt: int) -> _Part:
     first = np.minimum(image, text) - HEADER
     end = np.maximum(image + image_size, text + text_size)
     keys, formats = rows.column("key").to_pylist(), rows.column("text_format").to_pylist()
-    if wrong := [name for name in set(formats) if name not in TEXT_FORMATS]:
-        raise DataError(f"it has captions in the format {wrong[0]!r}")
+    if unknown := [name for name in set(formats) if name not in TEXT_FORMATS]:
+        raise DataError(f"it has captions in the format {unknown[0]!r}")
     return _Part(
         keys, image.data, image_size.data, text.data, text_size.data, image_id.data, first.data, end.data, formats
     )
@@ -365,29 +400,33 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
 
 
 def _member(data: bytes, size: int) -> bytes:
-    """The member after its header, which is checked. Raises ValueError."""
+    """Check a member's header and return the member after it. Raises ValueError where they do not fit the index."""
     header = data[:HEADER]
     stored = header[148:156]
     try:
-        # A header's checksum is the sum of its bytes, with eight blanks for the sum itself.
-        right = int(stored.split(b"\0", 1)[0], 8) == sum(header) - sum(stored) + 8 * 32
-        right = right and int(header[124:136].split(b"\0", 1)[0], 8) == size
+        # A header's checksum is the sum of its bytes, with eight blanks in the place of the checksum.
+        fits = int(stored.split(b"\0", 1)[0], 8) == sum(header) - sum(stored) + 8 * 32
+        fits = fits and int(header[124:136].split(b"\0", 1)[0], 8) == size
     except ValueError:
-        right = False
-    if not right:
+        fits = False
+    if not fits:
         raise ValueError("the tar's header there is not the one that the index was made from; the shard was altered")
     return data[HEADER:]
 
 
-_EIGHTS = 8 ** np.arange(10, -1, -1)
+_POWERS_OF_8 = 8 ** np.arange(10, -1, -1)
 
 
-def _headers_right(headers: list[bytes], sizes: list[int]) -> np.ndarray:
-    """What `_member` checks, of many headers at once: (n,) bool. False as well for numbers that are written in another way."""
-    # Size, time and checksum lie in a row; the lower half of Adler-32 is the sum of all bytes and 1, modulo 65,521.
+def _check_headers(headers: list[bytes], sizes: list[int]) -> np.ndarray:
+    """Check many headers at once as `_member` does.
+
+    Returns:
+        (headers,) bool. It is False as well for a good header that writes its numbers in an unusual way.
+    """
+    # Size, time and checksum are neighbouring fields. The lower half of Adler-32 is 1 plus the sum of all bytes, modulo 65,521.
     sums = np.array([zlib.adler32(header) & 0xFFFF for header in headers], np.int64)
     fields = np.frombuffer(b"".join([header[124:156] for header in headers]), np.uint8).reshape(-1, 32).astype(np.int64)
     digits = fields - ord("0")
     stored = fields[:, 24:]
-    expected = digits[:, 24:30] @ _EIGHTS[-6:] + stored.sum(1) - 8 * 32 + 1
-    return (sums == expected % 65521) & (digits[:, :11] @ _EIGHTS == sizes)
+    expected = digits[:, 24:30] @ _POWERS_OF_8[-6:] + stored.sum(1) - 8 * 32 + 1
+    return (sums == expected % 65521) & (digits[:, :11] @ _POWERS_OF_8 == sizes)

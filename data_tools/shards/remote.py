@@ -1,7 +1,7 @@
-"""Shards that lie elsewhere (s3://, gs://, https://, or a slow shared disk): fetched into a local folder of bounded size.
+"""Fetch shards that lie elsewhere (s3://, gs://, https://, or a slow shared disk) into a local folder of bounded size.
 
-The processes of a node share the folder. A file is named by its whole address and its hash, is downloaded once, under a lock, and
-appears under its name only when its bytes are those that the manifest promises.
+The processes of a node share the folder. A file's name is a hash of its whole address and its promised sha256. It is downloaded
+once, under a lock, and gets its name only when its bytes are those that the manifest promises.
 """
 
 from __future__ import annotations
@@ -20,62 +20,85 @@ from runtime.errors import DataError
 from runtime.files import sha256_of
 
 RETRIES = 5
+"""Attempts to fetch a file."""
 FIRST_PAUSE = 0.5
-"""Seconds before the second try; twice as long before each further one."""
+"""Seconds before the second attempt. The pause doubles before each further one."""
 Result = TypeVar("Result")
 
 
 def is_remote(folder: Any) -> bool:
+    """Return whether a folder is an address rather than a path on a disk."""
     return "://" in str(folder)
 
 
 def read_remote_manifest(address: str) -> Manifest:
-    """The manifest of a remote folder. Raises DataError in one line."""
-    place = f"{address.rstrip('/')}/{MANIFEST_NAME}"
+    """Return the manifest of a remote folder.
 
-    def read() -> bytes:
-        filesystem, path = _filesystem(place)
+    Raises:
+        DataError: It is not there, cannot be fetched, or is not a manifest.
+    """
+    manifest_address = f"{address.rstrip('/')}/{MANIFEST_NAME}"
+
+    def fetch() -> bytes:
+        filesystem, path = _filesystem(manifest_address)
         return filesystem.cat_file(path)
 
     try:
-        return parse_manifest(_retried(read, place), Path(address), place)
+        return parse_manifest(_retry(fetch, manifest_address), Path(address), manifest_address)
     except FileNotFoundError:
-        raise DataError(f"no {place}: copy a whole shard folder there, its {MANIFEST_NAME} last") from None
+        raise DataError(f"no {manifest_address}; copy a whole shard folder there, its {MANIFEST_NAME} last") from None
 
 
 def default_folder() -> str:
+    """Return the cache folder where a recipe names none: $LIGATURE_CACHE, or one under the home folder."""
     return os.environ.get("LIGATURE_CACHE", "~/.cache/ligature/shards")
 
 
 class ShardCache:
-    """Local copies of remote files, at most `gigabytes` of them (10^9 bytes): those used longest ago leave first."""
+    """Local copies of remote files, at most `gigabytes` of them (10^9 bytes). The least recently used leave first."""
 
     def __init__(self, folder: str | Path = "", gigabytes: float = 100.0, stage: bool = False) -> None:
-        """folder: on a disk of this node, `~` and variables allowed; stage: take shards on local disks through it as well."""
-        told = os.path.expanduser(os.path.expandvars(folder or default_folder()))
-        if "$" in told:
-            raise DataError(f"data.cache.folder is {folder}, and a variable in it is not set; set it, or name a folder")
-        self.folder, self.limit, self.stage = Path(told), int(gigabytes * 1e9), stage
+        """Name the cache folder; it is created when the first file is fetched.
+
+        Args:
+            folder: A folder on a disk of this node. `~` and variables are expanded; empty: `default_folder()`.
+            gigabytes: Size that the cache stays within, in 10^9 bytes.
+            stage: Whether shards on local disks go through the cache as well.
+        """
+        path = os.path.expanduser(os.path.expandvars(folder or default_folder()))
+        if "$" in path:
+            raise DataError(f"data.cache.folder is {folder}, but a variable in it is not set; set it, or name a folder")
+        self.folder, self.limit, self.stage = Path(path), int(gigabytes * 1e9), stage
 
     def open(self, address: str, sha256: str, size: int | None) -> int:
-        """A descriptor of the file at `address`, fetched where it is not here yet. Raises DataError, FileNotFoundError.
+        """Return a descriptor of the file at `address`, fetching it where the cache lacks it.
 
-        Once open it can be read, whatever else leaves the cache.
+        An open file stays readable, whatever leaves the cache.
+
+        Args:
+            address: Where the file lies.
+            sha256: Hex digest that its bytes must have.
+            size: Its size in bytes, None where unknown.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            DataError: It cannot be fetched, has other bytes, or the cache cannot hold it.
         """
-        key = hashlib.sha256(f"{address}\n{sha256}".encode()).hexdigest()[:40]
+        name = hashlib.sha256(f"{address}\n{sha256}".encode()).hexdigest()[:40]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):
-                return _open_used(self.folder / key)
-            with self._locked(self.folder / f".{key}"), ExitStack() as granted:
+                return _open_and_touch(self.folder / name)
+            with self._locked(self.folder / f".{name}"), ExitStack() as partial_lock:
                 with suppress(FileNotFoundError):
-                    return _open_used(self.folder / key)  # another process brought it
-                # Its name promises its size to all: so it begins with its room, lest those who wait leave none to each other.
-                part = self._locked(self.folder / f"{key}.{size or 0}.partial")
-                partial = self._make_room(size or 0, address, lambda: granted.enter_context(part))
-                _retried(lambda: _download(address, partial, sha256), address)
-                descriptor = _open_used(partial)  # before others can see it, and remove it to make room
-                os.replace(partial, self.folder / key)
+                    return _open_and_touch(self.folder / name)  # another process has fetched it meanwhile
+                # The name announces the size to other processes. The lock, which creates the file, is therefore taken inside
+                # `_make_room`: processes that still wait for room must not reserve any.
+                lock = self._locked(self.folder / f"{name}.{size or 0}.partial")
+                partial = self._make_room(size or 0, address, lambda: partial_lock.enter_context(lock))
+                _retry(lambda: _download(address, partial, sha256), address)
+                descriptor = _open_and_touch(partial)  # before the rename, after which others may remove the file
+                os.replace(partial, self.folder / name)
                 if size is None:
                     self._make_room(0, address, lambda: None)
                 return descriptor
@@ -88,23 +111,25 @@ class ShardCache:
 
     @contextmanager
     def _locked(self, path: Path) -> Iterator[Path]:
-        """Hold a file's lock, alone on this node. It may be renamed meanwhile; else it is removed."""
+        """Hold a file's lock, alone on this node. At the end the file is removed, unless it was renamed."""
         while True:
             with open(path, "ab") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                # Who held it before may have renamed or removed it, and others lock another file of this name by now.
-                if not _stands(file, path):
+                # The holder before us may have renamed or removed the file. Others then lock a new file of this name.
+                if not _is_still_at(file, path):
                     continue
                 try:
                     yield path
                 finally:
-                    if _stands(file, path):
+                    if _is_still_at(file, path):
                         path.unlink()
                 return
 
-    def _make_room(self, size: int, address: str, take: Callable[[], Result]) -> Result:
-        """Remove what was used longest ago until `size` bytes more fit, and take them before others can. Waits for downloads
-        under way where they fill it."""
+    def _make_room(self, size: int, address: str, reserve: Callable[[], Result]) -> Result:
+        """Remove the least recently used files until `size` more bytes fit, then call `reserve` before others can.
+
+        Where downloads under way fill the cache, this waits for them.
+        """
         if size > self.limit:
             raise DataError(
                 f"{address} has {size / 1e9:.2f} GB, the cache holds {self.limit / 1e9:g}; raise data.cache.gigabytes"
@@ -112,51 +137,57 @@ class ShardCache:
         while True:
             with open(self.folder / ".room", "ab") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                present, promised = self._contents()
-                over = sum(bytes for _, bytes, _ in present) + promised + size - self.limit
-                for _, bytes, path in sorted(present):
-                    if over <= 0:
+                files, reserved = self._contents()
+                excess = sum(file_size for _, file_size, _ in files) + reserved + size - self.limit
+                for _, file_size, path in sorted(files):
+                    if excess <= 0:
                         break
                     path.unlink(missing_ok=True)
-                    over -= bytes
-                if over <= 0:
-                    return take()
+                    excess -= file_size
+                if excess <= 0:
+                    return reserve()
             time.sleep(0.05)
 
     def _contents(self) -> tuple[list[tuple[float, int, Path]], int]:
-        """-> (last use, bytes, path) of each file, and the bytes of downloads under way. Those of dead processes are removed."""
-        present, promised = [], 0
+        """List the cached files, and remove the downloads of dead processes.
+
+        Returns:
+            Last use (seconds), size (bytes) and path of each file; and the bytes that downloads under way have reserved.
+        """
+        files, reserved = [], 0
         for entry in os.scandir(self.folder):
             with suppress(FileNotFoundError):
                 if entry.name.endswith(".partial"):
-                    if not _removed(entry.path):
-                        promised += max(int(entry.name.split(".")[1]), entry.stat().st_size)
-                elif not entry.name.startswith(".") and entry.is_file(follow_symlinks=False):  # `selections/` stays
-                    present.append((entry.stat().st_mtime, entry.stat().st_size, Path(entry.path)))
-        return present, promised
+                    if not _remove_if_abandoned(entry.path):
+                        reserved += max(int(entry.name.split(".")[1]), entry.stat().st_size)
+                # The subfolder `selections/` is not part of what the limit counts.
+                elif not entry.name.startswith(".") and entry.is_file(follow_symlinks=False):
+                    files.append((entry.stat().st_mtime, entry.stat().st_size, Path(entry.path)))
+        return files, reserved
 
 
-def _removed(path: str) -> bool:
-    """Remove a download that no process holds the lock of any more."""
+def _remove_if_abandoned(path: str) -> bool:
+    """Remove a download whose lock no process holds, and return whether that was so."""
     with open(path, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        if _stands(file, path):
+        if _is_still_at(file, path):
             os.unlink(path)
     return True
 
 
-def _open_used(path: Path) -> int:
+def _open_and_touch(path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY)
     now = time.time_ns()
-    os.utime(descriptor, ns=(now, now))  # the kernel's own clock for files stands still for milliseconds
+    # The time is given: the kernel's own clock for files stands still for milliseconds, and order of use would be lost.
+    os.utime(descriptor, ns=(now, now))
     return descriptor
 
 
-def _stands(file: IO[bytes], path: str | Path) -> bool:
-    """An open file is still what its name stands for. Under the file's lock, nobody else changes that."""
+def _is_still_at(file: IO[bytes], path: str | Path) -> bool:
+    """Return whether an open file is still the one at `path`. Under the file's lock, no other process changes that."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     return False
@@ -165,8 +196,8 @@ def _stands(file: IO[bytes], path: str | Path) -> bool:
 def _download(address: str, partial: Path, sha256: str) -> None:
     filesystem, path = _filesystem(address)
     filesystem.get_file(path, str(partial))
-    if (found := sha256_of(partial)) != sha256:
-        raise ValueError(f"its sha256 is {found[:12]}…, the manifest says {sha256[:12]}…")
+    if (digest := sha256_of(partial)) != sha256:
+        raise ValueError(f"its sha256 is {digest[:12]}…, the manifest says {sha256[:12]}…")
 
 
 def _filesystem(address: str) -> tuple[Any, str]:
@@ -180,8 +211,8 @@ def _filesystem(address: str) -> tuple[Any, str]:
         ) from error
 
 
-def _retried(attempt: Callable[[], Result], address: str) -> Result:
-    """Try again, with longer pauses, whatever a network may raise. What is not there stays so and is not asked for again."""
+def _retry(attempt: Callable[[], Result], address: str) -> Result:
+    """Call `attempt` until it succeeds, with longer and longer pauses. A file that does not exist is not tried again."""
     for number in range(RETRIES):
         try:
             return attempt()
@@ -189,9 +220,9 @@ def _retried(attempt: Callable[[], Result], address: str) -> Result:
             raise
         except PermissionError as error:
             raise DataError(f"no permission to read {address}; check the credentials of this node") from error
-        except Exception as error:  # each kind of filesystem has its own, without a common base
+        except Exception as error:  # each kind of filesystem has its own errors, without a common base
             if number == RETRIES - 1:
                 reason = " ".join(str(error).split()) or type(error).__name__
-                raise DataError(f"cannot fetch {address} in {RETRIES} tries: {reason}") from error
+                raise DataError(f"cannot fetch {address} in {RETRIES} attempts: {reason}") from error
             time.sleep(FIRST_PAUSE * 2**number)
     raise AssertionError("unreachable")

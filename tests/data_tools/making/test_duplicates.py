@@ -9,19 +9,20 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
+from tiny_shards import write_shards
 
 from data_tools.making.duplicates import LOOK_DISTANCE, find_duplicates
 from data_tools.making.fingerprints import (
     FLAT,
+    HASHED,
     RECORD,
-    SEEN,
     UNREADABLE,
-    every_image,
     fingerprint,
     fingerprints,
+    list_images,
     look_of,
 )
-from data_tools.making.writer import ShardOptions, shard, write_shards
+from data_tools.making.writer import ShardOptions, shard
 from data_tools.shards.manifest import read_index
 from data_tools.sources import CaptionedImage, collect
 from runtime.errors import DataError, Interrupted, RecipeError
@@ -127,7 +128,7 @@ def brute(records, rule, protected):
             if of[i] >= 0 or UNREADABLE in states or (i >= protected and rule == "keep"):
                 continue
             exact = (records["content"][i] == records["content"][j]).all()
-            near = states == {SEEN} and bits_between(records[i], records[j]) <= LOOK_DISTANCE
+            near = states == {HASHED} and bits_between(records[i], records[j]) <= LOOK_DISTANCE
             if exact or (near and (i < protected or rule == "drop_near")):
                 of[j] = i
                 break
@@ -138,11 +139,13 @@ def brute(records, rule, protected):
 def test_the_search_finds_what_brute_force_finds(rule, protected):
     records = planted(protected)
     found, expected = find_duplicates(records, rule, protected), brute(records, rule, protected)
-    assert ((found.of >= 0) == (expected >= 0)).all() and (expected >= 0).sum() > 12
-    gone = np.flatnonzero(found.of >= 0)
-    assert (found.of[found.of[gone]] < 0).all() and (found.of[gone] < gone).all()  # what a copy names is kept
+    assert ((found.original >= 0) == (expected >= 0)).all() and (expected >= 0).sum() > 12
+    gone = np.flatnonzero(found.original >= 0)
+    assert (found.original[found.original[gone]] < 0).all() and (
+        found.original[gone] < gone
+    ).all()  # what a copy names is kept
     for number in gone:
-        a, b = records[number], records[found.of[number]]
+        a, b = records[number], records[found.original[number]]
         distance = found.distance[number]
         assert (distance == -1 and (a["content"] == b["content"]).all()) or bits_between(
             a, b
@@ -154,11 +157,11 @@ def test_many_identical_looks_cost_no_quadratic_time():
     records["content"][:, 0] = np.arange(len(records))
     records["look"] = np.random.default_rng(0).integers(0, 2**63, 4)
     found = find_duplicates(records)
-    assert found.of[0] == -1 and (found.of[1:] == 0).all()
+    assert found.original[0] == -1 and (found.original[1:] == 0).all()
 
 
 def test_nothing_is_held_against_nothing():
-    assert len(find_duplicates(np.empty(0, RECORD)).of) == 0
+    assert len(find_duplicates(np.empty(0, RECORD)).original) == 0
 
 
 # -- In a shard folder
@@ -220,13 +223,13 @@ def test_an_excluded_dataset_gets_in_by_no_door(photos, tmp_path):
         ("k2", "folder"),
         ("k3", "test.tar"),
     ]
-    with pytest.raises(DataError, match="another plan"):
+    with pytest.raises(DataError, match="other options"):
         write_shards(items, tmp_path / "o", workers=1, exclude=places[:2])
     with pytest.raises(DataError, match="every one of the 1 images"):
         write_shards(items[:1], tmp_path / "p", workers=1, exclude=places[:1])
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no images in .*--exclude takes"):
-        every_image(tmp_path / "empty")
+        list_images(tmp_path / "empty")
 
 
 def test_exact_copies_go_and_broken_ones_are_told_apart(photos, tmp_path):
@@ -246,10 +249,10 @@ def test_slices_look_at_their_own_images_and_wait_for_the_others(photos, tmp_pat
     items = items_of([*raw, raw[1]])
     arguments = {"out": tmp_path / "o", "workers": 1, "duplicates": "drop_near", "shard_samples": 3}
     with pytest.raises(Interrupted, match="slice 0/2 has looked at its images") as caught:
-        write_shards(items, piece=(0, 2), **arguments)
+        write_shards(items, job_slice=(0, 2), **arguments)
     assert caught.value.exit_code == 75 and "\n" not in str(caught.value)
-    assert write_shards(items, piece=(1, 2), **arguments) is None  # it has what it needs, and wrote its shards
-    manifest = write_shards(items, piece=(0, 2), **arguments)
+    assert write_shards(items, job_slice=(1, 2), **arguments) is None  # it has what it needs, and wrote its shards
+    manifest = write_shards(items, job_slice=(0, 2), **arguments)
     assert manifest.samples == 8
     write_shards(items, **{**arguments, "out": tmp_path / "whole"})
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("o", "whole")]

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_shards import write_shards
 
 from data_tools.making.plan import cut
 from data_tools.making.shard_file import Encoding
-from data_tools.making.writer import ShardOptions, read_slice, write_shards
+from data_tools.making.writer import ShardOptions, read_slice
 from data_tools.shards.manifest import read_manifest
 from data_tools.sources import CaptionedImage
 from runtime.errors import RecipeError
@@ -59,9 +60,9 @@ def test_slices_in_any_order_give_the_bytes_of_one_run(tmp_path, order):
     arguments = {"shard_samples": 2, "workers": 1, "max_bad_share": 1}
     whole = write_shards(items, tmp_path / "whole", **arguments)
     for place, number in enumerate(order[:-1]):
-        done = write_shards(items, tmp_path / "o", piece=(number, 3), **arguments)
+        done = write_shards(items, tmp_path / "o", job_slice=(number, 3), **arguments)
         assert (done is None) == (len(set(order[: place + 1])) < 3)
-    last = write_shards(items, tmp_path / "o", piece=(order[-1], 3), **arguments)
+    last = write_shards(items, tmp_path / "o", job_slice=(order[-1], 3), **arguments)
     assert last.fingerprint == whole.fingerprint and contents(tmp_path / "o") == contents(tmp_path / "whole")
 
 
@@ -69,11 +70,11 @@ def test_a_whole_run_finishes_what_slices_left_and_partials_of_others_are_left_a
     items = items_of(range(6))
     arguments = {"shard_samples": 2, "workers": 1}
     theirs = tmp_path / "o/.shard-000001.tar.0123.partial"
-    assert write_shards(items, tmp_path / "o", piece=(0, 3), **arguments) is None
+    assert write_shards(items, tmp_path / "o", job_slice=(0, 3), **arguments) is None
     theirs.write_bytes(b"another job is writing this")
     mine = tmp_path / "o/.shard-000000.tar.0123.partial"
     mine.write_bytes(b"of a job that was killed")
-    assert write_shards(items, tmp_path / "o", piece=(0, 3), **arguments) is None
+    assert write_shards(items, tmp_path / "o", job_slice=(0, 3), **arguments) is None
     assert theirs.exists() and not mine.exists()
     write_shards(items, tmp_path / "o", **arguments)
     write_shards(items, tmp_path / "whole", **arguments)
@@ -88,12 +89,12 @@ def test_slices_that_finish_at_the_same_moment_both_end_well(tmp_path, monkeypat
     def meanwhile(source, target):
         if Path(target).name == name and not others:  # ours is written, not yet in place: the other slice finishes
             others.append(None)
-            others.append(write_shards(items, out, piece=(0, 2), **arguments))
+            others.append(write_shards(items, out, job_slice=(0, 2), **arguments))
         replace(source, target)
 
-    assert write_shards(items, out, piece=(0, 2), **arguments) is None
+    assert write_shards(items, out, job_slice=(0, 2), **arguments) is None
     monkeypatch.setattr(os, "replace", meanwhile)
-    last = write_shards(items, out, piece=(1, 2), **arguments)
+    last = write_shards(items, out, job_slice=(1, 2), **arguments)
     whole = write_shards(items, tmp_path / "whole", **arguments)
     assert last == others[1] and last.fingerprint == whole.fingerprint
     assert contents(out) == contents(tmp_path / "whole")
@@ -101,7 +102,7 @@ def test_slices_that_finish_at_the_same_moment_both_end_well(tmp_path, monkeypat
 
 def test_more_slices_than_shards(tmp_path):
     items = items_of(range(3))
-    results = [write_shards(items, tmp_path / "o", shard_samples=2, workers=1, piece=(n, 5)) for n in range(5)]
+    results = [write_shards(items, tmp_path / "o", shard_samples=2, workers=1, job_slice=(n, 5)) for n in range(5)]
     assert results[0] is None and results[1].samples == 3 and read_manifest(tmp_path / "o").samples == 3
 
 
@@ -170,24 +171,24 @@ from pathlib import Path
 
 import numpy, pyarrow.parquet  # before the forks, which then cost nothing
 from test_slices import contents, items_of
+from tiny_shards import write_shards
 from data_tools.making import duplicates
 from data_tools.making import fingerprints
-from data_tools.making.writer import write_shards
 from runtime.errors import Interrupted
 
 base, slices = Path(sys.argv[1]), int(sys.argv[2])
 fingerprints.CHUNK = 3
 ITEMS = items_of([0, 1, 2, 1, 3, -1, -1])  # k03 goes as a copy, k02 as excluded; the last shard is all broken
 
-def write(out, piece):
+def write(out, job_slice):
     with contextlib.suppress(Interrupted):
-        write_shards(ITEMS, out, shard_samples=2, workers=1, piece=piece, duplicates="drop_near", max_bad_share=1,
+        write_shards(ITEMS, out, shard_samples=2, workers=1, job_slice=job_slice, duplicates="drop_near", max_bad_share=1,
                      exclude=[base / "excluded"], dropped={"empty captions": 1})
 
 os.fsync = lambda descriptor: None  # a killed process loses nothing that was written; a dead machine is not tested here
 STEPS = [(os, "replace"), (os, "unlink"), (os, "mkdir"), (tarfile.TarFile, "addfile"), (numpy, "save")]
 
-def child(out, piece, kill_at=None):
+def child(out, job_slice, kill_at=None):
     pid = os.fork()
     if pid == 0:
         try:
@@ -205,7 +206,7 @@ def child(out, piece, kill_at=None):
                     setattr(owner, name, dying(getattr(owner, name)))
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(1, 2)
-            write(out, piece)
+            write(out, job_slice)
             os._exit(0)
         finally:
             os._exit(1)
@@ -242,7 +243,7 @@ def test_killed_at_every_step_and_run_again_it_ends_with_the_same_bytes(tmp_path
     """Exhaustive: before each rename, removal, new folder, member and block of fingerprints of a small run."""
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), str(tmp_path), str(slices)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
+from tiny_shards import write_shards
 
 from data_tools.making.inspection import verify
 from data_tools.making.shard_file import Encoding
-from data_tools.making.writer import ShardOptions, shard, write_shards
+from data_tools.making.writer import ShardOptions, shard
 from data_tools.shards.manifest import read_index, read_manifest
 from data_tools.sources import CaptionedImage, collect
 from runtime.errors import DataError, LigatureError, RecipeError
@@ -168,7 +169,8 @@ elif point == "manifest":
 elif point == "plan":
     writer.write_manifest = dies_at(1, writer.write_manifest, after=True)
 items = collect(source, source.parent).items
-writer.write_shards(items, out, shard_samples=3, workers=1, source={"kind": "flickr"})
+options = writer.WriteOptions(shard_samples=3, workers=1)
+writer.write_shards(items, out, options, writer.Origin({"kind": "flickr"}))
 """
 
 
@@ -199,7 +201,7 @@ ORPHANED = """
 import dataclasses, os, sys, time
 from pathlib import Path
 from data_tools.sources import collect
-from data_tools.making.writer import write_shards
+from data_tools.making.writer import Origin, WriteOptions, write_shards
 
 class Blocked:
     def __init__(self, marker): self.marker = marker
@@ -211,7 +213,7 @@ if __name__ == "__main__":
     source, out = Path(sys.argv[1]), sys.argv[2]
     items = collect(source, source.parent).items
     items[7] = dataclasses.replace(items[7], read=Blocked(sys.argv[3]))
-    write_shards(items, out, shard_samples=3, workers=2, source={"kind": "flickr"})
+    write_shards(items, out, WriteOptions(shard_samples=3, workers=2), Origin({"kind": "flickr"}))
 """
 
 

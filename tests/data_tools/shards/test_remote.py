@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_training_set import make
+from tiny_shards import make
 
 from data_tools import ShardStream
 from data_tools.shards import remote
@@ -135,7 +135,7 @@ def test_what_fails_or_arrives_damaged_is_asked_for_again(server, cache, tmp_pat
     assert not (tmp_path / "q.jsonl").exists()
 
 
-@pytest.mark.parametrize(("fault", "told"), [("altered", "sha256"), ("busy", "in 5 tries"), ("gone", "missing")])
+@pytest.mark.parametrize(("fault", "told"), [("altered", "sha256"), ("busy", "in 5 attempts"), ("gone", "missing")])
 def test_a_shard_that_never_arrives_whole_costs_its_own_samples(server, cache, tmp_path, fault, told):
     if fault == "gone":
         (server.root / "one" / "shard-000001.tar").unlink()
@@ -150,7 +150,7 @@ def test_a_shard_that_never_arrives_whole_costs_its_own_samples(server, cache, t
 
 
 def test_no_manifest_is_one_line_and_asked_for_once(server, cache):
-    with pytest.raises(DataError, match=r"/none/manifest\.json: copy a whole shard folder") as error:
+    with pytest.raises(DataError, match=r"/none/manifest\.json; copy a whole shard folder") as error:
         TrainingSet(f"{server.address}/none", cache=cache)
     assert "\n" not in str(error.value) and server.asked["none/manifest.json"] == 1
 

@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from PIL import Image
+from tiny_shards import write_shards
 
 from data_tools import ShardStream
 from data_tools.config import AugmentConfig
-from data_tools.making.writer import write_shards
 from data_tools.pixels.transforms import TrainTransform
 from data_tools.shards.manifest import hash_image_id, read_index, read_manifest
 from data_tools.shards.reader import ShardReader
@@ -520,7 +520,7 @@ def test_an_index_of_another_shard_is_not_believed(copy, tmp_path):
     shutil.copy(copy / "shard-000001.parquet", copy / "shard-000002.parquet")
     keys, lines = walked_once(copy, tmp_path)
     assert set(keys) == {f"k{number:03}" for number in range(37)} - of_shard(2)
-    assert all("not the one that the manifest was made with" in line["reason"] for line in lines)
+    assert all("its sha256 is not the one that the manifest states" in line["reason"] for line in lines)
 
 
 def test_lost_shards_beyond_the_share_stop_the_run_with_one_line(copy, tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_processes import start_ranks
-from test_training_set import make
+from tiny_shards import make
 
 from data_tools import ShardStream
 from data_tools.stream.training_set import TrainingSet

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 
@@ -10,32 +9,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
-from PIL import Image
+from tiny_shards import make
 
 from data_tools import ShardStream
 from data_tools.config import FilterConfig, ReadConfig
-from data_tools.making.writer import write_shards
 from data_tools.shards.reader import ShardReader
-from data_tools.sources import CaptionedImage
 from data_tools.stream import selection, training_set
 from data_tools.stream.mixture import CYCLE, Mixture
 from data_tools.stream.training_set import TrainingSet, open_training_set, short_names
 from pretrain.config import PretrainRecipe
 from runtime.errors import DataError, RecipeError
 from runtime.recipe import load_recipe, read_recipe, write_recipe
-
-
-def make(folder, letter: str, samples: int, shard_samples: int = 4):
-    """Image n is (10 + n) x 12 pixels and has 1 + n % 3 captions; caption c of it has n % 5 + c + 1 words."""
-
-    def item(number: int) -> CaptionedImage:
-        buffer = io.BytesIO()
-        Image.new("RGB", (10 + number, 12), (number, 0, 0)).save(buffer, "PNG")
-        captions = [f"{letter}{number}c{c}" + " word" * (number % 5 + c) for c in range(1 + number % 3)]
-        return CaptionedImage(f"{letter}{number:02}", captions, f"{letter}{number}", buffer.getvalue, f"{number}.png")
-
-    write_shards([item(number) for number in range(samples)], folder, shard_samples=shard_samples, workers=1)
-    return folder
 
 
 @pytest.fixture(scope="module")
