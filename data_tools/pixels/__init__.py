@@ -1,1 +1,1 @@
-"""Image bytes to training pixels: decoding, augmentation, the views of a batch."""
+"""From image bytes to training pixels: decoding, augmentation, and the views of a batch."""

@@ -1,7 +1,8 @@
-"""Encoded bytes -> RGB images. Nothing of torch, so sharding and reading agree on what an image is.
+"""Decode encoded bytes to RGB images, without torch.
 
-Whatever reads an image passes through here. Only listed formats are opened: Pillow knows some whose decoding starts
-another program (EPS runs Ghostscript). Bytes and pixels are counted before anything is decoded.
+Everything that reads an image comes through here, so sharding and reading agree on what an image is. Only listed formats
+are opened, because Pillow decodes some by starting another program (EPS runs Ghostscript). Bytes and pixels are counted
+before anything is decoded.
 """
 
 from __future__ import annotations
@@ -20,25 +21,37 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAX_PIXELS = 100_000_000
-"""Larger images are refused by their header, before they are decoded."""
+"""Pixels of the largest image. Larger ones are refused by their header, before they are decoded."""
 MAX_BYTES = 100_000_000
-"""Longer members are refused before they are read."""
+"""Bytes of the longest encoded image. Longer ones are refused before they are read."""
 SHARD_FORMATS = ("JPEG", "PNG", "WEBP")
-"""What shards hold (an MPO is a JPEG, of which the first picture counts)."""
+"""Formats in shards. An MPO is a JPEG of which the first picture counts."""
 SOURCE_FORMATS = (*SHARD_FORMATS, "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
-"""What `ligature shard` takes in; the last five become JPEG."""
+"""Formats that `ligature shard` accepts; the last five become JPEG."""
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Encoded bytes of a shard -> RGB image, upright, of an animation the first frame. Raises ValueError that says why."""
+    """Decode an image of a shard to upright RGB; of an animation, the first frame.
+
+    Raises:
+        ValueError: The bytes cannot be decoded; the message says why.
+    """
     return upright(open_image(data))
 
 
 def open_image(data: bytes, formats: tuple[str, ...] = SHARD_FORMATS, least: int | None = None) -> Image.Image:
-    """Encoded bytes -> the image as stored, decoded whole: in its own mode, not turned by its EXIF orientation, `format` set.
-    Where pixels need not be exact, `least` lets a JPEG come at a half, quarter or eighth of its size, no side below it.
-    Raises ValueError that says why."""
-    with _in_words():
+    """Decode an image whole, as it is stored: in its own mode, not turned by its EXIF orientation, `format` set.
+
+    Args:
+        data: Encoded bytes.
+        formats: Names of the formats to accept.
+        least: Where pixels need not be exact, decode a JPEG at a half, quarter or eighth of its size, with no side
+            below this many pixels.
+
+    Raises:
+        ValueError: The bytes cannot be decoded; the message says why.
+    """
+    with _decoding_errors():
         image = _read_header(data, formats)
         if least is not None:
             image.draft(None, (least, least))
@@ -47,33 +60,43 @@ def open_image(data: bytes, formats: tuple[str, ...] = SHARD_FORMATS, least: int
 
 
 def read_size(data: bytes) -> tuple[int, int]:
-    """(width, height) as stored, by the header alone: the rest may still be broken. Raises ValueError that says why."""
-    with _in_words():
+    """Return (width, height) in pixels as stored, from the header alone. The rest may still be broken.
+
+    Raises:
+        ValueError: The header cannot be read; the message says why.
+    """
+    with _decoding_errors():
         return _read_header(data, SHARD_FORMATS).size
 
 
 def decode_pixels(data: bytes) -> np.ndarray:
-    """`decode_image` for training: (height, width, 3) uint8, to the bit the same pixels, in two thirds of the time.
+    """Decode an image for training: the pixels of `decode_image`, bit for bit, in two thirds of the time.
 
-    simplejpeg and Pillow decode a JPEG with one and the same library (libjpeg-turbo, exact DCT, smooth chroma), but Pillow's
-    pixels have to be copied out of its own layout. What simplejpeg would not take without a warning is left to Pillow.
+    simplejpeg and Pillow decode a JPEG with the same library (libjpeg-turbo, exact DCT, smooth chroma). Pillow's pixels
+    must then be copied out of its own layout. Pillow decodes whatever simplejpeg would not accept without a warning.
+
+    Returns:
+        (height, width, 3) uint8.
+
+    Raises:
+        ValueError: The bytes cannot be decoded; the message says why.
     """
-    import numpy as np
+    import numpy as np  # imported here for start-up time
 
-    if (quick := _decode_plain_jpeg(data)) is not None:
-        return quick
-    with _in_words():
+    if (plain := _decode_plain_jpeg(data)) is not None:
+        return plain
+    with _decoding_errors():
         image = _read_header(data, SHARD_FORMATS)
         pixels = _decode_jpeg(data, image) if image.format == "JPEG" and image.mode in ("RGB", "L") else None
         if pixels is None:
             image.load()
             return np.array(upright(image))
-        turn = _turn(image)
+        turn = _turn_of(image)
         return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
 
 
 def _decode_plain_jpeg(data: bytes) -> np.ndarray | None:
-    """A JPEG in ordinary colours without EXIF or XMP, as sharding writes them: nothing of it needs Pillow's look."""
+    """Decode a JPEG in ordinary colours without EXIF or XMP, as sharding writes them. Other bytes give None."""
     import simplejpeg
 
     if len(data) > MAX_BYTES or not data.startswith(b"\xff\xd8\xff") or b"\xff\xe1" in data:
@@ -107,17 +130,16 @@ def _read_header(data: bytes, formats: tuple[str, ...]) -> Image.Image:
 
 
 @contextmanager
-def _in_words() -> Iterator[None]:
-    """Whatever a decoder raises becomes a ValueError whose words are the same every time."""
+def _decoding_errors() -> Iterator[None]:
+    """Turn whatever a decoder raises into a ValueError with the same message every time."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata does no harm
+            warnings.simplefilter("ignore")  # odd metadata is harmless
             yield
     except MemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise nearly anything on broken bytes; its bomb error has no better base
+    except Exception as error:
+        # Pillow's decoders raise almost anything on broken bytes, and its decompression-bomb error has no better base.
         raise ValueError(re.sub(r" <\S+ object at 0x[0-9a-f]+>", "", str(error)) or type(error).__name__) from error
 
 
@@ -130,40 +152,45 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what makes the image upright."""
+"""EXIF orientation -> the transposition that turns the image upright."""
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    with suppress(Exception):  # broken EXIF: the image stays as it is stored
+def _turn_of(image: Image.Image) -> Image.Transpose | None:
+    with suppress(Exception):  # with broken EXIF, the image stays as it is stored
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return None
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Any image -> RGB, turned as its EXIF orientation says, without metadata (which would turn it again)."""
-    turn = _turn(image)
+    """Return an image as RGB, turned by its EXIF orientation, without metadata (which would turn it again)."""
+    turn = _turn_of(image)
     image = to_rgb(image if turn is None else image.transpose(turn))
     image.info = {}
     return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB: 16 bits scaled to 8, what is transparent on white."""
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 255
+    """Return an image of any mode as RGB: 16 bits are scaled to 8, transparent parts show white."""
+    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip to 255
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
         image.info.pop("transparency", None)
     if image.has_transparency_data:
-        # What is transparent shows white, as it would on a page.
+        # Transparent parts show white, as on a page.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 def data_url(image: Image.Image, longest: int | None = None) -> str:
-    """A picture within an HTML page: JPEG in base64, made smaller where its longer side is over `longest` pixels."""
+    """Return an image as a data URL for an HTML page: a JPEG in base64.
+
+    Args:
+        image: Any image.
+        longest: Pixels of the longer side at most; None keeps the size.
+    """
     if longest:
         image = image.copy()
         image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    room = io.BytesIO()
-    image.convert("RGB").save(room, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(room.getvalue()).decode()}"
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

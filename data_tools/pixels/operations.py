@@ -1,4 +1,7 @@
-"""RandAugment's operations, on Pillow's images and on batches of tensors alike."""
+"""RandAugment's operations, on Pillow images and on batches of tensors alike.
+
+Tested in tests/data_tools/pixels/test_packed.py.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,21 @@ from torchvision.transforms.v2 import functional
 
 
 def apply_operation(image: Any, name: str, strength: float) -> Any:
-    """One of `STRONGEST` in views.py. image: RGB (Pillow), or (…, 3, size, size) uint8."""
+    """Return an image after one operation.
+
+    Args:
+        image: RGB (Pillow), or (…, 3, size, size) uint8.
+        name: One of `STRONGEST` in views.py.
+        strength: Signed, in the operation's own unit (see `STRONGEST`).
+    """
     if name in ("shear_x", "shear_y"):
         degrees = math.degrees(math.atan(strength))
         shear = [degrees, 0.0] if name == "shear_x" else [0.0, degrees]
         return functional.affine(image, 0.0, [0, 0], 1.0, shear, InterpolationMode.NEAREST, center=[0, 0])
     if name in ("translate_x", "translate_y"):
         height, width = functional.get_size(image)
-        by = [int(strength * width), 0] if name == "translate_x" else [0, int(strength * height)]
-        return functional.affine(image, 0.0, by, 1.0, [0.0, 0.0], InterpolationMode.NEAREST)
+        shift = [int(strength * width), 0] if name == "translate_x" else [0, int(strength * height)]
+        return functional.affine(image, 0.0, shift, 1.0, [0.0, 0.0], InterpolationMode.NEAREST)
     if name == "rotate":
         return functional.rotate(image, strength, InterpolationMode.NEAREST)
     if name == "brightness":

@@ -1,4 +1,7 @@
-"""Images of uneven sizes as one flat tensor, and their views made on the device (`augment.where: device`)."""
+"""Images of different sizes in one flat tensor, and their views made on the device (`augment.where: device`).
+
+`views_vi` has the axes view and image first: (views, images, 3, size, size).
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ from data_tools.pixels.views import View
 
 @dataclass
 class PackedImages:
-    """A batch of decoded images, cut to what their views will show, and what was drawn for the views."""
+    """A batch of decoded images, cut to what their views show, and the random draws of the views."""
 
     pixels: Tensor
-    """(bytes,) uint8: the images one after another, each row by row, colours side by side."""
+    """(bytes,) uint8: one image after another, each row by row, with the colours of a pixel side by side."""
     sizes: list[tuple[int, int]]
-    """Height and width of each image."""
+    """Height and width of each image, in pixels."""
     views: list[list[View]]
-    """The views of each image, as many of every one."""
+    """The views of each image, equally many of each."""
     image_size: int
     """Pixels a side of a view."""
 
@@ -31,7 +34,7 @@ class PackedImages:
 
     @classmethod
     def of(cls, pixels: np.ndarray, views: list[View], image_size: int) -> PackedImages:
-        """One image, (height, width, 3) uint8: only the part that its views show travels."""
+        """Pack one image, (height, width, 3) uint8. Only the part that its views show is kept."""
         top, left = min(view.top for view in views), min(view.left for view in views)
         bottom = max(view.top + view.height for view in views)
         right = max(view.left + view.width for view in views)
@@ -41,7 +44,7 @@ class PackedImages:
 
     @classmethod
     def join(cls, parts: Sequence[PackedImages]) -> PackedImages:
-        """Several into one. In a loader's worker straight into the memory that it shares with the training process."""
+        """Join several into one. A loader worker joins them in memory that it shares with the training process."""
         pixels = None
         if torch.utils.data.get_worker_info() is not None:
             pixels = torch.empty(sum(len(part.pixels) for part in parts), dtype=torch.uint8).share_memory_()
@@ -53,45 +56,51 @@ class PackedImages:
         )
 
     def pin_memory(self) -> PackedImages:
-        """What torch's loader calls to copy it into memory that a GPU copies from while the host goes on."""
+        """Return a copy in memory that a GPU copies from while the host goes on. torch's loader calls this."""
         return replace(self, pixels=self.pixels.pin_memory())
 
     def render(self, device: torch.device | str) -> Tensor:
-        """The views, made on the device: (views, images, 3, size, size) uint8.
+        """Make the views on the device.
 
-        As on the CPU (transforms.render), in float32 where the CPU's kernels calculate in integers.
+        The result is that of `transforms.render` on the CPU, but for rounding: here the arithmetic is float32, there
+        integers.
+
+        Returns:
+            (views, images, 3, size, size) uint8.
         """
         pixels = self.pixels.to(device, non_blocking=True)
         side = self.image_size
-        made = torch.empty(len(self.views[0]), len(self), 3, side, side, dtype=torch.uint8, device=device)
+        views_vi = torch.empty(len(self.views[0]), len(self), 3, side, side, dtype=torch.uint8, device=device)
         ends = np.cumsum([height * width * 3 for height, width in self.sizes]).tolist()
         for number, ((height, width), views) in enumerate(zip(self.sizes, self.views, strict=True)):
             image = pixels[ends[number] - height * width * 3 : ends[number]].view(height, width, 3).permute(2, 0, 1)
-            for which, view in enumerate(views):
+            for view_number, view in enumerate(views):
                 box = image[:, view.top : view.top + view.height, view.left : view.left + view.width]
-                seen = _resize(box.float(), side)
-                seen = seen.flip(-1) if view.mirrored else seen
-                made[which, number] = seen
-        self._operate(made)
-        return made
+                square = _resize(box.float(), side)
+                views_vi[view_number, number] = square.flip(-1) if view.mirrored else square
+        self._apply_operations(views_vi)
+        return views_vi
 
-    def _operate(self, made: Tensor) -> None:
-        """RandAugment, in place: all views that an operation falls to at once, instead of one after another."""
-        flat = made.flatten(0, 1)
-        drawn = [views[which].operations for which in range(made.shape[0]) for views in self.views]
+    def _apply_operations(self, views_vi: Tensor) -> None:
+        """Apply RandAugment in place. Views that share an operation are changed together, not one after another."""
+        flat = views_vi.flatten(0, 1)
+        drawn = [views[number].operations for number in range(views_vi.shape[0]) for views in self.views]
         for turn in range(len(drawn[0])):
             groups: dict[tuple[str, float], list[int]] = {}
             for row, operations in enumerate(drawn):
                 groups.setdefault(operations[turn], []).append(row)
             for (name, strength), rows in groups.items():
                 if name != "identity":
-                    chosen = torch.tensor(rows, device=made.device)
+                    chosen = torch.tensor(rows, device=views_vi.device)
                     flat[chosen] = apply_operation(flat[chosen], name, strength)
 
 
 def _resize(pixels: Tensor, side: int) -> Tensor:
-    """(3, height, width) float -> (3, side, side): antialiased bicubic, rows first, rounded and clipped after each pass as
-    Pillow does: beside sharp edges the curve overshoots, and what one pass clips the other does not see."""
+    """Resize (3, height, width) float to (3, side, side) by antialiased bicubic, rows first.
+
+    As in Pillow, values are rounded and clipped after each pass. Beside sharp edges the curve overshoots, so clipping only
+    at the end would give other pixels.
+    """
     for shape in ((pixels.shape[1], side), (side, side)):
         pixels = torch.nn.functional.interpolate(pixels[None], shape, mode="bicubic", antialias=True)[0]
         pixels = pixels.round_().clamp_(0, 255)
@@ -99,12 +108,12 @@ def _resize(pixels: Tensor, side: int) -> Tensor:
 
 
 def render_views(images: Tensor | PackedImages, device: torch.device) -> Tensor:
-    """A batch's images, wherever they are augmented -> (views, batch, 3, size, size) uint8 on the device."""
+    """Return the views of a batch on the device, (views, batch, 3, size, size) uint8, wherever they are augmented."""
     return images.render(device) if isinstance(images, PackedImages) else images.to(device, non_blocking=True)
 
 
 def join_images(images: list) -> Tensor | PackedImages | list:
-    """The images of a batch's examples as one: views stacked, packed images joined, anything else left as a list."""
+    """Join the images of a batch's examples: views are stacked, packed images joined, others left as a list."""
     if isinstance(images[0], Tensor):
         return torch.stack(images, dim=1)
     return PackedImages.join(images) if isinstance(images[0], PackedImages) else images

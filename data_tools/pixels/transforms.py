@@ -1,4 +1,4 @@
-"""RGB pixels -> uint8 tensors. Normalising happens on the device, inside the image encoder."""
+"""Turn RGB pixels into uint8 tensors. The image encoder normalises them, on the device."""
 
 from __future__ import annotations
 
@@ -17,13 +17,21 @@ from data_tools.pixels.views import View, draw_views
 
 
 class TrainTransform:
-    """An image -> `views` random views, a function of the seed alone."""
+    """Turns an image into random views, which are a function of the image and the seed."""
 
     def __init__(self, image_size: int, augment: AugmentConfig, views: int) -> None:
         self.image_size, self.augment, self.views = image_size, augment, views
 
     def __call__(self, pixels: np.ndarray, seed: int) -> Tensor | PackedImages:
-        """pixels: (height, width, 3) uint8 -> (views, 3, size, size) uint8, or what the device will make them of."""
+        """Draw and make the views of an image.
+
+        Args:
+            pixels: (height, width, 3) uint8.
+            seed: Decides the draws.
+
+        Returns:
+            (views, 3, size, size) uint8, or the packed image that the device makes the views from.
+        """
         views = draw_views((pixels.shape[0], pixels.shape[1]), self.augment, self.views, seed)
         if self.augment.where == "device":
             return PackedImages.of(pixels, views, self.image_size)
@@ -31,32 +39,41 @@ class TrainTransform:
 
 
 def render(pixels: np.ndarray, view: View, size: int) -> Tensor:
-    """One view on the CPU: (height, width, 3) uint8 -> (3, size, size) uint8.
+    """Make one view on the CPU.
 
-    torch's uint8 kernel is Pillow's antialiased bicubic in integers (Pillow-SIMD), several times as fast; it wants the
-    colours of a pixel side by side, as they come from the decoder.
+    torch's uint8 kernel is Pillow's antialiased bicubic in integers (Pillow-SIMD), several times as fast. It needs the
+    colours of a pixel side by side, as the decoder returns them.
+
+    Args:
+        pixels: (height, width, 3) uint8.
+        view: What to cut and how to change it.
+        size: Pixels a side of the result.
+
+    Returns:
+        (3, size, size) uint8.
     """
     box = pixels[view.top : view.top + view.height, view.left : view.left + view.width]
     crop = torch.from_numpy(np.ascontiguousarray(box)).permute(2, 0, 1)[None]
-    seen = torch.nn.functional.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
+    result = torch.nn.functional.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
     if view.mirrored:
-        seen = seen.flip(-1)
+        result = result.flip(-1)
     operations = [(name, strength) for name, strength in view.operations if name != "identity"]
-    if operations:  # Pillow's are two to six times as fast as torch's on a CPU
-        image = Image.fromarray(seen.permute(1, 2, 0).contiguous().numpy())
+    if operations:
+        # On a CPU, Pillow's operations are two to six times as fast as torch's.
+        image = Image.fromarray(result.permute(1, 2, 0).contiguous().numpy())
         for name, strength in operations:
             image = apply_operation(image, name, strength)
-        seen = functional.pil_to_tensor(image)
-    return seen
+        result = functional.pil_to_tensor(image)
+    return result
 
 
 class EvaluationTransform:
-    """The whole image, resized to a square without regard to its shape (as ALBEF scores)."""
+    """Resizes the whole image to a square, whatever its shape, as ALBEF does for scoring."""
 
     def __init__(self, image_size: int) -> None:
         self.image_size = image_size
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """-> (3, size, size) uint8. An image of another mode than RGB, or on its side, becomes what decoding would make of it."""
+        """Return (3, size, size) uint8. An image that is not RGB or not upright is converted as decoding would."""
         size = [self.image_size, self.image_size]
         return functional.pil_to_tensor(functional.resize(upright(image), size, InterpolationMode.BICUBIC))

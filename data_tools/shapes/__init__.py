@@ -1,1 +1,1 @@
-"""Captioned scenes of coloured shapes, drawn on this machine: the demo's own data."""
+"""The demo's own data: captioned scenes of coloured shapes, drawn on this machine."""

@@ -1,4 +1,4 @@
-"""Draw a scene as an image: the pixels are a function of (scene, size, seed)."""
+"""Draw a scene as an image. The pixels are a function of (scene, size, seed)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image, ImageChops, ImageDraw
 from data_tools.shapes.scenes import BACKGROUNDS, COLOURS, SIZES, Colour, Scene
 
 OVERSAMPLING = 4
+"""Pixels drawn per pixel of the image, along each side."""
 
 
 def _polygon(shape: str, side: float) -> list[tuple[float, float]]:
@@ -27,7 +28,7 @@ def _polygon(shape: str, side: float) -> list[tuple[float, float]]:
 
 @lru_cache(maxsize=2048)
 def _mask(shape: str, texture: str, side: int) -> Image.Image:
-    """Where an object of `side` pixels covers what is behind it; textures are cut out."""
+    """Return where an object of `side` pixels covers its background. Stripes and dots are cut out."""
     mask = Image.new("L", (side, side))
     pen = ImageDraw.Draw(mask)
     box = (0, 0, side - 1, side - 1)
@@ -53,9 +54,10 @@ def _mask(shape: str, texture: str, side: int) -> Image.Image:
 
 
 def _centres(count: int, along: int, middle: float, rng: Random) -> Iterator[tuple[float, float]]:
-    """Centres (shares of the side) of objects in a line along axis 0 (x) or 1 (y), at `middle` of the other axis.
+    """Yield the centres, in shares of the side, of objects in a line along axis 0 (x) or 1 (y).
 
-    The line's centre keeps near the image's, so that 'left of' is never 'above' as well.
+    The line lies at `middle` of the other axis. Its own centre stays near the image's, so that 'left of' is never also
+    'above'.
     """
     start = rng.uniform(-0.1, 0.1) if count == 1 else 0.0
     for index in range(count):
@@ -65,7 +67,7 @@ def _centres(count: int, along: int, middle: float, rng: Random) -> Iterator[tup
 
 
 def draw(scene: Scene, size: int = 64, seed: int = 0) -> Image.Image:
-    """The scene as an RGB image of `size` x `size` pixels; positions, diameters and tones vary with the seed."""
+    """Draw a scene as an RGB image of `size` pixels a side. Positions, diameters and tones vary with the seed."""
     rng = Random(f"image {seed} {scene}")
     side = size * OVERSAMPLING
     canvas = Image.new("RGB", (side, side), _vary(BACKGROUNDS[scene.background], rng))

@@ -1,8 +1,9 @@
-"""The demo's own dataset, drawn on the spot: scenes of coloured shapes, told in five captions each (docs/shapes.md).
+"""Scenes of coloured shapes, the worlds they are drawn from, and their splits (docs/shapes.md).
 
-A `Scene` is its true attributes; the image is a function of (scene, seed), the captions of (scene, seed), and the split
-a scene belongs to of the scene alone. A `Caption` knows which facts it states, so `fits` can count exactly how many
-images of a collection it is true of.
+A `Scene` holds the true attributes. Its image (drawing.py) and its captions (sentences.py) are functions of (scene, seed).
+The split that a scene belongs to is a function of the scene alone.
+
+Random draws are seeded with the text of a scene, so renaming a field of `Scene` or `Group` changes every drawing.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ COLOURS: dict[str, Colour] = {
 BACKGROUNDS: dict[str, Colour] = {"white": (245, 245, 245), "grey": (125, 125, 125), "black": (20, 20, 20)}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = {"small": 0.19, "large": 0.31}
-"""Diameter as a share of the image's side: three large objects still fit side by side."""
+"""Diameter as a share of the image's side. Three large objects fit side by side."""
 TEXTURES = ("plain", "striped", "dotted")
 COUNTS = (1, 2, 3)
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 PLACES = tuple(OPPOSITE)
 RELATIONS = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}
-"""How the group at a place stands to the one at the opposite place."""
+"""The relation of the group at a place to the group at the opposite place."""
 SPLITS = ("train", "validation", "test")
 
 MISSES_ALLOWED = 10_000
-"""Scenes drawn in a row without a new one of the split, before a world counts as exhausted."""
+"""Draws in a row without a new scene of the split before a world counts as exhausted."""
 
 
 @dataclass(frozen=True, order=True)
 class Group:
-    """`count` alike objects."""
+    """One to three objects that are alike."""
 
     colour: str
     shape: str
@@ -66,14 +67,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """One group at a place, or two of different kinds at opposite places: `place` is the first one's.
+    """One group at a place, or two groups of different kinds at opposite places.
 
-    'a left of b' and 'b right of a' are one scene: the groups are put in order, so that the two compare equal.
+    'a left of b' and 'b right of a' are one scene. The constructor sorts the groups, so that the two compare equal.
     """
 
     background: str
     first: Group
     place: str
+    """The first group's place."""
     second: Group | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +94,7 @@ class Scene:
 
     @property
     def groups(self) -> tuple[Group, ...]:
+        """The one or two groups."""
         return (self.first,) if self.second is None else (self.first, self.second)
 
     @property
@@ -101,27 +104,31 @@ class Scene:
 
     @property
     def relation(self) -> str | None:
-        """How the first group stands to the second: 'left of', 'right of', 'above' or 'below'; None for one group."""
+        """The first group is 'left of', 'right of', 'above' or 'below' the second; None for a single group."""
         return None if self.second is None else RELATIONS[self.place]
 
     def swapped(self) -> Scene:
-        """The same groups, at the opposite places."""
+        """Return the scene with its groups at the opposite places."""
         return replace(self, place=OPPOSITE[self.place])
 
 
 @dataclass(frozen=True)
 class World:
-    """What scenes are made of. A small world has many near-twins, scenes that differ in one attribute or place only."""
+    """The attributes that scenes are drawn from.
+
+    A small world has many near-twins: scenes that differ in one attribute or place only.
+    """
 
     colours: tuple[str, ...] = tuple(COLOURS)
     shapes: tuple[str, ...] = SHAPES
     counts: tuple[int, ...] = COUNTS
     sizes: tuple[str, ...] = tuple(SIZES)
     textures: tuple[str, ...] = TEXTURES[1:]
-    """Of the groups that are not plain."""
+    """Textures of the groups that are not plain."""
     plain_share: float = 0.5
+    """Share of groups that are plain."""
     single_share: float = 0.15
-    """Scenes of one group, where every word has only one thing to mean."""
+    """Share of scenes with one group, where every word can mean only one thing."""
 
     def __post_init__(self) -> None:
         if len(self.colours) * len(self.shapes) < 2:
@@ -134,7 +141,7 @@ class World:
         )
 
     def sample(self, rng: Random) -> Scene:
-        """One scene, of whatever split."""
+        """Draw one scene, of any split."""
         background, first = rng.choice(tuple(BACKGROUNDS)), self._group(rng)
         if rng.random() < self.single_share:
             return Scene(background, first, rng.choice(PLACES))
@@ -144,29 +151,27 @@ class World:
         return Scene(background, first, rng.choice(PLACES), second)
 
 
-# --- splits -----------------------------------------------------------------------------------------------------------
-
-
 def _bucket(text: str, buckets: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % buckets
 
 
 def kind_held_out(kind: str) -> bool:
-    """Whether a colour-shape pair ('red circle') is kept from the train split: about one in twelve."""
+    """Return whether a kind ('red circle') never occurs in the train split. About one in twelve is held out."""
     return _bucket(f"kind {kind}", 12) == 0
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether the scene shows a combination never seen in train: a held-out kind, or (one in ten) pair of kinds."""
+    """Return whether a scene shows a held-out kind, or a held-out pair of kinds (one pair in ten)."""
     kinds = sorted(group.kind for group in scene.groups)
     return any(map(kind_held_out, kinds)) or (len(kinds) == 2 and _bucket("pair " + ", ".join(kinds), 10) == 0)
 
 
 @lru_cache(maxsize=1 << 16)
 def split_of(scene: Scene) -> str:
-    """The one split a scene belongs to. It depends on the groups alone: however they are arranged, they stay together.
+    """Return the split a scene belongs to. It depends on the groups alone, whatever their places and background.
 
-    Of held-out combinations half are test and half validation; of the others a tenth each, and the rest is train.
+    Half of the held-out combinations are test and half validation. Of the others a tenth is test, a tenth validation, and
+    the rest train.
     """
     bucket = _bucket("groups " + "; ".join(str(astuple(group)) for group in scene.groups), 20)
     if held_out(scene):
@@ -175,23 +180,23 @@ def split_of(scene: Scene) -> str:
 
 
 def scenes(split: str, count: int, seed: int = 0, world: World | None = None) -> list[Scene]:
-    """`count` distinct scenes of a split. A longer list of the same seed and world begins with the shorter one.
+    """Return `count` distinct scenes of a split. A longer list of the same seed and world begins with the shorter one.
 
     Raises:
-        ValueError: an unknown split, or a world that does not hold so many scenes of it.
+        ValueError: The split is unknown, or the world does not hold that many scenes of it.
     """
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}; choose from {', '.join(SPLITS)}")
     world = world or World()
-    rng, found, misses = Random(f"scenes {split} {seed}"), dict[Scene, None](), 0
-    while len(found) < count:
+    rng, distinct, misses = Random(f"scenes {split} {seed}"), dict[Scene, None](), 0
+    while len(distinct) < count:
         scene = world.sample(rng)
-        if split_of(scene) == split and scene not in found:
-            found[scene], misses = None, 0
+        if split_of(scene) == split and scene not in distinct:
+            distinct[scene], misses = None, 0
         else:
             misses += 1
         if misses == MISSES_ALLOWED:
             raise ValueError(
-                f"this world holds hardly more than {len(found)} {split} scenes; ask for fewer or widen it"
+                f"this world holds hardly more than {len(distinct)} {split} scenes; ask for fewer or widen it"
             )
-    return list(found)
+    return list(distinct)

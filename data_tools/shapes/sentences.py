@@ -1,4 +1,7 @@
-"""Captions of scenes: sentences, the facts they state, and which scenes they fit."""
+"""Captions of scenes: sentences in varied words, the facts they state, and which scenes they fit.
+
+A `Caption` knows its facts, so `fits` counts exactly how many images of a collection it is true of.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 from data_tools.shapes.scenes import OPPOSITE, RELATIONS, Scene, World, scenes
 
 OMISSION_SHARE = 0.25
-"""Captions that leave something out, as people do."""
+"""Share of captions that leave something out, as people do."""
 
 WORDS: dict[Any, tuple[str, ...]] = {
     1: ("a", "a", "one", "a single"),
@@ -31,7 +34,7 @@ WORDS: dict[Any, tuple[str, ...]] = {
     "above": ("above", "over", "higher than"),
     "below": ("below", "under", "beneath", "lower than"),
 }
-"""Each value's ways to say it; a value not listed has its own name only."""
+"""The words for each value; a value not listed has only its own name. A repeated word is drawn more often."""
 SIDES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
 WITH_TEXTURE = {"striped": " with stripes", "dotted": " with dots"}
 WITH_SIDE = {"left": "on {its} left", "right": "on {its} right", "top": "above {it}", "bottom": "below {it}"}
@@ -39,13 +42,14 @@ WITH_SIDE = {"left": "on {its} left", "right": "on {its} right", "top": "above {
 
 @dataclass(frozen=True)
 class Caption:
-    """A sentence and the facts it states: of each group it names, some of its attributes and `place`; the background.
+    """A sentence and the facts it states.
 
-    'a left of b' states that of the two, a is on the left and b on the right.
+    'a left of b' states that a is on the left and b on the right.
     """
 
     text: str
     groups: tuple[dict[str, Any], ...]
+    """Of each group that the sentence names, the stated attributes, and `place` where it is stated."""
     background: str | None = None
 
 
@@ -53,17 +57,18 @@ CaptionedScene = tuple[Scene, Caption]
 
 
 def fits(caption: Caption, scene: Scene) -> bool:
-    """Whether everything the caption states is true of the scene (which may hold more than it tells)."""
+    """Return whether everything a caption states is true of a scene. The scene may hold more."""
     if caption.background not in (None, scene.background):
         return False
     facts = [vars(group) | {"place": place} for group, place in zip(scene.groups, scene.places, strict=True)]
     return any(
-        all(said.items() <= truth.items() for said, truth in zip(caption.groups, arrangement, strict=True))
+        all(stated.items() <= truth.items() for stated, truth in zip(caption.groups, arrangement, strict=True))
         for arrangement in permutations(facts, len(caption.groups))
     )
 
 
-def _say(value: Any, rng: Random) -> str:
+def _word(value: Any, rng: Random) -> str:
+    """Draw a word for a value."""
     return rng.choice(WORDS.get(value, (value,)))
 
 
@@ -71,31 +76,33 @@ def _plural(noun: str) -> str:
     return noun + ("es" if noun.endswith("s") else "s")
 
 
-def _noun_phrase(said: dict[str, Any], rng: Random) -> str:
+def _noun_phrase(stated: dict[str, Any], rng: Random) -> str:
     """'two large striped red circles', 'a small blue square with dots'."""
-    texture, tail = said.get("texture"), ""
+    texture, tail = stated.get("texture"), ""
     if texture in WITH_TEXTURE and rng.random() < 0.3:
         tail = WITH_TEXTURE[texture]
         texture = None
-    words = [_say(value, rng) for value in (said.get("size"), texture, said.get("colour"), said["shape"]) if value]
-    if said["count"] > 1:
+    words = [
+        _word(value, rng) for value in (stated.get("size"), texture, stated.get("colour"), stated["shape"]) if value
+    ]
+    if stated["count"] > 1:
         words[-1] = _plural(words[-1])
-    count = _say(said["count"], rng)
+    count = _word(stated["count"], rng)
     return " ".join(["an" if count == "a" and words[0][0] in "aeio" else count, *words]) + tail
 
 
-def _sentence(said: list[dict[str, Any]], rng: Random) -> str:
-    """One or two groups as a clause, with their places if told."""
-    phrases, place = [_noun_phrase(facts, rng) for facts in said], said[0].get("place")
-    a, is_are = phrases[0], "is" if said[0]["count"] == 1 else "are"
-    if len(said) == 1:
+def _sentence(stated: list[dict[str, Any]], rng: Random) -> str:
+    """Return a clause about one or two groups, with their places where the facts hold them."""
+    phrases, place = [_noun_phrase(facts, rng) for facts in stated], stated[0].get("place")
+    a, is_are = phrases[0], "is" if stated[0]["count"] == 1 else "are"
+    if len(stated) == 1:
         here = f" {SIDES[place]}" if place else ""
         return rng.choice((f"{a}{here}", f"{a}{here}", f"there {is_are} {a}{here}", f"a picture of {a}{here}"))
     b = phrases[1]
     if place is None:
         return rng.choice((f"{a} and {b}", f"{a} next to {b}", f"there {is_are} {a} and {b}", f"{a} with {b}"))
-    relation, here, there = _say(RELATIONS[place], rng), SIDES[place], SIDES[OPPOSITE[place]]
-    its, it = ("its", "it") if said[1]["count"] == 1 else ("their", "them")
+    relation, here, there = _word(RELATIONS[place], rng), SIDES[place], SIDES[OPPOSITE[place]]
+    its, it = ("its", "it") if stated[1]["count"] == 1 else ("their", "them")
     return rng.choice((
         f"{a} {relation} {b}",
         f"{a} {relation} {b}",
@@ -113,54 +120,54 @@ def _facts(scene: Scene) -> list[dict[str, Any]]:
 
 
 def _caption(scene: Scene, rng: Random) -> Caption:
-    said = _facts(scene)
+    stated = _facts(scene)
     if rng.random() < 0.5:
-        said.reverse()
-    for facts in said:
-        if facts["texture"] == "plain" and rng.random() < 0.75:  # what is plain is seldom called so
+        stated.reverse()
+    for facts in stated:
+        if facts["texture"] == "plain" and rng.random() < 0.75:  # people seldom mention that something is plain
             del facts["texture"]
     if rng.random() < OMISSION_SHARE:
         omitted = rng.choice(("size", "colour", "texture", "place", "group"))
         if omitted == "group":
-            del said[1:]
+            del stated[1:]
         else:
-            for facts in said if omitted == "place" else [rng.choice(said)]:
+            for facts in stated if omitted == "place" else [rng.choice(stated)]:
                 facts.pop(omitted, None)
-    text = _sentence(said, rng)
+    text = _sentence(stated, rng)
     background = scene.background if rng.random() < 0.5 else None
     if background:
         text += rng.choice((" on a {} background", " on {}", " against a {} background")).format(background)
-    return Caption(text, tuple(said), background)
+    return Caption(text, tuple(stated), background)
 
 
 def describe(scene: Scene, seed: int = 0, n: int = 5) -> list[Caption]:
-    """`n` captions with the facts they state."""
+    """Return `n` captions of a scene with the facts they state."""
     return [_caption(scene, Random(f"caption {seed} {index} {scene}")) for index in range(n)]
 
 
 def captions(scene: Scene, seed: int = 0, n: int = 5) -> list[str]:
-    """`n` captions in varied words, lower case."""
+    """Return `n` captions of a scene in varied words, in lower case."""
     return [caption.text for caption in describe(scene, seed, n)]
 
 
 def relation_pairs(
     count: int, seed: int = 0, split: str = "test", world: World | None = None
 ) -> list[tuple[CaptionedScene, CaptionedScene]]:
-    """Pairs of scenes that differ only in which group stands where, with one caption each.
+    """Return pairs of captioned scenes that differ only in which group is where.
 
-    The two captions are made of the same words ('a red circle left of a blue square', 'a blue square left of a red
-    circle'): a bag of words scores 50 %.
+    The two captions consist of the same words: 'a red circle left of a blue square', 'a blue square left of a red
+    circle'. A bag of words therefore scores 50 %.
     """
     rng, pairs = Random(f"relation pairs {seed}"), []
     of_two = replace(world or World(), single_share=0.0)
     for scene in scenes(split, count, seed, of_two):
-        said = _facts(scene)
-        first, second = (_noun_phrase(facts, rng) for facts in said)
+        stated = _facts(scene)
+        first, second = (_noun_phrase(facts, rng) for facts in stated)
         here, there = SIDES[scene.place], SIDES[OPPOSITE[scene.place]]
-        frame = rng.choice(("{} " + _say(RELATIONS[scene.place], rng) + " {}", "{} " + f"{here} and {{}} {there}"))
-        after = [facts | {"place": place} for facts, place in zip(said[::-1], scene.places, strict=True)]
+        frame = rng.choice(("{} " + _word(RELATIONS[scene.place], rng) + " {}", "{} " + f"{here} and {{}} {there}"))
+        after = [facts | {"place": place} for facts, place in zip(stated[::-1], scene.places, strict=True)]
         pairs.append((
-            (scene, Caption(frame.format(first, second), tuple(said))),
+            (scene, Caption(frame.format(first, second), tuple(stated))),
             (scene.swapped(), Caption(frame.format(second, first), tuple(after))),
         ))  # fmt: skip
     return pairs

@@ -32,8 +32,20 @@ def write_source(
 ) -> None:
     """Draw a dataset: `images/*.png`, COCO's `captions_<split>.json` for each split, and `scenes.jsonl` with the truth.
 
-    `counts` gives the images of each split. A line of `scenes.jsonl` holds an image's id, file name, split, scene,
-    whether its combination is held out, and the facts its captions state. The files do not depend on `workers`.
+    A line of `scenes.jsonl` holds an image's id, file name, split and scene, whether its combination is held out, and the
+    facts that its captions state. The folder appears when it is complete.
+
+    Args:
+        folder: Folder to make.
+        counts: Images of each split.
+        size: Pixels a side.
+        seed: Decides the scenes, drawings and captions.
+        workers: Processes that draw. The files do not depend on it.
+        world: What the scenes are drawn from; None: every attribute.
+
+    Raises:
+        DataError: The folder exists.
+        ValueError: A split is unknown, or the world does not hold that many scenes of it.
     """
     folder = Path(folder)
     if folder.exists():
@@ -45,22 +57,22 @@ def write_source(
             images, annotations = [], []
             for index, scene in enumerate(scenes(split, count, seed, world)):
                 identifier, file_name = len(drawings), f"{split}_{index:06d}.png"
-                told = describe(scene, seed)
+                texts = describe(scene, seed)
                 drawings.append((file_name, scene, seed))
                 image = {"id": identifier, "file_name": file_name}
                 images.append(image | {"width": size, "height": size})
                 annotations += [
                     {"id": 5 * identifier + number, "image_id": identifier, "caption": caption.text}
-                    for number, caption in enumerate(told)
+                    for number, caption in enumerate(texts)
                 ]
                 truth = image | {"split": split, "held_out": held_out(scene)}
                 truth |= {"scene": asdict(scene), "relation": scene.relation}
-                lines.append(json.dumps(truth | {"captions": [asdict(caption) for caption in told]}) + "\n")
+                lines.append(json.dumps(truth | {"captions": [asdict(caption) for caption in texts]}) + "\n")
             write_json(temporary / f"captions_{split}.json", {"images": images, "annotations": annotations})
         (temporary / "scenes.jsonl").write_text("".join(lines), encoding="utf-8")
-        # spawn, not fork: the caller may hold threads
-        several = multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext()
-        with several as pool, progress("drawing", len(drawings), "images") as bar:
+        # Spawned, not forked: the caller may hold threads, and a fork would copy their locks.
+        processes = multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext()
+        with processes as pool, progress("drawing", len(drawings), "images") as bar:
             save = partial(_save, temporary / "images", size)
             for _ in pool.imap_unordered(save, drawings, 64) if pool else map(save, drawings):
                 bar.advance()

@@ -1,4 +1,4 @@
-"""Captions given to the wrong images: a known share of noise, to see what an objective makes of it."""
+"""Give a known share of images the captions of other images, to measure what an objective makes of noise."""
 
 from __future__ import annotations
 
@@ -10,9 +10,21 @@ from runtime.files import read_json, write_json
 
 
 def swap_captions(annotation: Path, out: Path, share: float, seed: int = 0) -> int:
-    """COCO captions in which a `share` of the images have all the captions of another of them. -> how many images.
+    """Write a COCO caption file in which a share of the images has another image's captions.
 
-    The chosen images pass their captions on in a ring, so none keeps its own, and every caption is still said once.
+    The chosen images pass all their captions on in a ring. None keeps its own, and every caption occurs once.
+
+    Args:
+        annotation: COCO caption json to read.
+        out: File to write.
+        share: Share of the images, 0 to 1.
+        seed: Decides which images swap.
+
+    Returns:
+        How many images have another image's captions.
+
+    Raises:
+        RecipeError: The share is not between 0 and 1, or selects a single image.
     """
     if not 0 <= share <= 1:
         raise RecipeError(f"a share of wrong captions of {share} is not between 0 and 1")
@@ -21,7 +33,9 @@ def swap_captions(annotation: Path, out: Path, share: float, seed: int = 0) -> i
     chosen = Random(f"wrong captions {seed}").sample(ids, round(share * len(ids)))
     if len(chosen) == 1:
         raise RecipeError(f"{share} of {len(ids)} images is one image, which has none to swap captions with")
-    gives = dict(zip(chosen, chosen[1:] + chosen[:1], strict=True))
-    moved = [one | {"image_id": gives.get(one["image_id"], one["image_id"])} for one in source["annotations"]]
-    write_json(out, source | {"annotations": sorted(moved, key=lambda one: (one["image_id"], one["id"]))})
+    receivers = dict(zip(chosen, chosen[1:] + chosen[:1], strict=True))
+    moved = [
+        record | {"image_id": receivers.get(record["image_id"], record["image_id"])} for record in source["annotations"]
+    ]
+    write_json(out, source | {"annotations": sorted(moved, key=lambda record: (record["image_id"], record["id"]))})
     return len(chosen)

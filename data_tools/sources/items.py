@@ -23,6 +23,7 @@ class StoredBytes:
     size: int
 
     def __call__(self) -> bytes:
+        """Read the bytes. Raises OSError when the file is shorter than it was."""
         with open(self.path, "rb", buffering=0) as file:
             data = os.pread(file.fileno(), self.size, self.offset)
         if len(data) != self.size:

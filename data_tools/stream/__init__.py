@@ -1,1 +1,1 @@
-"""The training stream: which sample comes when, from which sources, on which rank."""
+"""The training stream: which sample comes when, from which dataset, on which rank."""

@@ -1,9 +1,9 @@
 """The order of samples: a pure function of (samples per shard, seed), endless, epoch after epoch, entered anywhere in O(1).
 
-Per epoch, shards are cut into blocks of neighbours, the blocks of the whole set are shuffled, and samples are then shuffled
-within a window that slides over the blocks: two passes of windows, the second shifted by half a window, so that a sample may
-go anywhere in its own and half of the next. A set no larger than a window is shuffled uniformly. `docs/data.md` has what the
-order is worth, measured.
+In each epoch, shards are cut into blocks of neighbours, and the blocks of the whole set are shuffled. Samples are then
+shuffled within windows of the blocks, in two passes. The second pass is shifted by half a window, so a sample may move
+anywhere in its own window and half of the next. A set no larger than a window is shuffled uniformly. `docs/data.md` reports
+how good the order is, measured.
 """
 
 from __future__ import annotations
@@ -15,14 +15,21 @@ from typing import Any
 import numpy as np
 
 BLOCK, WINDOW = 1024, 65536
-"""Samples of a block and of a window, unless a recipe says otherwise."""
+"""Samples of a block and of a window by default."""
 
 
 class SampleOrder:
-    """Position in the endless order -> sample. World size, workers and batch size are only ways to walk it."""
+    """Position in the endless order -> sample. World size, workers and batch size only decide who walks which part."""
 
     def __init__(self, counts: np.ndarray, seed: int, block: int = BLOCK, window: int = WINDOW) -> None:
-        """counts: (shards,) samples of each; block: samples of a shard that stay together, 0 for whole shards."""
+        """Prepare the order; nothing is shuffled yet.
+
+        Args:
+            counts: (shards,) samples of each shard.
+            seed: Decides the order.
+            block: Samples of a shard that stay together; 0 keeps whole shards together.
+            window: Samples that are shuffled among themselves.
+        """
         if block < 0 or window < 2:
             raise ValueError(f"block {block} and window {window} do not make a shuffle")
         counts = np.asarray(counts, np.int64)
@@ -36,47 +43,57 @@ class SampleOrder:
         return int(self.at(np.array([position]))[0])
 
     def at(self, positions: np.ndarray) -> np.ndarray:
-        """(n,) positions -> (n,) int64 samples: every sample once in each run of `samples` positions that begins an epoch."""
-        epochs, places = np.divmod(np.asarray(positions, np.int64), self.samples)
-        windows = (places + self.window // 2) // self.window
-        if len(places) and epochs[0] == epochs[-1] and windows[0] == windows[-1] and (np.diff(places) > 0).all():
-            return self._within(int(epochs[0]), int(windows[0]), places)  # the usual case: a batch
-        found = np.empty(len(places), np.int64)
+        """Return the samples at these positions. Each epoch of `samples` positions holds every sample once.
+
+        Args:
+            positions: (n,) int.
+
+        Returns:
+            (n,) int64.
+        """
+        # Offsets count from the beginning of their epoch.
+        epochs, offsets = np.divmod(np.asarray(positions, np.int64), self.samples)
+        windows = (offsets + self.window // 2) // self.window
+        if len(offsets) and epochs[0] == epochs[-1] and windows[0] == windows[-1] and (np.diff(offsets) > 0).all():
+            return self._within(int(epochs[0]), int(windows[0]), offsets)  # usual for a batch
+        samples = np.empty(len(offsets), np.int64)
         for epoch, window in set(zip(epochs.tolist(), windows.tolist(), strict=True)):
             here = (epochs == epoch) & (windows == window)
-            found[here] = self._within(epoch, window, places[here])
-        return found
+            samples[here] = self._within(epoch, window, offsets[here])
+        return samples
 
-    def _within(self, epoch: int, window: int, places: np.ndarray) -> np.ndarray:
-        samples = _kept(self._windows, (epoch, window), 3, lambda: self._shuffle_window(epoch, window))
-        return samples[places - self._bounds(window, self.window // 2)[0]]
+    def _within(self, epoch: int, window: int, offsets: np.ndarray) -> np.ndarray:
+        samples = _cached(self._windows, (epoch, window), 3, lambda: self._shuffle_window(epoch, window))
+        return samples[offsets - self._bounds(window, self.window // 2)[0]]
 
     def _bounds(self, window: int, shift: int) -> tuple[int, int]:
+        """Return the first offset of a window in its epoch, and the offset after its last."""
         start = window * self.window - shift
         return max(start, 0), min(start + self.window, self.samples)
 
     def _shuffle_window(self, epoch: int, window: int) -> np.ndarray:
-        """The samples of one window of the second pass, in order."""
+        """Return the samples of one window of the second pass, in order."""
         low, high = self._bounds(window, self.window // 2)
-        places = low + permutation(high - low, self.seed, epoch, 2, window)
+        offsets = low + permutation(high - low, self.seed, epoch, 2, window)
         for first in range(low // self.window, (high - 1) // self.window + 1):
             start, end = self._bounds(first, 0)
-            inside = (places >= start) & (places < end)
-            places[inside] = start + permutation(end - start, self.seed, epoch, 1, first)[places[inside] - start]
-        blocks, ends = _kept(self._epochs, epoch, 2, lambda: self._shuffle_blocks(epoch))
-        near = np.argsort(places)  # searched in their order: the ends of five million blocks fit no processor's cache
-        slots = np.empty_like(places)
-        slots[near] = np.searchsorted(ends, places[near], side="right")
-        return self._edges[blocks[slots] + 1] - (ends[slots] - places)
+            inside = (offsets >= start) & (offsets < end)
+            offsets[inside] = start + permutation(end - start, self.seed, epoch, 1, first)[offsets[inside] - start]
+        blocks, ends = _cached(self._epochs, epoch, 2, lambda: self._shuffle_blocks(epoch))
+        # Searched in ascending order, because the ends of five million blocks fit no processor's cache.
+        near = np.argsort(offsets)
+        slots = np.empty_like(offsets)
+        slots[near] = np.searchsorted(ends, offsets[near], side="right")
+        return self._edges[blocks[slots] + 1] - (ends[slots] - offsets)
 
     def _shuffle_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """-> blocks in their order of this epoch, and how many samples there are up to the end of each."""
+        """Return the blocks in this epoch's order, and the number of samples up to the end of each."""
         blocks = permutation(len(self._edges) - 1, self.seed, epoch, 0)
         return blocks, np.cumsum(self._edges[blocks + 1] - self._edges[blocks])
 
 
 def _block_edges(counts: np.ndarray, block: int) -> np.ndarray:
-    """Shards cut into equal blocks of at most `block` samples -> the first sample of each, and the end of the last."""
+    """Cut shards into equal blocks of at most `block` samples. Return the first sample of each, and the end of the last."""
     counts = counts[counts > 0]
     parts = -(-counts // block) if block else np.ones_like(counts)
     shards = np.repeat(np.arange(len(counts)), parts)
@@ -87,8 +104,8 @@ def _block_edges(counts: np.ndarray, block: int) -> np.ndarray:
     return np.append(number, counts.sum())
 
 
-def _kept(cache: OrderedDict, key: Any, limit: int, make: Callable[[], Any]) -> Any:
-    """The entry of a small cache, made where it is missing; the one used longest ago leaves."""
+def _cached(cache: OrderedDict, key: Any, limit: int, make: Callable[[], Any]) -> Any:
+    """Return an entry of a small cache. A missing one is made, and the least recently used one leaves."""
     if key not in cache:
         cache[key] = make()
         if len(cache) > limit:
@@ -98,9 +115,10 @@ def _kept(cache: OrderedDict, key: Any, limit: int, make: Callable[[], Any]) -> 
 
 
 def permutation(count: int, *parts: int) -> np.ndarray:
-    """A permutation of `count` numbers, a function of `parts` alone: (count,) int64.
+    """Return a permutation of `count` numbers, (count,) int64, which is a function of `parts` alone.
 
-    Numbers are sorted by hashes that carry them in their low bits. numpy's own `permutation` may change with its version.
+    The numbers are sorted by hashes that carry them in their low bits. numpy's own `permutation` may change with its
+    version.
     """
     numbers = np.arange(count, dtype=np.uint64)
     low = np.uint64((1 << max(count - 1, 0).bit_length()) - 1)
@@ -109,14 +127,22 @@ def permutation(count: int, *parts: int) -> np.ndarray:
 
 
 def derived_seed(*parts: int) -> int:
-    """One 63-bit seed from (seed, step, sample …): well mixed, the same on every machine, not dependent on any state."""
+    """Return a 63-bit seed of several numbers (seed, step, sample …). It is well mixed and the same on every machine."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def uniforms(seed: int, positions: np.ndarray, count: int) -> np.ndarray:
-    """Random numbers in [0, 1) that belong to samples: row i depends on `seed` and `positions[i]` alone.
+    """Return random numbers in [0, 1) for samples. Row i depends on `seed` and `positions[i]` alone.
 
-    positions: (samples,) int -> (samples, count) float64. A counter-based generator (SplitMix64's finaliser, twice).
+    The generator is counter-based: SplitMix64's finaliser, applied twice.
+
+    Args:
+        seed: Decides the numbers.
+        positions: (samples,) int.
+        count: Numbers per sample.
+
+    Returns:
+        (samples, count) float64.
     """
     counter = positions.astype(np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15) + np.arange(count, dtype=np.uint64)[
         None

@@ -1,4 +1,7 @@
-"""The samples that a run could not read: one file of JSON lines, shared by all ranks, each sample in it once."""
+"""The quarantine: a file of JSON lines with each sample that a run could not read, shared by all ranks.
+
+Tested in tests/data_tools/stream/test_shard_stream.py.
+"""
 
 from __future__ import annotations
 
@@ -12,47 +15,53 @@ from typing import IO
 
 
 def sample_id(failure: dict[str, str]) -> str:
-    """What names a sample among all folders of a run."""
+    """Return what identifies a sample among all folders of a run: `shard/key`."""
     return f"{failure['shard']}/{failure['key']}"
 
 
 class Quarantine:
-    """Lines of shard, key and reason."""
+    """The list of unreadable samples: one line of shard, key and reason each."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._read_to = 0
+        """Bytes of the file that are in `_listed`."""
         self._listed: set[str] = set()
         self._waiting: dict[str, dict[str, str]] = {}
-        self._told = False
+        """Failures that the disk has not taken yet, by sample id."""
+        self._warned = False
 
     def add(self, failures: list[dict[str, str]]) -> set[str]:
-        """Append failures that are not listed yet -> the ids that others, or an earlier life of the run, had listed.
+        """Append the failures that are not listed yet.
 
-        Other ranks write there as well, so it is locked; a line that a crash cut short counts for nothing. A disk that cannot be
-        written ends no run: what it did not take waits in memory for the next call, which may add nothing of its own.
+        Other ranks write the file too, so it is locked. A line that a crash cut short is ignored. A disk that cannot be
+        written ends no run: what it did not take waits in memory for the next call, which may pass no failures.
+
+        Returns:
+            The ids of the samples that other ranks, or an earlier start of the run, had listed.
         """
         known = set(self._listed)
         self._waiting |= {sample_id(failure): failure for failure in failures}
         try:
             if self._waiting:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-            # What is only read is not opened for writing: a mount may have become read-only.
+            # Without failures the file is opened for reading only, because a mount may have become read-only.
             with open(self.path, "ab+" if self._waiting else "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX if self._waiting else fcntl.LOCK_SH)
                 self._read(file)
                 known = set(self._listed)
-                self._append(file, [failure for one, failure in self._waiting.items() if one not in known])
+                self._append(file, [failure for name, failure in self._waiting.items() if name not in known])
         except OSError as error:
-            if self._waiting and not self._told:
+            if self._waiting and not self._warned:
                 print(f"ligature: WARNING: {self.path}: {error}; its lines wait in memory", file=sys.stderr)
-            self._told = bool(self._waiting)
+            self._warned = bool(self._waiting)
         else:
             self._listed |= self._waiting.keys()
-            self._waiting, self._told = {}, False
+            self._waiting, self._warned = {}, False
         return known
 
     def _read(self, file: IO[bytes]) -> None:
+        """Read the lines that were added since the last call."""
         if file.seek(0, os.SEEK_END) < self._read_to:  # somebody emptied it
             self._read_to, self._listed = 0, set()
         file.seek(self._read_to)
@@ -66,7 +75,8 @@ class Quarantine:
         if not failures:
             return
         text = "".join(json.dumps(failure) + "\n" for failure in failures).encode()
-        if file.seek(0, os.SEEK_END) > self._read_to:  # a line that was cut short must not take the next one with it
+        # A line that a crash cut short must not spoil the next one.
+        if file.seek(0, os.SEEK_END) > self._read_to:
             text = b"\n" + text
         file.write(text)
         file.flush()

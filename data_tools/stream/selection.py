@@ -1,7 +1,8 @@
 """Which samples and captions of a folder a run uses: an index derived from the folder's own, written once beside it.
 
-`selections/<hash of rule and folder>/` holds `counts.npy`, how many items each shard gives, and `items.bin`, the row and (where
-every caption is an item) the caption of each. Both are mapped into memory, so a run starts as fast as without a filter.
+`selections/<hash of rule and folder>/` holds `counts.npy` and `items.bin`: the number of items of each shard, and the row and
+caption of each item. The items are mapped into memory, so a run starts as fast as without a filter.
+Tested in tests/data_tools/stream/test_training_set.py.
 """
 
 from __future__ import annotations
@@ -29,52 +30,66 @@ from runtime.progress import progress
 
 ITEM = np.dtype([("row", "<i4"), ("caption", "<i2")])
 VERSION = 1
-ALONE = 50_000
-"""Samples up to which one process does it all."""
+ONE_PROCESS = 50_000
+"""Samples up to which one process does all the work."""
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
+    """The items of one folder: samples, or captions of samples."""
+
     counts: np.ndarray
-    """(shards,) items of each."""
+    """(shards,) items of each shard."""
     items: np.ndarray
-    """(items,) of ITEM, shard by shard; caption -1: any of those that the filter allows."""
+    """(items,) of ITEM, shard by shard. Caption -1 stands for any caption that the filter allows."""
 
 
 def select(reader: ShardReader, folder: int, rule: FilterConfig, every_caption: bool, cache: Path) -> Selection:
-    """The selection of a folder by a rule: read where it exists, else made and written into the folder, or, where that is
-    remote or cannot be written, into `cache`. Raises DataError where nothing is left."""
-    wanted = {"version": VERSION, "fingerprint": reader.manifests[folder].fingerprint, **asdict(rule)}
-    wanted["every_caption"] = every_caption
-    digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
-    homes = [cache / "selections"]
+    """Read the selection of a folder by a rule, or make it where it does not exist.
+
+    A new selection is written into the folder, or into the cache where the folder is remote or cannot be written.
+
+    Args:
+        reader: The reader of all folders of the run.
+        folder: The folder's number in the reader.
+        rule: Which samples and captions to keep.
+        every_caption: Whether each caption is an item; if not, each sample is one.
+        cache: Folder of the node's cache.
+
+    Raises:
+        DataError: Nothing is left, or the selection cannot be written or read.
+    """
+    about = {"version": VERSION, "fingerprint": reader.manifests[folder].fingerprint, **asdict(rule)}
+    about["every_caption"] = every_caption
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    parents = [cache / "selections"]
     if not is_remote(reader.roots[folder]):
-        homes.insert(0, Path(reader.roots[folder]) / "selections")
-    found = next((home / digest for home in homes if (home / digest).is_dir()), None)
-    if found is None:
-        home = _writable(homes)
-        with open(home / f".{digest}.lock", "ab") as lock:
+        parents.insert(0, Path(reader.roots[folder]) / "selections")
+    path = next((parent / digest for parent in parents if (parent / digest).is_dir()), None)
+    if path is None:
+        parent = _first_writable(parents)
+        with open(parent / f".{digest}.lock", "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of the node wait for the first
-            found = home / digest
-            if not found.is_dir():
-                _write(found, reader, folder, rule, every_caption, wanted)
-    counts = np.load(found / "counts.npy")
+            path = parent / digest
+            if not path.is_dir():
+                _write(path, reader, folder, rule, every_caption, about)
+    counts = np.load(path / "counts.npy")
     total = int(counts.sum())
     if not total:
         raise DataError(f"the filter leaves nothing of {reader.roots[folder]}; loosen data.filter")
-    if (found / "items.bin").stat().st_size != total * ITEM.itemsize:
-        raise DataError(f"{found} was cut short; remove that folder, it is made again")
-    return Selection(counts, np.memmap(found / "items.bin", ITEM, "r", shape=(total,)))
+    if (path / "items.bin").stat().st_size != total * ITEM.itemsize:
+        raise DataError(f"{path} was cut short; remove that folder, and it is made again")
+    return Selection(counts, np.memmap(path / "items.bin", ITEM, "r", shape=(total,)))
 
 
-def _writable(homes: list[Path]) -> Path:
-    for home in homes:
+def _first_writable(folders: list[Path]) -> Path:
+    for folder in folders:
         with suppress(OSError):
-            home.mkdir(parents=True, exist_ok=True)
-            if os.access(home, os.W_OK):
-                return home
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
     raise DataError(
-        f"cannot write the filter's index into {homes[0]}; set data.cache.folder to a folder that can be written"
+        f"cannot write the filter's index into {folders[0]}; set data.cache.folder to a folder that can be written"
     )
 
 
@@ -98,7 +113,8 @@ def _write(path: Path, reader: ShardReader, folder: int, rule: FilterConfig, eve
         try:
             os.rename(temporary, path)
         except OSError:
-            if not path.is_dir():  # else another node was faster
+            # Another node may have been faster, and its selection is the same.
+            if not path.is_dir():
                 raise
     except OSError as error:
         raise DataError(f"cannot write the filter's index {path}: {error.strerror}; free some space") from error
@@ -110,7 +126,7 @@ def _over_processes(reader: ShardReader, jobs: list[tuple], samples: int) -> Ite
     global _reader
     _reader = reader
     processes = min(len(os.sched_getaffinity(0)), len(jobs))
-    if samples <= ALONE or processes == 1:
+    if samples <= ONE_PROCESS or processes == 1:
         yield from map(_select_shard, jobs)
         return
     with multiprocessing.get_context("fork").Pool(processes) as pool:
@@ -118,11 +134,11 @@ def _over_processes(reader: ShardReader, jobs: list[tuple], samples: int) -> Ite
 
 
 _reader: ShardReader
-"""What forked processes read from."""
+"""What forked processes read from. It is global so that they inherit it instead of receiving a copy."""
 
 
 def _select_shard(job: tuple[int, FilterConfig, bool]) -> np.ndarray:
-    """-> (items,) of ITEM. A sample whose captions cannot be read stays: the stream finds it, and lists it."""
+    """Return a shard's items, (items,) of ITEM. Samples with unreadable captions stay, so that the stream lists them."""
     shard, rule, every_caption = job
     index = _reader.columns(shard, ("width", "height", "captions"))
     width, height = index.column("width").to_numpy(), index.column("height").to_numpy()

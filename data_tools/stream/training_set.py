@@ -1,4 +1,7 @@
-"""What a run trains on: one or several shard folders, filtered and mixed. Items (a sample, maybe one caption of it) by number."""
+"""The training set of a run: one or several shard folders, filtered and mixed.
+
+Its items have numbers. An item is a sample, or one caption of a sample.
+"""
 
 from __future__ import annotations
 
@@ -23,31 +26,32 @@ from runtime.errors import DataError
 
 Folder = str | Path | Manifest
 RUN = 1000
-"""Samples of which some, next to each other, are read for a part of all captions."""
+"""Neighbouring samples that are read together when only a part of all captions is needed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """One share of a mixture: some folders in a row."""
+    """One share of a mixture: one or several folders, read in sequence."""
 
     name: str
     weight: float
+    """Its share relative to the other datasets' weights."""
     counts: np.ndarray
-    """(shards,) items of each."""
+    """(shards,) items of each shard."""
     ends: np.ndarray
-    """(shards,) their running sum."""
+    """(shards,) the running sum of `counts`."""
     first_sample: int
-    """Where its samples begin among those of all folders."""
+    """Number of its first sample among those of all folders."""
     selections: tuple[Selection, ...]
-    """One a folder; none where every sample is an item."""
+    """One per folder; none where every sample is an item."""
     first_samples: np.ndarray
-    """(shards,) where each shard's samples begin among those of all folders."""
+    """(shards,) number of each shard's first sample among those of all folders."""
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def samples(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) items -> (n,) samples of the reader and (n,) captions, -1 for any."""
+        """Return the samples of (n,) items: (n,) numbers in the reader, and (n,) caption numbers, -1 for any."""
         if not self.selections:
             return self.first_sample + items, np.full(len(items), -1)
         shards = np.searchsorted(self.ends, items, side="right")
@@ -55,14 +59,14 @@ class Dataset:
         start = 0
         for selection in self.selections:
             here = (items >= start) & (items < start + len(selection.items))
-            found = selection.items[items[here] - start]
-            rows[here], captions[here] = found["row"], found["caption"]
+            selected = selection.items[items[here] - start]
+            rows[here], captions[here] = selected["row"], selected["caption"]
             start += len(selection.items)
         return self.first_samples[shards] + rows, captions
 
 
 class TrainingSet:
-    """The folders of a run, opened. `ShardStream` walks it."""
+    """The opened folders of a run, through which a `ShardStream` walks."""
 
     def __init__(
         self,
@@ -71,14 +75,23 @@ class TrainingSet:
         keep: FilterConfig | None = None,
         cache: ShardCache | None = None,
     ) -> None:
-        """folders: one; several, read as one; or folder -> weight. Missing shards are no error here: the stream lists what it
-        cannot read. Raises DataError where a folder is none, or holds nothing."""
+        """Open the folders. Missing shards raise no error here, because the stream lists what it cannot read.
+
+        Args:
+            folders: One folder; several, read as one; or folder -> weight.
+            captions: `one`: an item is a sample; `all`: an item is one caption of a sample.
+            keep: Which samples and captions to use; None: all.
+            cache: Where remote shards are kept; None: the default cache.
+
+        Raises:
+            DataError: A folder is not a shard folder, holds no samples, or is named twice.
+        """
         self.keep, self.every_caption = keep or FilterConfig(), captions == "all"
         several: list[Folder] = [folders] if isinstance(folders, str | Path | Manifest) else list(folders)
         if not several or not str(several[0]):
             raise DataError("there is no folder to train on; set data.train")
         if len({str(folder) for folder in several}) < len(several):
-            raise DataError("data.train names a folder twice; give it a larger weight instead")
+            raise DataError("data.train names a folder twice; name it once, with a larger weight")
         self.reader = ShardReader(dict(zip(short_names(several), several, strict=True)), cache, check=False)
         for number, root in enumerate(self.reader.roots):
             if not self.reader.manifests[number].samples:
@@ -93,22 +106,25 @@ class TrainingSet:
         self.fingerprint = self._fingerprint()
 
     def __len__(self) -> int:
-        """Items of an epoch: all there are."""
+        """Return the number of items, which are those of an epoch."""
         return sum(map(len, self.datasets))
 
     @property
     def remote(self) -> bool:
+        """Whether any folder is remote."""
         return any(map(is_remote, self.reader.roots))
 
     def some_captions(self, limit: int) -> Iterator[str]:
-        """About `limit` captions, from runs of samples spread evenly over all folders; all of them where there are no more.
-        Captions that cannot be read are left to the stream."""
+        """Yield about `limit` captions, from runs of neighbouring samples spread evenly over all folders.
+
+        With fewer captions than that, all are yielded. Unreadable ones are skipped, because the stream reports them.
+        """
         samples = len(self.reader)
-        wanted = samples * min(1.0, limit / max(1, sum(manifest.captions for manifest in self.reader.manifests)))
-        runs = max(1, int(wanted / RUN))
+        needed = samples * min(1.0, limit / max(1, sum(manifest.captions for manifest in self.reader.manifests)))
+        runs = max(1, int(needed / RUN))
         for run in range(runs):
             start = samples * run // runs
-            for sample in range(start, start + int(wanted / runs + 0.5)):
+            for sample in range(start, start + int(needed / runs + 0.5)):
                 with suppress(DataError):
                     yield from self.reader.captions(sample)
 
@@ -119,24 +135,27 @@ class TrainingSet:
         first_samples = reader.first_samples[span]
         selections: tuple[Selection, ...] = ()
         if self.keep.used or self.every_caption:
-            home = (reader.cache or ShardCache()).folder
-            selections = tuple(select(reader, folder, self.keep, self.every_caption, home) for folder in folders)
+            cache = (reader.cache or ShardCache()).folder
+            selections = tuple(select(reader, folder, self.keep, self.every_caption, cache) for folder in folders)
             counts = np.concatenate([selection.counts for selection in selections])
         return Dataset(name, weight, counts, np.cumsum(counts), int(first_samples[0]), selections, first_samples)
 
     def _fingerprint(self) -> str:
-        """Hex sha256 of all that decides what an item number means; the folder's own where there is but one, unfiltered."""
-        prints = [manifest.fingerprint for manifest in self.reader.manifests]
+        """Return a hex sha256 of everything that decides what an item number means.
+
+        A single unfiltered folder keeps its own fingerprint.
+        """
+        fingerprints = [manifest.fingerprint for manifest in self.reader.manifests]
         plain = not self.keep.used and not self.every_caption
-        if plain and len(prints) == 1:
-            return prints[0]
+        if plain and len(fingerprints) == 1:
+            return fingerprints[0]
         shares = [[dataset.name, dataset.weight] for dataset in self.datasets]
-        rule = [prints, shares, self.every_caption, asdict(self.keep)]
+        rule = [fingerprints, shares, self.every_caption, asdict(self.keep)]
         return hashlib.sha256(json.dumps(rule).encode()).hexdigest()
 
 
 class Walk:
-    """The endless order over a training set: position -> sample and caption. Plain arithmetic; any process may hold one."""
+    """The endless order over a training set: position -> sample and caption. It is plain arithmetic, for any process."""
 
     def __init__(self, data: TrainingSet, seed: int, block: int, window: int) -> None:
         self.data, self.seed, self.block, self.window = data, seed, block, window
@@ -147,18 +166,20 @@ class Walk:
         ]
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) positions -> (n,) samples of the reader and (n,) captions, -1 for any."""
+        """Return the samples at (n,) positions: (n,) numbers in the reader, and (n,) caption numbers, -1 for any."""
         if len(self.orders) == 1:
             return self.data.datasets[0].samples(self.orders[0].at(positions))
-        owners, places = self.data.mixture.at(positions)
+        owners, own_positions = self.data.mixture.at(positions)
         samples, captions = np.empty(len(owners), np.int64), np.empty(len(owners), np.int64)
         for owner in np.unique(owners):
             here = owners == owner
-            samples[here], captions[here] = self.data.datasets[owner].samples(self.orders[owner].at(places[here]))
+            samples[here], captions[here] = self.data.datasets[owner].samples(
+                self.orders[owner].at(own_positions[here])
+            )
         return samples, captions
 
     def stand_in(self, position: int, attempt: int) -> tuple[int, int]:
-        """The sample and caption that take the place of one that cannot be read: of its own dataset, as random as any."""
+        """Return the sample and caption that replace an unreadable one: a random item of the same dataset."""
         owners, _ = self.data.mixture.at(np.array([position]))
         dataset = self.data.datasets[int(owners[0])]
         samples, captions = dataset.samples(np.array([derived_seed(self.seed, position, attempt) % len(dataset)]))
@@ -166,20 +187,22 @@ class Walk:
 
 
 def open_training_set(config: ReadConfig) -> TrainingSet:
-    """The training set that a recipe's `data` describes."""
+    """Open the training set that a recipe's `data` describes."""
     cache = ShardCache(config.cache.folder, config.cache.gigabytes, config.cache.stage)
     return TrainingSet(config.train, config.captions, config.filter, cache)
 
 
 def default_block(data: TrainingSet) -> int:
+    """Return the default block size: whole shards (0) where a folder is remote, so that an epoch fetches each once."""
     return 0 if data.remote else BLOCK
 
 
 def short_names(folders: Sequence[Folder]) -> list[str]:
-    """The shortest ends of the paths that tell the folders apart; one alone needs no name."""
+    """Return the shortest ends of the paths that tell the folders apart; a single folder needs no name."""
     if len(folders) == 1:
         return [""]
-    parts = [PurePosixPath(str(one.folder if isinstance(one, Manifest) else one).rstrip("/")).parts for one in folders]
+    paths = [str(folder.folder if isinstance(folder, Manifest) else folder) for folder in folders]
+    parts = [PurePosixPath(path.rstrip("/")).parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):

@@ -207,7 +207,7 @@ def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(folders, tmp
 
 def test_several_processes_make_the_same_index(folders, tmp_path, monkeypatch):
     alone = TrainingSet(folders["a"], "all", FilterConfig(min_words=2, min_side=11))
-    monkeypatch.setattr(selection, "ALONE", 0)
+    monkeypatch.setattr(selection, "ONE_PROCESS", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     pooled = TrainingSet(make(tmp_path / "a", "a", 18), "all", FilterConfig(min_words=2, min_side=11))
     assert pooled.fingerprint == alone.fingerprint
