@@ -1,35 +1,42 @@
-"""A user's own scores or embeddings, whatever model made them, brought into the form that protocols take."""
+"""A user's own scores or embeddings, from any model, in the form that protocols take.
+
+Tested in tests/finetune/test_evaluate.py.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from data_tools.in_order.collection import open_collection
 from finetune.config import EvaluateRecipe
+from finetune.heads.base import Scored
 from runtime.errors import DataError
 from runtime.files import sha256_of
-
-if TYPE_CHECKING:
-    from finetune.evaluate import Scored
 
 
 @dataclass
 class OwnScores:
+    """Scores of a file, and the images and captions that they belong to."""
+
     scored: Scored
     caption_image: np.ndarray
+    """(captions,) the image of each caption"""
     keys: list[str]
+    """The images' names."""
     policy: str
-    """Captions per image, as the record says it."""
+    """Captions per image, in the record's words."""
 
 
 def read_own_scores(recipe: EvaluateRecipe) -> OwnScores:
-    """Read what `recipe.scores` holds. Raises DataError in one line where it does not fit itself or the data."""
-    from finetune.evaluate import Scored
+    """Read the file that `recipe.scores` names.
 
+    Raises:
+        DataError: the file cannot be read, or does not fit the data.
+    """
     path = Path(recipe.scores)
     arrays = _read(path)
     to_text, to_image = _matrices(path, arrays, recipe.similarity)
@@ -45,9 +52,7 @@ def read_own_scores(recipe: EvaluateRecipe) -> OwnScores:
                 "that of the data, every caption included or --captions_per_image stated"
             )
         if not np.array_equal(arrays.get("caption_image", collection.caption_image), collection.caption_image):
-            raise DataError(
-                f"{path} says of other captions than {recipe.data} which image they describe; bring them into its order"
-            )
+            raise DataError(f"{path}: caption_image differs from {recipe.data}; bring the captions into its order")
         caption_image, keys = collection.caption_image, collection.keys
         policy = "all" if recipe.captions_per_image is None else f"first {recipe.captions_per_image}"
     elif "caption_image" in arrays:
@@ -76,17 +81,17 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
             tensors = load_file(path)  # through torch: numpy has no bfloat16
             return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}
-    except Exception as error:  # the libraries raise nearly anything on a broken file
+    except Exception as error:  # the libraries raise nearly any exception on a broken file
         raise DataError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}); write it again") from error
-    raise DataError(f"{path} is of no known kind; --scores takes .npy, .npz or .safetensors")
+    raise DataError(f"{path} is of an unknown format; --scores takes .npy, .npz or .safetensors")
 
 
 def _matrices(path: Path, arrays: dict[str, np.ndarray], similarity: str) -> tuple[np.ndarray, np.ndarray]:
-    """-> (images, captions) and (captions, images)."""
+    """Return the file's scores, (images, captions) and (captions, images)."""
     if "scores" in arrays:
         scores = _floating(path, "scores", arrays["scores"])
-        other: Any = arrays.get("text_to_image")
-        return scores, scores.T if other is None else _floating(path, "text_to_image", other)
+        backward: Any = arrays.get("text_to_image")
+        return scores, scores.T if backward is None else _floating(path, "text_to_image", backward)
     if not {"image", "text"} <= arrays.keys():
         raise DataError(
             f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}; it needs `scores`, or `image` and `text`"
@@ -97,8 +102,10 @@ def _matrices(path: Path, arrays: dict[str, np.ndarray], similarity: str) -> tup
     if similarity == "cosine":
         lengths = [np.linalg.norm(side, axis=1, keepdims=True) for side in (image, text)]
         for name, length in zip(("image", "text"), lengths, strict=True):
-            if not (length > 0).all():  # not a number included
-                raise DataError(f"{path}: {name} embedding {int(np.argmin(length > 0))} has no length, so no cosine")
+            if not (length > 0).all():  # catches NaN too
+                raise DataError(
+                    f"{path}: {name} embedding {int(np.argmin(length > 0))} has length 0, so no cosine; use --similarity dot, or mend it"
+                )
         image, text = image / lengths[0], text / lengths[1]
     scores = image @ text.T
     return scores, scores.T
@@ -106,5 +113,7 @@ def _matrices(path: Path, arrays: dict[str, np.ndarray], similarity: str) -> tup
 
 def _floating(path: Path, name: str, array: np.ndarray) -> np.ndarray:
     if array.ndim != 2 or array.dtype.kind != "f":
-        raise DataError(f"{path}: {name} is {array.dtype} of shape {array.shape}; it must be floating point, two axes")
+        raise DataError(
+            f"{path}: {name} is {array.dtype} of shape {array.shape}; it must have a floating-point type and two axes"
+        )
     return array

@@ -1,4 +1,7 @@
-"""Fine-tuning for retrieval, with accelerate: the same for every head, which `task.py` makes."""
+"""A fine-tuning run, told from top to bottom by `train`. It uses accelerate, and is the same for every head.
+
+The head is a `HeadTask` (`finetune/heads/base.py`). The loop it shares with pretraining is `training/loop.py`.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,16 @@ from data_tools.pixels.packed import render_views
 from data_tools.pixels.transforms import TrainTransform
 from data_tools.stream.examples import Preparation
 from data_tools.stream.order import derived_seed, uniforms
-from data_tools.stream.shard_stream import open_stream
+from data_tools.stream.shard_stream import ShardStream, open_stream
 from data_tools.stream.training_set import open_training_set
 from finetune.config import FinetuneRecipe
-from finetune.heads.base import RetrievalTask, make_task
+from finetune.heads.base import HeadTask, Workload
+from finetune.heads.registry import load_part
 from pretrain.model.activations import checkpoint_activations
 from pretrain.model.alignment_model import TextBatch
 from pretrain.objectives.state import Keys, MicroBatch
 from pretrain.task import NEGATIVES
 from pretrain.weights.load import copy_weights
-from retrieval.protocols import recalls
 from runtime.checkpoint import read_tensors, write_checkpoint
 from runtime.checkpoint_writer import Write, host_copies
 from runtime.errors import CheckpointError, LigatureError, RecipeError
@@ -43,70 +46,73 @@ from training.stage import LoopState, Stage
 
 
 def finetune(recipe: FinetuneRecipe) -> Path:
-    """Fine-tune by the recipe, or resume from the run's last checkpoint, and return the run's folder."""
+    """Fine-tune by the recipe, or resume from the run's last checkpoint.
+
+    Returns:
+        The run's folder.
+    """
     return hold_run(recipe, train)
 
 
 def train(recipe: FinetuneRecipe, context: RunContext) -> None:
     """Run one rank's part of the run, from its last checkpoint to its end."""
-    ranks, device, watchdog = context.ranks, context.device, context.watchdog
+    ranks, watchdog = context.ranks, context.watchdog
     if recipe.training.global_batch % ranks.world:
         raise RecipeError(
             f"training.global_batch {recipe.training.global_batch} does not divide over {ranks.world} ranks"
         )
-    task = make_task(recipe).train()
+
+    # The head and the validation data come first: their mistakes show before the run's folder is touched.
+    task: HeadTask = load_part(recipe.head, "task")(recipe).train()
     if recipe.training.checkpoint_activations:
         checkpoint_activations(task.layers())
     folder = recipe.data.validation
     validation = validation_collection(folder, recipe.data.select_on_test) if folder else None
+
+    # Hold the run's folder, and open the training data.
     watchdog.enter_phase("taking the run", 0)
     context.folder.open(recipe, ranks)
     watchdog.enter_phase("opening the data", 0)
-    data, batch_size = open_training_set(recipe.data), recipe.training.global_batch // ranks.world
-    transform = TrainTransform(task.image_size, recipe.data.augment, views=1)
-    stream = open_stream(
-        recipe.data,
-        data,
-        batch_size,
-        ranks,
-        recipe.training.seed,
-        Preparation(transform, task.tokenizer),
-        context.folder.quarantine,
-        device,
-    )
-    mixed = "bf16" if recipe.training.precision == "bf16" else "no"
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=task.partial)]
-    accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=handlers)
-    if accelerator.num_processes != ranks.world:  # it would train replicas that never meet
-        raise LigatureError(
-            f"accelerate sees {accelerator.num_processes} of {ranks.world} ranks; start it by `ligature launch`"
-        )
-    named = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(
-        parameter_groups(task, named, recipe.optimizer.weight_decay),
-        betas=(recipe.optimizer.betas[0], recipe.optimizer.betas[1]),
-    )
-    wrapped, prepared = accelerator.prepare(task, optimizer)
+    stream = open_data(recipe, context, task)
+
+    # Make the optimizer, and resume if there is a checkpoint.
     state = LoopState(stream, SickSteps(recipe.training.sick_steps))
     steps = recipe.training.total_steps(len(stream))
-    learner = Learner(task, wrapped, named, optimizer, prepared, accelerator)
-    stage = Finetuning(recipe, context, learner, state, validation, steps)
+    stage = Finetuning(recipe, context, make_learner(recipe, context, task), state, validation, steps)
     if (checkpoint := find_resume(context)) is not None:
         state.resume(stage.restore(checkpoint))
         if ranks.first:
             print(f"going on from {checkpoint} at step {state.step}", flush=True)
     elif ranks.first:
-        print(f"fine-tuning {task.about} on {recipe.dataset}, {ranks.world} x {device.type}", flush=True)
+        print(
+            f"fine-tuning {task.description} on {recipe.dataset}, {ranks.world} x {context.device.type}",
+            flush=True,
+        )
     if ranks.first and (caveat := task.caveat(steps * recipe.training.global_batch / len(stream))):
         print(f"ligature: {caveat}", file=sys.stderr)
+
     TrainingLoop(context, recipe.training, stage, state).run()
+
+
+def open_data(recipe: FinetuneRecipe, context: RunContext, task: HeadTask) -> ShardStream:
+    """Open this rank's stream of training batches, of images at the task's size and tokens of its tokenizer."""
+    return open_stream(
+        recipe.data,
+        open_training_set(recipe.data),
+        recipe.training.global_batch // context.ranks.world,
+        context.ranks,
+        recipe.training.seed,
+        Preparation(TrainTransform(task.image_size, recipe.data.augment, views=1), task.tokenizer),
+        context.folder.quarantine,
+        context.device,
+    )
 
 
 @dataclass
 class Learner:
-    """What learns, and what makes it learn: a task and its optimizer, plain and as accelerate wraps them."""
+    """A task and its optimizer, plain and as accelerate wraps them."""
 
-    task: RetrievalTask
+    task: HeadTask
     wrapped: nn.Module
     """The task under accelerate (DDP, mixed precision); its forward gives the losses."""
     named: dict[str, nn.Parameter]
@@ -115,6 +121,30 @@ class Learner:
     prepared: Any
     """The optimizer under accelerate."""
     accelerator: Accelerator
+
+
+def make_learner(recipe: FinetuneRecipe, context: RunContext, task: HeadTask) -> Learner:
+    """Make AdamW for the task's parameters, and wrap both with accelerate.
+
+    Raises:
+        LigatureError: accelerate sees other ranks than the run has.
+    """
+    mixed_precision = "bf16" if recipe.training.precision == "bf16" else "no"
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=task.has_idle_parameters)]
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision, cpu=context.device.type == "cpu", kwargs_handlers=handlers
+    )
+    if accelerator.num_processes != context.ranks.world:  # it would train replicas that never exchange gradients
+        raise LigatureError(
+            f"accelerate sees {accelerator.num_processes} of {context.ranks.world} ranks; start it by `ligature launch`"
+        )
+    named = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(
+        parameter_groups(task, named, recipe.optimizer.weight_decay),
+        betas=(recipe.optimizer.betas[0], recipe.optimizer.betas[1]),
+    )
+    wrapped, prepared = accelerator.prepare(task, optimizer)
+    return Learner(task, wrapped, named, optimizer, prepared, accelerator)
 
 
 @dataclass
@@ -126,6 +156,7 @@ class Finetuning(Stage):
     learner: Learner
     state: LoopState
     validation: Collection | None
+    """Held-out data; None where the recipe names none."""
     steps: int
     """Training steps of the whole run."""
 
@@ -138,6 +169,7 @@ class Finetuning(Stage):
         for group in learner.optimizer.param_groups:
             group["lr"] = group["lr_share"] * recipe.optimizer.lr_at(step, self.steps)
         learner.task.begin_step(epoch)
+        # Dropout is a function of (seed, step, rank), so nothing of it needs saving.
         torch.manual_seed(derived_seed(recipe.training.seed, step, context.ranks.rank))
         context.watchdog.enter_collective()
         loss, figures = learner.wrapped(retrieval_batch(batch, recipe.training.seed, context.device))
@@ -151,16 +183,14 @@ class Finetuning(Stage):
         return figures | {"lr": lr, "gradient_norm": norm} | learner.task.extra_figures()
 
     def validate(self) -> dict[str, float]:
-        """Return R@1, R@5 and R@10 in percent both ways by the head's scores, and their sum."""
+        """Return the figures that the task measures on held-out data."""
         assert self.validation is not None
         task, context = self.learner.task, self.context
         training = task.training
-        similarity = task.eval().similarity(
-            self.validation, context.ranks, context.device, 64, self.recipe.data.workers
-        )
+        work = Workload(context.ranks, context.device, workers=self.recipe.data.workers)
+        result = task.eval().validate(self.validation, work)
         task.train(training)
-        scores = recalls(similarity, self.validation.caption_image)
-        return {f"validation/{name}": value for name, value in scores.items()}
+        return {f"validation/{name}": value for name, value in result.figures.items()}
 
     def save(self, improved: bool) -> Write | None:
         """Copy the model, Adam's moments and the cursor to memory; see `Stage.save`."""
@@ -174,7 +204,7 @@ class Finetuning(Stage):
             for moment in MOMENTS
         )
         tensors = {
-            "model": host_copies(task.stored().items(), keep=True),
+            "model": host_copies(task.checkpoint_tensors().items(), keep=True),
             "optimizer": host_copies(moments, keep=True),
         }
         state = self.state.state_dict() | {"frozen": task.frozen}
@@ -196,18 +226,27 @@ class Finetuning(Stage):
         task = self.learner.task
         saved = read_json(checkpoint / "state.json")
         self.state.sick.load(saved.get("sick"))
-        copy_weights(task.stored(), read_tensors(checkpoint, "model"), checkpoint)
+        copy_weights(task.checkpoint_tensors(), read_tensors(checkpoint, "model"), checkpoint)
         load_moments(self.learner.optimizer, self.learner.named, read_tensors(checkpoint, "optimizer"))
         if saved.get("frozen", task.frozen) != task.frozen:
             raise CheckpointError(
-                f"{self.recipe.checkpoint} now leads to another checkpoint than this run began with, and its model is used as it is; "
-                f"make it lead to {saved['frozen']} again"
+                f"{self.recipe.checkpoint} is not the checkpoint that this run started from, and the run still reads that one's model; "
+                f"put checkpoint {saved['frozen']} back there"
             )
         return saved
 
 
 def retrieval_batch(batch: dict[str, Any], seed: int, device: torch.device) -> MicroBatch:
-    """A batch of the stream as the heads read it; its keys are the model's own features, which come later."""
+    """Bring a batch of the stream into the form that the heads read.
+
+    Args:
+        batch: this rank's batch, as ShardStream yields it.
+        seed: the run's seed, for the draws of negatives.
+        device: where the tensors go.
+
+    Returns:
+        The batch. Its keys are empty: a head that compares with keys puts its own features there.
+    """
     ids = batch["image_ids"].to(device)
     draws = torch.from_numpy(uniforms(derived_seed(seed, NEGATIVES), batch["positions"].numpy(), 2)).to(device)
     nothing = torch.empty(0, device=device)
@@ -223,23 +262,32 @@ def retrieval_batch(batch: dict[str, Any], seed: int, device: torch.device) -> M
     )
 
 
-def parameter_groups(task: RetrievalTask, named: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups, by share of the learning rate; vectors (norms, biases, the temperature) do not decay."""
+def parameter_groups(task: HeadTask, named: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Return AdamW's groups, one for each share of the learning rate, with and without weight decay.
+
+    Vectors (norms, biases, the temperature) do not decay.
+    """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in named.items():
         groups.setdefault((task.lr_share(name), parameter.ndim > 1), []).append(parameter)
     return [
-        {"params": parameters, "lr_share": share, "weight_decay": weight_decay if matrices else 0.0}
-        for (share, matrices), parameters in groups.items()
+        {"params": parameters, "lr_share": share, "weight_decay": weight_decay if decays else 0.0}
+        for (share, decays), parameters in groups.items()
     ]
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-"""Adam's state of a parameter. `step` too: a parameter that was frozen at first has taken fewer than the run."""
+"""Adam's state of a parameter. It includes `step`: a parameter that was frozen at first has taken fewer steps than the run."""
 
 
 def load_moments(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], moments: dict[str, Tensor]) -> None:
-    """Restore Adam's state by parameter name; those that had not learned yet have none."""
+    """Restore Adam's state.
+
+    Args:
+        optimizer: whose state is replaced.
+        named: the parameters that learn, by name.
+        moments: a checkpoint's tensors, named `<moment>.<parameter>`; a parameter that had not learned yet has none.
+    """
     for name, parameter in named.items():
         optimizer.state.pop(parameter, None)
         if f"step.{name}" in moments:

@@ -144,6 +144,7 @@ LIGHT = [
     "finetune",
     "finetune.config",
     "finetune.heads.config",
+    "finetune.heads.registry",
     "finetune.search.config",
     "retrieval",
     "data_tools",

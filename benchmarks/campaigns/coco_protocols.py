@@ -33,7 +33,7 @@ from PIL import Image
 
 from data_tools.tokenizer import CaptionTokenizer, train_tokenizer
 from finetune.heads.config import HatConfig, ImageBackboneConfig
-from finetune.heads.hat import HatModel
+from finetune.heads.hat_model import HatModel
 from finetune.heads.levels import BackboneEncoders, CheckpointEncoders, LevelEncoders
 from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from pretrain.model.alignment_model import AlignmentModel

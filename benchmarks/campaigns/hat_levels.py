@@ -37,7 +37,7 @@ from data_tools.pixels.transforms import EvaluationTransform
 from data_tools.shapes.drawing import draw
 from data_tools.shapes.scenes import Group, Scene, World, scenes
 from data_tools.shapes.sentences import Caption, describe, fits
-from finetune.heads.hat import LoadedHat
+from finetune.heads.hat_model import LoadedHat
 from launch import cli
 from launch.ablation.workers import Workers, side_by_side
 from runtime.errors import LigatureError

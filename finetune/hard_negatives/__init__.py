@@ -1,1 +1,1 @@
-"""Altered captions and images that VLDeformer and matching are trained against."""
+"""Altered captions and images, which VLDeformer and matching train against."""

@@ -1,7 +1,8 @@
-"""Matching against a caption's own opposite: 'a circle left of a star' beside 'a circle right of a star', of one image.
+"""Matching against a caption's own opposite: 'a circle left of a star' beside 'a circle right of a star', for one image.
 
-Both are made of the same kind of words and equally likely without the image, so that only looking tells them apart. Negatives drawn
-from a batch seldom are that near; what is told by a word alone is then learned late or not at all (docs/shapes.md).
+Both captions have the same kind of words and are equally likely without the image, so only the image tells them apart.
+Negatives drawn from a batch are seldom that near. A model then learns late, or never, what a single word decides
+(docs/shapes.md).
 """
 
 from __future__ import annotations
@@ -17,46 +18,62 @@ from runtime.ranks import sum_over_ranks
 
 
 def exchange_table(pairs: list[str], tokenizer: CaptionTokenizer) -> Tensor:
-    """(vocabulary,) what each token becomes; itself, where it is of no pair. pairs: 'left right', one token each.
+    """Return the token that each token is exchanged for; a token of no pair stays itself.
 
-    A word of several pairs becomes what the first of them says. Raises RecipeError for a word that is no token of its own.
+    Args:
+        pairs: of words, as in 'left right'. A word of several pairs is exchanged by the first of them.
+        tokenizer: the model's own.
+
+    Returns:
+        (vocabulary,) token ids.
+
+    Raises:
+        RecipeError: a word is not one token of the vocabulary.
     """
-    table, named = torch.arange(tokenizer.vocabulary), set[int]()
+    table, paired = torch.arange(tokenizer.vocabulary), set[int]()
     for pair in pairs:
         ids = []
         for word in pair.split():
             pieces = tokenizer.pipeline.encode(word, add_special_tokens=False).ids
             if len(pieces) != 1 or tokenizer.pipeline.id_to_token(pieces[0]) == "[UNK]":
-                raise RecipeError(f"exchanged.words holds {word!r}, which is no token of this vocabulary; leave it out")
+                raise RecipeError(
+                    f"exchanged.words holds {word!r}, which is not one token of this vocabulary; leave it out"
+                )
             ids += pieces
-        for one, other in (ids, ids[::-1]):
-            if one not in named:
-                table[one] = other
-                named.add(one)
+        for token, opposite in (ids, ids[::-1]):
+            if token not in paired:
+                table[token] = opposite
+                paired.add(token)
     return table
 
 
 class ExchangedWords:
-    """The two-way choice between each caption and itself with every word of a pair exchanged, told of the caption's image."""
+    """The loss of choosing, by its image, between a caption and its altered form with every word of a pair exchanged."""
 
     def __init__(self, pairs: list[str], tokenizer: CaptionTokenizer) -> None:
         self.table = exchange_table(pairs, tokenizer)
 
     def __call__(self, state: StudentState) -> dict[str, Tensor]:
-        """-> `exchanged`: log(1 + e^(m' - m)), the mean over captions that hold such a word, of the matching logit m (match minus no
-        match) of the caption and m' of its altered form; and `exchanged_right`, the share of them with m > m'."""
+        """Compare each caption with its altered form.
+
+        Let m be the matching logit (match minus no match) of a caption and m' that of its altered form. The mean is over the
+        captions that hold a word of a pair.
+
+        Returns:
+            `exchanged`, the mean of log(1 + e^(m' - m)); and `exchanged_right`, the share of captions with m > m'.
+        """
         text, model = state.batch.text, state.model
         altered = self.table.to(text.ids.device)[text.ids]
-        has = (altered != text.ids).any(1)
-        own = torch.arange(len(has), device=has.device)
+        has_pair_word = (altered != text.ids).any(1)
+        own = torch.arange(len(text.ids), device=altered.device)
         states = torch.cat([state.text_states, model.text_encoder(altered, text.mask)])
         mask = torch.cat([text.mask, text.mask])
         logits = model.match(states, mask, state.prepared_images, torch.cat([own, own])).float()
         margin = torch.sub(*(logits[:, 1] - logits[:, 0]).chunk(2))
-        # Of the global batch, as this rank's share: the mean over ranks is then the loss of all, however they lie.
+        # Divided by the count of the global batch, so that the mean over the ranks is its loss, however captions are spread.
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        count = sum_over_ranks(has.sum()).clamp(min=1) / world
+        count = sum_over_ranks(has_pair_word.sum()).clamp(min=1) / world
         return {
-            "exchanged": (functional.softplus(-margin) * has).sum() / count,
-            "exchanged_right": ((margin > 0) & has).sum() / count,
+            "exchanged": (functional.softplus(-margin) * has_pair_word).sum() / count,
+            "exchanged_right": ((margin > 0) & has_pair_word).sum() / count,
         }

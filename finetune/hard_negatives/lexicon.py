@@ -1,6 +1,8 @@
-"""Words that a caption's words can be exchanged for: their kind, their base form, an antonym, and the same inflection again.
+"""Lexicons: what kind of word a caption's word is, its base form, its antonym, and the replacement in the same inflection.
 
-`BuiltInLexicon` is a few hundred words of captions; `finetune/hard_negatives/wordnet.py` reads WordNet, which knows all of them.
+`BuiltInLexicon` holds a few hundred words of captions. `finetune/hard_negatives/wordnet.py` reads WordNet, which is complete.
+
+Tested in tests/finetune/hard_negatives/test_altering.py.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ frisbee, ski, snowboard, ball, kite, baseball bat, baseball glove, skateboard, s
 knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed,
 dining table, toilet, television, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book,
 clock, vase, scissors, teddy bear, hair drier, toothbrush"""
-"""COCO's 80 classes, each as captions say it."""
+"""COCO's 80 classes, in the words that captions use."""
 
 CLOSED = frozenset(
     """a an the this that these those some any no each every all both few many several another other such same own
@@ -27,40 +29,49 @@ CLOSED = frozenset(
     is are am was were be been being do does did doing done has have had having can could will would shall should may might must
     get gets getting got let very just too also even only more most much""".split()  # noqa: SIM905 (a hundred quoted words read worse)
 )
-"""Words that are never exchanged. WordNet knows many of them as something else: `in` as an inch, `on` as the opposite of off."""
+"""Words that are never exchanged. WordNet has other readings of many: `in` as an inch, `on` as the opposite of off."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a lexicon knows of a word as it stands in a caption."""
+    """What a lexicon knows of a word in the form that a caption has."""
 
     kind: Kind
     base: str
+    """The uninflected form."""
     antonym: str | None = None
-    """Of the base form."""
+    """The base form's antonym."""
 
 
 class Lexicon:
-    """Looks words up; a subclass says how."""
+    """A source of words and antonyms; a subclass implements `look_up`."""
 
     name: str
-    """What it is and where it came from, for the first line of a run."""
+    """Its name and origin, for the first line of a run."""
 
     def look_up(self, word: str) -> Entry | None:
-        """The most common reading of a lower-case word; None where it is unknown or belongs to the closed classes."""
+        """Return the most common reading of a lower-case word; None for an unknown word or one that is never exchanged."""
         raise NotImplementedError
 
     def irregular(self, base: str, kind: Kind) -> list[str]:
-        """Irregular inflections of a base form."""
+        """Return the irregular inflections of a base form."""
         return IRREGULAR.get(base, []) if kind == "noun" else []
 
     def inflect(self, replacement: str, word: str, entry: Entry) -> str:
-        """`replacement` in the form in which `word` stands to its base; of several words a verb's first and a noun's last."""
+        """Inflect a replacement as a word is inflected.
+
+        Of several words a verb's first one is inflected, any other kind's last one.
+
+        Args:
+            replacement: a base form, of one word or several.
+            word: the word it replaces, inflected.
+            entry: what the lexicon knows of `word`.
+        """
         if word == entry.base:
             return replacement
         words = replacement.split()
-        place = 0 if entry.kind == "verb" else -1
-        words[place] = self._inflect(words[place], word, entry.kind)
+        index = 0 if entry.kind == "verb" else -1
+        words[index] = self._inflect(words[index], word, entry.kind)
         return " ".join(words)
 
     def _inflect(self, base: str, word: str, kind: Kind) -> str:
@@ -89,14 +100,14 @@ IRREGULAR = {
 
 
 def add_s(base: str) -> str:
-    """The regular plural of a noun and third person of a verb: dogs, boxes, berries."""
+    """Return the regular plural of a noun, which is also the third person of a verb: dogs, boxes, berries."""
     if base.endswith("y") and base[-2:-1] not in VOWELS:
         return base[:-1] + "ies"
     return base + ("es" if base.endswith(("s", "x", "z", "ch", "sh")) else "s")
 
 
 def stem(base: str, ending: str) -> str:
-    """What a regular ending is put behind: rid(ing), runn(ing), happi(er)."""
+    """Return the stem that a regular ending follows: rid(ing), runn(ing), happi(er)."""
     if base.endswith("e") and not (ending == "ing" and base.endswith(("ee", "ye", "oe"))):
         return base[:-1]
     if base.endswith("y") and base[-2:-1] not in VOWELS and ending != "ing":
@@ -106,9 +117,12 @@ def stem(base: str, ending: str) -> str:
 
 
 def base_forms(word: str, kind: Kind) -> list[str]:
-    """What a regularly inflected word may come from, WordNet's own rules (its `morphy`), and without a doubled consonant."""
-    found = [word[: -len(old)] + new for old, new in ENDINGS[kind] if word.endswith(old) and len(word) > len(old) + 1]
-    return found + [form[:-1] for form in found if len(form) > 3 and form[-1] == form[-2] and form[-1] not in "aeiouls"]
+    """Return the base forms that a regularly inflected word may have.
+
+    The rules are WordNet's own (its `morphy`); each form is also given without a doubled consonant.
+    """
+    forms = [word[: -len(old)] + new for old, new in ENDINGS[kind] if word.endswith(old) and len(word) > len(old) + 1]
+    return forms + [form[:-1] for form in forms if len(form) > 3 and form[-1] == form[-2] and form[-1] not in "aeiouls"]
 
 
 ENDINGS: dict[Kind, list[tuple[str, str]]] = {
@@ -120,7 +134,7 @@ ENDINGS: dict[Kind, list[tuple[str, str]]] = {
 
 
 class BuiltInLexicon(Lexicon):
-    """The words below, for where there is no WordNet."""
+    """The words of `NOUNS`, `OPPOSITES` and `COCO_OBJECTS`, for machines without WordNet."""
 
     name = "the built-in lexicon"
 
@@ -129,12 +143,13 @@ class BuiltInLexicon(Lexicon):
         self.antonyms: dict[tuple[Kind, str], str] = {}
         for kind, text in OPPOSITES.items():
             for pair in text.split(","):
-                one, other = pair.split()
-                self.antonyms.setdefault((kind, one), other)
-                self.antonyms.setdefault((kind, other), one)
+                first, second = pair.split()
+                self.antonyms.setdefault((kind, first), second)
+                self.antonyms.setdefault((kind, second), first)
         self.irregular_nouns = {form: base for base, forms in IRREGULAR.items() for form in forms}
 
     def look_up(self, word: str) -> Entry | None:
+        """Look a word up among the opposites first, then among the nouns."""
         if word in CLOSED:
             return None
         for kind in OPPOSITES:

@@ -1,6 +1,9 @@
 """WordNet's own files (Miller 1995; `man 5 wndb`), from any `dict` folder: Debian's wordnet-base, Princeton's archive, nltk's.
 
-`nltk` asks for a file `lexnames` that Debian leaves out. Here index.*, data.* and *.exc are read, cntlist.rev where there is one.
+`nltk` itself needs a file `lexnames` that Debian leaves out. This module reads index.*, data.* and *.exc, and cntlist.rev if
+there is one.
+
+Tested in tests/finetune/hard_negatives/test_altering.py.
 """
 
 from __future__ import annotations
@@ -13,19 +16,19 @@ from finetune.hard_negatives.lexicon import CLOSED, BuiltInLexicon, Entry, Kind,
 from runtime.errors import DataError
 
 KINDS: dict[Kind, str] = {"noun": "noun", "verb": "verb", "adjective": "adj", "adverb": "adv"}
-"""Our word for a part of speech, and the ending of WordNet's files."""
+"""Our name of a part of speech, and the ending of WordNet's files."""
 OF_NUMBER: dict[str, Kind] = {"1": "noun", "2": "verb", "3": "adjective", "4": "adverb", "5": "adjective"}
-"""The digit in a sense key; 5 is an adjective that is like another."""
+"""The digit in a sense key; 5 is a satellite adjective, one that is like another."""
 USUAL: dict[str, Kind] = {"left": "adjective", "right": "adjective", "building": "noun", "pants": "noun"}
-"""What captions mean by words of which WordNet's texts mean something else (to leave, a right, to build)."""
+"""The reading in captions of words that WordNet's texts use otherwise (to leave, a right, to build)."""
 SENSES = 2
-"""Antonyms are looked for among so many of a word's most frequent senses: ripe is the opposite of green's third."""
+"""How many of a word's most frequent senses are searched for an antonym: ripe is the opposite of green's third sense."""
 WORDNET_FOLDERS = ("/usr/share/wordnet", "/usr/share/wordnet/dict", "/usr/local/WordNet-3.0/dict")
-"""Where `auto` looks."""
+"""Folders that the lexicon `auto` looks for, in this order."""
 
 
 class WordNet(Lexicon):
-    """A `dict` folder. Raises DataError where files are missing."""
+    """The lexicon in a `dict` folder. Raises DataError where files are missing."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -45,31 +48,36 @@ class WordNet(Lexicon):
                     forms.setdefault(base, []).append(form)
         except (OSError, ValueError) as error:
             raise DataError(
-                f"{self.folder} is no WordNet `dict` folder ({error}); install one (Debian: wordnet-base), or use the `built-in` lexicon"
+                f"{self.folder} is not a WordNet `dict` folder ({error}); install one (Debian: wordnet-base), or use the `built-in` lexicon"
             ) from error
         self.counts = self._read_counts()
         self.look_up = cache(self.look_up)  # type: ignore[method-assign]
 
     def look_up(self, word: str) -> Entry | None:
+        """Return the reading that WordNet's texts use most, except for the words in `USUAL`."""
         if word in CLOSED or not word.isalpha() or not word.isascii():
             return None
         readings: list[tuple[int, int, int, Kind, str]] = []
         for rank, kind in enumerate(KINDS):
             bases = [word, self.exceptions[kind].get(word, ""), *base_forms(word, kind)]
-            for place, base in enumerate(dict.fromkeys(filter(None, bases))):
+            for position, base in enumerate(dict.fromkeys(filter(None, bases))):
                 if self._senses(base, kind):
-                    readings.append((self._count(base, kind), -rank, -place, kind, base))
+                    readings.append((self._count(base, kind), -rank, -position, kind, base))
         if not readings:
             return None
         *_, kind, base = next((reading for reading in readings if reading[3] == USUAL.get(word)), max(readings))
         return Entry(kind, base, None if kind == "noun" else self.antonym(base, kind))
 
     def irregular(self, base: str, kind: Kind) -> list[str]:
-        # What WordNet lists is not always what people write (men, but also oxen and brethren): ours first.
+        """Return our own irregular inflections, then WordNet's."""
+        # WordNet lists forms that people seldom write (brethren beside brothers), so ours come first.
         return super().irregular(base, kind) + self.forms[kind].get(base, [])
 
     def antonym(self, base: str, kind: Kind) -> str | None:
-        """Of the most frequent sense that has one. Antonyms are of words, not of senses: `large` is small's, not little's."""
+        """Return the antonym of the most frequent sense that has one.
+
+        Antonyms belong to words, not to senses: `large` is the antonym of `small` but not of `little`.
+        """
         for offset in self._senses(base, kind)[:SENSES]:
             words, pointers = self._synset(kind, offset)
             for symbol, target, part, numbers in pointers:
@@ -80,7 +88,7 @@ class WordNet(Lexicon):
         return None
 
     def _senses(self, base: str, kind: Kind) -> list[int]:
-        """Offsets of its synsets, most frequent first; empty where the word is unknown."""
+        """Return the offsets of a word's synsets, most frequent first; none for an unknown word."""
         line = find_line(self.index[kind], base.replace(" ", "_").encode())
         if line is None:
             return []
@@ -89,7 +97,7 @@ class WordNet(Lexicon):
         return [int(offset) for offset in parts[6 + pointers : 6 + pointers + count]]
 
     def _synset(self, kind: Kind, offset: int) -> tuple[list[str], list[tuple[str, int, str, str]]]:
-        """-> its words, and its pointers (symbol, offset, part of speech, numbers of the words at both ends)."""
+        """Return a synset's words, and its pointers: symbol, offset, part of speech, numbers of the words at both ends."""
         data = self.data[kind]
         head = data[offset : data.find(b"|", offset)].decode("ascii").split()
         count = int(head[3], 16)
@@ -99,7 +107,7 @@ class WordNet(Lexicon):
         return words, [(symbol, int(target), part, numbers) for symbol, target, part, numbers in pointers]
 
     def _count(self, base: str, kind: Kind) -> int:
-        """How often texts used it so; without counts, the number of senses that were met at all."""
+        """Return how often WordNet's texts use a word as this kind; without counts, how many of its senses they use."""
         if self.counts:
             return self.counts.get((base, kind), 0)
         line = find_line(self.index[kind], base.encode())
@@ -119,23 +127,27 @@ class WordNet(Lexicon):
 
 
 def find_line(text: mmap.mmap | bytes, key: bytes) -> bytes | None:
-    """The line of a sorted file whose first word is `key`: binary search, nothing is read whole."""
+    """Return the line of a sorted file that begins with the word `key`, by binary search without reading the whole file."""
     low, high = 0, len(text)
     while low < high:
         middle = (low + high) // 2
         start, end = text.rfind(b"\n", 0, middle) + 1, text.find(b"\n", middle)
         line = text[start : end if end >= 0 else len(text)]
-        found = line.partition(b" ")[0]
-        if found == key:
+        word = line.partition(b" ")[0]
+        if word == key:
             return line
-        low, high = (start + len(line) + 1, high) if found < key else (low, start)
+        low, high = (start + len(line) + 1, high) if word < key else (low, start)
     return None
 
 
 def open_lexicon(source: str) -> Lexicon:
-    """`built-in`, a WordNet folder, or `auto`: WordNet where Debian installs it, else the built-in lexicon."""
+    """Open a lexicon.
+
+    Args:
+        source: `built-in`, a WordNet folder, or `auto`: WordNet where Debian installs it, else the built-in lexicon.
+    """
     if source == "auto":
-        source = next((place for place in WORDNET_FOLDERS if (Path(place) / "index.noun").is_file()), "built-in")
+        source = next((folder for folder in WORDNET_FOLDERS if (Path(folder) / "index.noun").is_file()), "built-in")
     return BuiltInLexicon() if source == "built-in" else WordNet(source)
 
 

@@ -1,1 +1,1 @@
-"""One head a file: how encodings become scores, and what its fine-tuning minimises."""
+"""One head a file: its loss, its fine-tuning and its scoring. `registry.py` lists them and says how to add one."""

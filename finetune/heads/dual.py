@@ -1,37 +1,49 @@
-"""The dual head: cosine of the projected features, fine-tuned by contrast within the global batch."""
+"""The dual head: the cosine of the projected features, fine-tuned by contrast within the global batch."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, autocast, nn
 
 from data_tools.in_order.collection import Collection
-from finetune.config import FinetuneRecipe
+from finetune.config import EvaluateRecipe, FinetuneRecipe
 from finetune.hard_negatives.exchanged_words import ExchangedWords
-from finetune.heads.base import RetrievalTask
+from finetune.heads.base import GatherRows, RetrievalTask, Scored, Workload, count_truncated
+from finetune.heads.fusion import score_fusion
+from finetune.heads.vldeformer import score_vldeformer
+from finetune.shortlist import FirstStage, score_first_stage
 from pretrain.encode import Encodings, encode_collection
 from pretrain.objectives.contrastive import soft_cross_entropy
 from pretrain.objectives.matching import Matching
 from pretrain.objectives.state import Keys, MicroBatch, StudentState
-from pretrain.weights.load import describe_model, load_model
-from runtime.errors import CheckpointError
-from runtime.ranks import Ranks, gather_rows, sum_over_ranks
+from pretrain.weights.load import ImageTextModel, describe_model, load_model
+from runtime.errors import CheckpointError, RecipeError
+from runtime.files import read_json
+from runtime.ranks import gather_rows
 
 
 def dual_scores(encodings: Encodings) -> Tensor:
-    """(images, captions): the cosine of every image's and every caption's features."""
+    """Return the cosine of every image's and every caption's features, (images, captions)."""
     return encodings.image @ encodings.text.T
 
 
 def dual_loss(image: Tensor, text: Tensor, image_ids: Tensor, temperature: Tensor) -> Tensor:
-    """Symmetric contrastive loss; all captions of a query's image are its positives (ALBEF's retrieval fine-tuning).
+    """Return the symmetric contrastive loss of ALBEF's retrieval fine-tuning.
 
-    image, text: unit-norm features (batch, feature_dim) of this rank; image_ids: (batch,). Candidates are gathered from all
-    ranks with their gradient, so the mean over ranks is the loss of the global batch.
+    All captions of a query's image are its positives. Candidates are gathered from all ranks with their gradient, so the
+    mean over the ranks is the loss of the global batch.
+
+    Args:
+        image: unit-norm image features of this rank, (batch, feature_dim).
+        text: unit-norm caption features of this rank, (batch, feature_dim).
+        image_ids: the image that each row belongs to, (batch,).
+        temperature: divides the cosines, (1,).
     """
     all_image, all_text, all_ids = GatherRows.apply(image), GatherRows.apply(text), gather_rows(image_ids)
     positives = (image_ids[:, None] == all_ids[None]).float()
@@ -41,22 +53,8 @@ def dual_loss(image: Tensor, text: Tensor, image_ids: Tensor, temperature: Tenso
     return (to_text + to_image) / 2
 
 
-class GatherRows(torch.autograd.Function):
-    """(n, …) on each rank -> (world * n, …) in rank order; the gradient goes back to the rank that a row came from."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        ctx.rows = len(rows)
-        return gather_rows(rows)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        rank = distributed.get_rank() if distributed.is_initialized() else 0
-        return sum_over_ranks(gradient)[rank * ctx.rows : (rank + 1) * ctx.rows]
-
-
 class DualTask(RetrievalTask):
-    """The pretraining's own projections by contrast, and the fusion encoder by matching."""
+    """The alignment model's own projections, trained by contrast, and its fusion encoder, trained by matching."""
 
     def __init__(self, recipe: FinetuneRecipe) -> None:
         super().__init__()
@@ -68,7 +66,7 @@ class DualTask(RetrievalTask):
         self.contrastive_weight, self.matching_weight = recipe.contrastive_weight, recipe.matching_weight
         self.model = start.network.requires_grad_(True)
         self.model.codebook = None  # retrieval does not read it
-        if not recipe.matching_weight:  # nothing trains these then, and DDP would wait for their gradients
+        if not recipe.matching_weight:  # no loss reaches these, and DDP would wait for their gradients
             self.model.fusion_encoder.requires_grad_(False)
             self.model.matching_head.requires_grad_(False)
         elif not self.model.config.fusion.layers:
@@ -80,17 +78,18 @@ class DualTask(RetrievalTask):
         self.tokenizer, self.image_size = start.tokenizer, self.model.config.image.image_size
         self.exchanged_weight = recipe.exchanged.weight
         self.exchanged = ExchangedWords(recipe.exchanged.words, self.tokenizer)
-        self.about = f"{start.folder} ({start.training})"
+        self.description = f"{start.folder} ({start.training})"
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum of the losses, and each of them by name."""
         tokens = self.model.image_encoder(batch.images)
         state = StudentState(self.model, batch, tokens, self.model.text_encoder(batch.text.ids, batch.text.mask))
-        with torch.autocast(tokens.device.type, enabled=False):  # bf16 has steps of 0.2 in a logit at temperature 0.02
+        with autocast(tokens.device.type, enabled=False):  # bf16 has steps of 0.2 in a logit at temperature 0.02
             image, text, temperature = state.image.float(), state.text.float(), self.model.temperature().float()
             losses = {"contrastive": dual_loss(image, text, batch.image_ids, temperature)}
         total = self.contrastive_weight * losses["contrastive"]
         if self.matching_weight:
-            # There is no teacher: negatives are drawn by the model's own similarities.
+            # There is no teacher, so the model's own similarities draw the negatives.
             batch.keys = Keys(state.image.detach(), state.text.detach(), batch.image_ids)
             losses |= self.matching(state)
             total = total + self.matching_weight * losses["matching"]
@@ -100,22 +99,115 @@ class DualTask(RetrievalTask):
         return total, {"loss": total.detach(), **{name: value.detach() for name, value in losses.items()}}
 
     def layers(self) -> list[nn.Module]:
+        """Return the model's transformer layers."""
         return self.model.layers()
 
-    def stored(self) -> dict[str, Tensor]:
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Return the model's parameters: a dual checkpoint is an alignment model."""
         return dict(self.model.named_parameters())
 
     def describe(self, training: str) -> dict[str, Any]:
+        """Return an alignment model's `model.json`, and whether its fusion head was tuned."""
         config = dataclasses.replace(self.model.config, codewords=0)
         return describe_model(config, self.tokenizer.caption_tokens, training) | {
             "fusion_tuned": bool(self.matching_weight)
         }
 
-    def similarity(
-        self, collection: Collection, ranks: Ranks, device: torch.device, batch_size: int, workers: int
-    ) -> np.ndarray:
-        found = encode_collection(self.model, self.tokenizer, collection, ranks, batch_size, workers)
-        return dual_scores(found).numpy()
+    def similarity(self, collection: Collection, work: Workload) -> np.ndarray:
+        """Return the cosine of every image with every caption, (images, captions)."""
+        return dual_scores(_encode(self.model, self.tokenizer, collection, work)).numpy()
 
     def extra_figures(self) -> dict[str, Tensor]:
+        """Return the temperature."""
         return {"temperature": self.model.temperature().detach()}
+
+
+def score_dual(recipe: EvaluateRecipe, collection: Collection, work: Workload) -> Iterator[Scored]:
+    """Score an alignment model by the heads that the recipe names.
+
+    These are the dual head, the fusion head on the dual head's shortlists, and the fusion encoder taken apart but not tuned
+    (`vldeformer`).
+    """
+    heads = recipe.heads or ["dual"]
+    if "hat" in heads or recipe.ensemble:
+        raise RecipeError(f"{recipe.checkpoint} is no HAT checkpoint; its heads are dual and fusion")
+    if recipe.shortlist_from and "fusion" not in heads:
+        raise RecipeError("shortlist_from is for heads that re-rank; add fusion to heads, or leave it out")
+    if "vldeformer" in heads:
+        yield from score_vldeformer(recipe, collection, work)
+    if others := [head for head in heads if head != "vldeformer"]:
+        yield from _score_together(recipe, others, collection, work)
+
+
+def _score_together(
+    recipe: EvaluateRecipe, heads: list[Any], collection: Collection, work: Workload
+) -> Iterator[Scored]:
+    """Score by `dual` and `fusion`, which share one encoding of the collection."""
+    model = load_model(recipe.checkpoint, work.device)
+    untuned = _check(recipe, heads, model)
+    if untuned and work.ranks.first:
+        print(
+            f"{recipe.checkpoint} was fine-tuned with matching_weight 0, so its fusion head is still the pretrained one; "
+            "the encoders it reads have changed",
+            file=sys.stderr,
+        )
+    details = count_truncated(model.tokenizer, collection, work.ranks)
+    encodings = _encode(model.network, model.tokenizer, collection, work, keep_tokens="fusion" in heads)
+    first_stage = score_first_stage(recipe.shortlist_from, collection, work) if recipe.shortlist_from else None
+    similarity = dual_scores(encodings).numpy()
+    # A model without text layers has no features to make shortlists by: matching then scores all pairs.
+    all_pairs = not model.network.config.text.layers and first_stage is None
+    for head in heads:
+        if head == "dual":
+            yield Scored(head, head, similarity, similarity.T, model.hash, model.training, details)
+        else:
+            scored = score_fusion(
+                recipe,
+                model,
+                encodings,
+                first_stage or FirstStage(similarity, {}),
+                len(collection.captions) if all_pairs else recipe.shortlist,
+                collection.caption_image,
+                work,
+            )
+            scored.details = details | scored.details | ({"fusion_tuned": False} if untuned else {})
+            yield scored
+
+
+def _check(recipe: EvaluateRecipe, heads: list[Any], model: ImageTextModel) -> bool:
+    """Refuse heads that the checkpoint does not have.
+
+    Returns:
+        Whether the recipe asks for a fusion head that fine-tuning left as it was, while the encoders learned.
+    """
+    if "fusion" in heads and not model.network.config.fusion.layers:
+        raise RecipeError(f"heads asks for fusion, but {recipe.checkpoint} has no fusion encoder; use --heads '[dual]'")
+    if not model.network.config.text.layers and heads != ["fusion"]:
+        raise RecipeError(
+            f"{recipe.checkpoint} has no text layers, so no dual head; use --heads '[fusion]', on all pairs or with --shortlist_from"
+        )
+    return "fusion" in heads and read_json(model.folder / "model.json").get("fusion_tuned") is False
+
+
+def dual_first_stage(folder: Path, collection: Collection, work: Workload) -> FirstStage:
+    """Score a collection by a checkpoint's dual head, for another head's shortlists."""
+    model = load_model(folder, work.device)
+    if not model.network.config.text.layers:
+        raise RecipeError(f"shortlist_from: {folder} has no text layers, so no dual head to make shortlists by")
+    encodings = _encode(model.network, model.tokenizer, collection, work)
+    return FirstStage(dual_scores(encodings).numpy(), {"checkpoint": model.hash})
+
+
+def _encode(
+    network: Any, tokenizer: Any, collection: Collection, work: Workload, keep_tokens: bool = False
+) -> Encodings:
+    return encode_collection(
+        network,
+        tokenizer,
+        collection,
+        work.ranks,
+        work.batch_size,
+        work.workers,
+        keep_tokens=keep_tokens,
+        silent=work.silent,
+    )

@@ -1,4 +1,7 @@
-"""Two encoders as HAT reads them: token states at several depths. A checkpoint's own encoders, or timm's and BERT's."""
+"""HAT's encoders: token states at several depths, from a checkpoint's own encoders or from timm's and BERT's.
+
+Tested in tests/finetune/heads/test_hat.py.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +24,27 @@ class LevelEncoders(nn.Module):
     image_widths: list[int]
     """Width of each image level's tokens."""
     image_size: int
+    """Pixels a side."""
     text_encoder: TextEncoder
 
     def image_levels(self, images: Tensor, levels: list[int]) -> list[Tensor]:
-        """images: (batch, 3, size, size) uint8 -> one (batch, regions, width) for each of `levels`, regions row by row."""
+        """Encode images, (batch, 3, size, size) uint8, into one (batch, regions, width) for each of `levels`, regions row by row."""
         raise NotImplementedError
 
     def text_levels(self, ids: Tensor, mask: Tensor, layers: list[int]) -> list[Tensor]:
-        """ids, mask: (batch, words) -> one (batch, words, width) for each of `layers`."""
+        """Encode captions, ids and mask of shape (batch, words), into one (batch, words, width) for each of `layers`."""
         states = self.text_encoder.layer_states(ids, mask)
         return [states[layer] for layer in layers]
 
     def check(self, pairs: list[list[int]]) -> None:
-        """Refuse levels that these encoders do not have."""
+        """Refuse levels that these encoders do not have.
+
+        Args:
+            pairs: [text layer, image level], counted from 1.
+
+        Raises:
+            RecipeError: a layer or a level is too high.
+        """
         layers, stages = len(self.text_encoder.layers), len(self.image_widths)
         for text, image in pairs:
             if text > layers or image > stages:
@@ -44,7 +55,7 @@ class LevelEncoders(nn.Module):
 
 
 class CheckpointEncoders(LevelEncoders):
-    """The encoders of an alignment model (a ViT and BERT layers); what stands above them is left behind."""
+    """The encoders of an alignment model, a ViT and BERT layers, without the parts above them."""
 
     def __init__(self, network: AlignmentModel) -> None:
         super().__init__()
@@ -53,11 +64,12 @@ class CheckpointEncoders(LevelEncoders):
         self.image_size = network.config.image.image_size
 
     def image_levels(self, images: Tensor, levels: list[int]) -> list[Tensor]:
+        """Return the tokens after each of the ViT's layers in `levels`."""
         return self.image_encoder.layer_tokens(images, levels)
 
 
 class BackboneEncoders(LevelEncoders):
-    """A timm image encoder whose stages are the levels, and a BERT. `start` loads their starting weights."""
+    """A timm image encoder, its stages the levels, and a BERT. `start` says whether to load their starting weights."""
 
     mean: Tensor
     std: Tensor
@@ -70,14 +82,14 @@ class BackboneEncoders(LevelEncoders):
         if start and config.text.weights != "none":
             load_bert_encoder(self.text_encoder, config.text, "hat.text")
         stages = [(number, stage) for number, stage in enumerate(self.backbone.feature_info) if stage["reduction"] >= 4]
-        self.stages = [number for number, _ in stages]  # a ResNet's stem is no stage
+        self.stages = [number for number, _ in stages]  # a ResNet's stem, at half the resolution, is no stage
         self.image_widths = [stage["num_chs"] for _, stage in stages]
-        known = self.backbone.pretrained_cfg
-        self.register_buffer("mean", torch.tensor(known["mean"]).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(known["std"]).view(3, 1, 1) * 255, persistent=False)
+        normalisation = self.backbone.pretrained_cfg
+        self.register_buffer("mean", torch.tensor(normalisation["mean"]).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(normalisation["std"]).view(3, 1, 1) * 255, persistent=False)
 
     def train(self, mode: bool = True) -> BackboneEncoders:
-        """Batch norms keep the statistics they came with: a fine-tuning batch is too small to make better ones."""
+        """Set the mode, but keep batch norms in evaluation mode: a fine-tuning batch is too small for better statistics."""
         super().train(mode)
         for module in self.backbone.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -85,13 +97,14 @@ class BackboneEncoders(LevelEncoders):
         return self
 
     def image_levels(self, images: Tensor, levels: list[int]) -> list[Tensor]:
+        """Return the maps of each of the stages in `levels` as tokens."""
         distinct = sorted(set(levels))
-        found = self.backbone.forward_intermediates(
+        stage_maps = self.backbone.forward_intermediates(
             (images.float() - self.mean) / self.std,
             [self.stages[level - 1] for level in distinct],
             intermediates_only=True,
         )
-        tokens = {level: maps.flatten(2).transpose(1, 2) for level, maps in zip(distinct, found, strict=True)}
+        tokens = {level: maps.flatten(2).transpose(1, 2) for level, maps in zip(distinct, stage_maps, strict=True)}
         return [tokens[level] for level in levels]
 
 
@@ -110,15 +123,15 @@ def _timm_model(config: HatConfig, start: bool) -> nn.Module:
         except TypeError as error:
             if "img_size" not in str(error):
                 raise
-            return timm.create_model(image.architecture, **settings)  # a ResNet takes any size
+            return timm.create_model(image.architecture, **settings)  # a ResNet takes any size, and no argument for it
     except (TypeError, ValueError, AssertionError) as error:
         raise RecipeError(
-            f"hat.image: timm cannot make {image.architecture} at {image.image_size} px: {' '.join(str(error).split())}"
+            f"hat.image: timm cannot build {image.architecture} at {image.image_size} px: {' '.join(str(error).split())}"
         ) from error
     except (RuntimeError, OSError) as error:
         if weights == "none":
-            raise RecipeError(f"hat.image: timm cannot make {image.architecture}: {error}") from error
+            raise RecipeError(f"hat.image: timm cannot build {image.architecture}: {error}") from error
         raise CheckpointError(
-            f"hat.image.weights: cannot load `{weights}` into {image.architecture} ({' '.join(str(error).split())[:200]}); "
-            "without network, give a file"
+            f"hat.image.weights is `{weights}`, which cannot be loaded into {image.architecture} "
+            f"({' '.join(str(error).split())[:200]}); without a network, give a file"
         ) from error

@@ -1,14 +1,21 @@
-"""Stacked cross attention (Lee et al. 2018; HAT's per-level score) without the attended vectors.
+"""Stacked cross attention (Lee et al. 2018), HAT's score per level, without the attended vectors.
 
-Each query token (a region, in direction `image_to_text`; a word, in `text_to_image`) attends to the tokens of the other side, the
-context, and is compared with what it sees. With S = query · context and attention a, what it sees is sum_c a_c context_c, and its
-cosine with the query needs no such vector: the inner product is sum_c a_c S_c, its squared length a' G a with G the Gram matrix of
-the context's tokens. So no tensor of (queries, width) is ever made; and since a cosine does not change with the scale of a, the
-softmax's denominator is never computed either. Exact but for rounding.
+Each query token attends to the tokens of the other side, the context, and is compared with the attended vector. Queries are
+regions in direction `image_to_text`, words in `text_to_image`. With S = query · context and attention a, the attended vector
+is sum_c a_c context_c. Its cosine with the query does not need that vector:
+
+- the inner product is sum_c a_c S_c;
+- the squared length is a' G a, with G the Gram matrix of the context's tokens.
+
+So no tensor of (queries, width) is ever made. A cosine does not change with the scale of a either, so the softmax's
+denominator is never computed. The scores are exact but for rounding.
+
+Names of tensors end in their axes: i image, r region, c caption, w word. Brackets in a comment join two axes into one: "(ir)".
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,10 +27,25 @@ Norm = Literal["clipped_l2norm", "l2norm", "clipped", "softmax", "no_norm"]
 Pooling = Literal["mean", "sum", "max", "logsumexp"]
 
 SLOPE = 0.1
-"""Of the leaky ReLU that clips negative similarities."""
+"""Slope of the leaky ReLU for negative similarities."""
 TINY = 1e-8
+"""Added to lengths, or the least a length counts as, before a division."""
 GRAM_ROWS = 128
-"""Rows of a Gram matrix taken at a time, where it has more than twice as many."""
+"""Rows of a Gram matrix taken at a time. A matrix of more than twice as many rows is kept by its upper half."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How similarities become attention, and the queries' cosines one score. The defaults are HAT's."""
+
+    norm: Norm = "clipped_l2norm"
+    """How similarities are normalised over the queries, before the softmax over the context."""
+    pooling: Pooling = "mean"
+    """How the queries' cosines become one score."""
+    sharpness: float = 9.0
+    """Factor before the softmax (SCAN's lambda 1)."""
+    pooling_sharpness: float = 6.0
+    """Factor within `logsumexp` pooling (SCAN's lambda 2)."""
 
 
 def pair_scores(
@@ -31,24 +53,19 @@ def pair_scores(
     words: Tensor,
     mask: Tensor,
     direction: Direction,
-    norm: Norm = "clipped_l2norm",
-    pooling: Pooling = "mean",
-    sharpness: float = 9.0,
-    pooling_sharpness: float = 6.0,
+    comparison: Comparison | None = None,
     gram: Tensor | None = None,
 ) -> Tensor:
-    """The score of every image with every caption, differentiable; the caller chooses how many pairs fit in memory.
+    """Score every image with every caption, differentiably. The caller chooses how many pairs fit in memory.
 
     Args:
         regions: (images, regions, width), not normalised.
-        words: (captions, words, width); what stands behind a caption's end is ignored.
+        words: (captions, words, width); values behind a caption's end are ignored.
         mask: (captions, words) bool, True where a word is; at least one a caption.
-        direction: `image_to_text` lets regions attend to words (HAT's i-t), `text_to_image` words to regions.
-        norm: how similarities are normalised over the queries before the softmax over the context.
-        pooling: how the queries' cosines become one score; `logsumexp` with `pooling_sharpness` (SCAN's lambda 2).
-        sharpness: factor before the softmax (SCAN's lambda 1; 9 in HAT).
-        gram: `context_gram` of the context, where several calls share it; for `text_to_image` it costs as much as the regions'
-            similarities with a caption of `regions` words, so it should be made once an image.
+        direction: `image_to_text` lets regions attend to words (HAT's i-t), `text_to_image` words to regions (t-i).
+        comparison: None takes HAT's.
+        gram: `context_gram` of the context, for several calls to share. For `text_to_image` it costs as much as the
+            similarities with a caption of as many words as there are regions, so make it once an image.
 
     Returns:
         (images, captions), float32.
@@ -57,111 +74,121 @@ def pair_scores(
         regions, words = regions.float(), words.float() * mask[..., None]
         if gram is None:
             gram = context_gram(words if direction == "image_to_text" else regions)
-        compared = _regions_query if direction == "image_to_text" else _words_query
-        return compared(regions, words, mask, gram, norm, pooling, sharpness, pooling_sharpness)
+        compare = _regions_query if direction == "image_to_text" else _words_query
+        return compare(regions, words, mask, gram, comparison or Comparison())
 
 
 def context_gram(tokens: Tensor) -> Tensor:
-    """(batch, n, width) -> (batch, n, n), inner products of the tokens, of many tokens by its upper half alone: blocks right of
-    the diagonal are counted twice, those left of it are zero."""
+    """Return the inner products of each sample's tokens.
+
+    A large matrix holds its upper half alone: blocks right of the diagonal are doubled, those left of it are zero.
+
+    Args:
+        tokens: (batch, n, width).
+
+    Returns:
+        (batch, n, n), float32.
+    """
     tokens = tokens.float()
-    size, other = tokens.shape[1], tokens.transpose(1, 2)
+    size, transposed = tokens.shape[1], tokens.transpose(1, 2)
     if size <= 2 * GRAM_ROWS:
-        return tokens @ other
+        return tokens @ transposed
     gram = tokens.new_zeros(len(tokens), size, size)
     for start in range(0, size, GRAM_ROWS):
         end = min(start + GRAM_ROWS, size)
-        gram[:, start:end, start:end] = tokens[:, start:end] @ other[..., start:end]
-        gram[:, start:end, end:] = 2 * tokens[:, start:end] @ other[..., end:]
+        gram[:, start:end, start:end] = tokens[:, start:end] @ transposed[..., start:end]
+        gram[:, start:end, end:] = 2 * tokens[:, start:end] @ transposed[..., end:]
     return gram
 
 
 def word_attention(regions: Tensor, words: Tensor, direction: Direction, sharpness: float = 9.0) -> Tensor:
-    """How much word and region attend to each other, for pictures: regions (regions, width), words (words, width) -> (words, regions).
+    """Return how much each word and each region attend to each other, for pictures.
 
-    `text_to_image`: each word's attention, summing to 1 over the regions. `image_to_text`: what each region gives to the word.
+    Args:
+        regions: (regions, width).
+        words: (words, width).
+        direction: which side attends.
+        sharpness: factor before the softmax.
+
+    Returns:
+        (words, regions). For `text_to_image` a word's attention, which sums to 1 over the regions; for `image_to_text` the
+        share of its attention that a region gives to the word.
     """
-    similarity = words.float() @ regions.float().T
+    similarity_wr = words.float() @ regions.float().T
     if direction == "text_to_image":
-        return torch.softmax(sharpness * _normalised(similarity, 0, "clipped_l2norm"), 1)
-    return torch.softmax(sharpness * _normalised(similarity, 1, "clipped_l2norm"), 0)
+        return torch.softmax(sharpness * _normalised(similarity_wr, 0, "clipped_l2norm"), 1)
+    return torch.softmax(sharpness * _normalised(similarity_wr, 1, "clipped_l2norm"), 0)
 
 
 def mean_scores(regions: Tensor, words: Tensor, mask: Tensor) -> Tensor:
-    """Without attention: the cosine of the mean region and the mean word; shapes as in `pair_scores`."""
+    """Return the cosine of the mean region and the mean word, without attention; shapes are those of `pair_scores`."""
     with torch.autocast(regions.device.type, enabled=False):
         texts = (words.float() * mask[..., None]).sum(1)  # a cosine needs no division by the count
         return functional.normalize(regions.float().mean(1), dim=-1) @ functional.normalize(texts, dim=-1).T
 
 
-def _regions_query(
-    regions: Tensor,
-    words: Tensor,
-    mask: Tensor,
-    gram: Tensor,
-    norm: Norm,
-    pooling: Pooling,
-    sharpness: float,
-    lse: float,
-) -> Tensor:
-    """i-t. Everything is (captions, words, images * regions): long contiguous rows, and one product for all pairs."""
+def _regions_query(regions: Tensor, words: Tensor, mask: Tensor, gram_cww: Tensor, how: Comparison) -> Tensor:
+    """Score in direction i-t. Images and regions are innermost: long contiguous rows, and one product for all pairs."""
     (images, each, width), (captions, length, _) = regions.shape, words.shape
-    similarity = (words.reshape(-1, width) @ regions.reshape(-1, width).T).view(captions, length, images, each)
-    attention = _attention(similarity, 3, 1, norm, sharpness, mask[:, :, None, None], None)
-    similarity, attention = (part.view(captions, length, images * each) for part in (similarity, attention))
-    inner, seen = _weighted(similarity, attention), _quadratic(gram, attention)
-    cosine = (inner * seen.clamp(min=TINY**2).rsqrt()).view(captions, images, each)
-    cosine = cosine / torch.linalg.vector_norm(regions, dim=-1).clamp(min=TINY)
-    return _pool(cosine, 2, pooling, lse, None).T
+    similarity_cwir = (words.reshape(-1, width) @ regions.reshape(-1, width).T).view(captions, length, images, each)
+    attention_cwir = _attention(similarity_cwir, 3, 1, how, mask[:, :, None, None], None)
+    # From here on (c, w, (ir)): the context is axis 1.
+    similarity, attention = (part.view(captions, length, images * each) for part in (similarity_cwir, attention_cwir))
+    inner, squared_length = _weighted(similarity, attention), _quadratic(gram_cww, attention)
+    cosine_cir = (inner * squared_length.clamp(min=TINY**2).rsqrt()).view(captions, images, each)
+    cosine_cir = cosine_cir / torch.linalg.vector_norm(regions, dim=-1).clamp(min=TINY)
+    return _pool(cosine_cir, 2, how, None).T
 
 
-def _words_query(
-    regions: Tensor,
-    words: Tensor,
-    mask: Tensor,
-    gram: Tensor,
-    norm: Norm,
-    pooling: Pooling,
-    sharpness: float,
-    lse: float,
-) -> Tensor:
-    """t-i. Everything is (images, regions, words * captions), captions innermost, so that sums over words run over long rows."""
+def _words_query(regions: Tensor, words: Tensor, mask: Tensor, gram_irr: Tensor, how: Comparison) -> Tensor:
+    """Score in direction t-i. Captions are innermost, so that sums over words run over long rows."""
     (images, each, width), (captions, length, _) = regions.shape, words.shape
-    words, present = words.transpose(0, 1), mask.T  # (words, captions, …)
-    similarity = (regions.reshape(-1, width) @ words.reshape(-1, width).T).view(images, each, length, captions)
-    attention = _attention(similarity, 2, 1, norm, sharpness, None, present)
-    similarity, attention = (part.view(images, each, length * captions) for part in (similarity, attention))
-    inner, seen = _weighted(similarity, attention), _quadratic(gram, attention)
-    cosine = (inner * seen.clamp(min=TINY**2).rsqrt()).view(images, length, captions)
-    cosine = cosine / torch.linalg.vector_norm(words, dim=-1).clamp(min=TINY)
-    return _pool(cosine, 1, pooling, lse, present)
+    words_wc, mask_wc = words.transpose(0, 1), mask.T  # the first of them has the width as its third axis
+    similarity_irwc = (regions.reshape(-1, width) @ words_wc.reshape(-1, width).T).view(images, each, length, captions)
+    attention_irwc = _attention(similarity_irwc, 2, 1, how, None, mask_wc)
+    # From here on (i, r, (wc)): the context is axis 1.
+    similarity, attention = (part.view(images, each, length * captions) for part in (similarity_irwc, attention_irwc))
+    inner, squared_length = _weighted(similarity, attention), _quadratic(gram_irr, attention)
+    cosine_iwc = (inner * squared_length.clamp(min=TINY**2).rsqrt()).view(images, length, captions)
+    cosine_iwc = cosine_iwc / torch.linalg.vector_norm(words_wc, dim=-1).clamp(min=TINY)
+    return _pool(cosine_iwc, 1, how, mask_wc)
 
 
 def _attention(
     similarity: Tensor,
     queries: int,
     context: int,
-    norm: Norm,
-    sharpness: float,
+    how: Comparison,
     context_mask: Tensor | None,
     query_mask: Tensor | None,
 ) -> Tensor:
-    """Attention up to a factor that each query is free to have. Masks broadcast; `queries` and `context` are axes."""
-    if norm in ("clipped_l2norm", "l2norm"):  # the sharpness goes into the small factor
-        clipped = functional.leaky_relu(similarity, SLOPE) if norm == "clipped_l2norm" else similarity
-        logits = _times(clipped, sharpness / (_length(clipped, queries) + TINY), clipped is not similarity)
+    """Return the attention up to a factor for each query, which the cosine does not see.
+
+    Args:
+        similarity: of all queries with all context tokens.
+        queries: the axis of the queries.
+        context: the axis of the context tokens.
+        how: normalisation and sharpness.
+        context_mask: bool, broadcast; False where the context has no token. None: all are there.
+        query_mask: bool, broadcast; False where there is no query. None: all are there.
+    """
+    if how.norm in ("clipped_l2norm", "l2norm"):
+        clipped = functional.leaky_relu(similarity, SLOPE) if how.norm == "clipped_l2norm" else similarity
+        # The sharpness goes into the factor, which is small, and not over the similarities.
+        factor = how.sharpness / (_length(clipped, queries) + TINY)
+        logits = _times(clipped, factor, reuse=clipped is not similarity)
     else:
-        logits = _normalised(similarity, queries, norm, query_mask) * sharpness
-    if norm in ("no_norm", "clipped"):  # unbounded: the largest must not overflow
+        logits = _normalised(similarity, queries, how.norm, query_mask) * how.sharpness
+    if how.norm in ("no_norm", "clipped"):  # these are unbounded, and exp must not overflow
         if context_mask is not None:
             logits = logits.masked_fill(~context_mask, -torch.inf)
         logits = logits - logits.detach().amax(context, keepdim=True)
     attention = logits.exp() if logits.requires_grad else logits.exp_()
-    return attention if context_mask is None else _times(attention, context_mask, True)
+    return attention if context_mask is None else _times(attention, context_mask, reuse=True)
 
 
 def _normalised(similarity: Tensor, queries: int, norm: Norm, query_mask: Tensor | None = None) -> Tensor:
-    """SCAN's first normalisation, over the queries. Words that are not there have similarity 0 and do not count."""
+    """Apply SCAN's first normalisation, over the axis of the queries. Absent words have similarity 0 and do not count."""
     if norm == "softmax":
         hidden = similarity if query_mask is None else similarity.masked_fill(~query_mask, -torch.inf)
         return torch.softmax(hidden, queries)
@@ -173,51 +200,58 @@ def _normalised(similarity: Tensor, queries: int, norm: Norm, query_mask: Tensor
 
 
 def _length(similarity: Tensor, axis: int) -> Tensor:
-    """L2 norm, the axis kept, its gradient zero at zero (that of a plain root of sums is not a number there)."""
+    """Return the L2 norm over an axis, which is kept. Its gradient is 0 at 0, where that of a plain root of sums is NaN."""
     if axis == similarity.ndim - 1:
         return torch.linalg.vector_norm(similarity, dim=axis, keepdim=True)
     # vector_norm is slow over an inner axis.
     return (similarity * similarity).sum(axis, keepdim=True).clamp(min=1e-30).sqrt()
 
 
-def _times(large: Tensor, factor: Tensor, own: bool) -> Tensor:
-    """The product, in place where nothing else (`own`), autograd included, needs the first factor."""
-    return large.mul_(factor) if own and not large.requires_grad else large * factor
+def _times(large: Tensor, factor: Tensor, reuse: bool) -> Tensor:
+    """Multiply, in place where `reuse` allows it and autograd does not need the first factor."""
+    return large.mul_(factor) if reuse and not large.requires_grad else large * factor
 
 
 def _weighted(similarity: Tensor, attention: Tensor) -> Tensor:
-    """sum_c a_c S_c of every query: (batch, context, m) -> (batch, m). The similarities are not needed afterwards."""
-    return _times(similarity, attention, not attention.requires_grad).sum(1)
+    """Return sum_n a_n S_n of every query, (batch, m), of two (batch, n, m). It may overwrite the similarities."""
+    return _times(similarity, attention, reuse=not attention.requires_grad).sum(1)
 
 
 def _quadratic(gram: Tensor, attention: Tensor) -> Tensor:
-    """a' G a of every column: a `context_gram` (batch, n, n), attention (batch, n, m) -> (batch, m).
+    """Return a' G a of every query.
 
-    A large Gram matrix is read by its upper half: nearly half of the products are saved.
+    A large Gram matrix is read by its upper half, which saves nearly half of the products.
+
+    Args:
+        gram: `context_gram`, (batch, n, n).
+        attention: (batch, n, m).
+
+    Returns:
+        (batch, m).
     """
     size = gram.shape[-1]
     if size <= 2 * GRAM_ROWS:
-        return _times(gram @ attention, attention, True).sum(1)
+        return _times(gram @ attention, attention, reuse=True).sum(1)
     total: Tensor | float = 0.0
     for start in range(0, size, GRAM_ROWS):
         end = min(start + GRAM_ROWS, size)
         part = gram[:, start:end, start:] @ attention[:, start:]
-        total = total + _times(part, attention[:, start:end], True).sum(1)
+        total = total + _times(part, attention[:, start:end], reuse=True).sum(1)
     assert isinstance(total, Tensor)
     return total
 
 
-def _pool(cosine: Tensor, queries: int, pooling: Pooling, sharpness: float, present: Tensor | None) -> Tensor:
-    """One score from the queries' cosines. `present` (words, captions) says which words count."""
-    if pooling == "max":
-        return (cosine if present is None else cosine.masked_fill(~present, -torch.inf)).amax(queries)
-    if pooling == "logsumexp":
-        cosine = sharpness * cosine
-        hidden = cosine if present is None else cosine.masked_fill(~present, -torch.inf)
-        return torch.logsumexp(hidden, queries) / sharpness
-    if present is not None:
-        cosine = cosine * present
+def _pool(cosine: Tensor, queries: int, how: Comparison, present_wc: Tensor | None) -> Tensor:
+    """Pool the queries' cosines, on axis `queries`, into one score. `present_wc`: bool, which words count."""
+    if how.pooling == "max":
+        return (cosine if present_wc is None else cosine.masked_fill(~present_wc, -torch.inf)).amax(queries)
+    if how.pooling == "logsumexp":
+        cosine = how.pooling_sharpness * cosine
+        hidden = cosine if present_wc is None else cosine.masked_fill(~present_wc, -torch.inf)
+        return torch.logsumexp(hidden, queries) / how.pooling_sharpness
+    if present_wc is not None:
+        cosine = cosine * present_wc
     total = cosine.sum(queries)
-    if pooling == "sum":
+    if how.pooling == "sum":
         return total
-    return total / (cosine.shape[queries] if present is None else present.sum(0))
+    return total / (cosine.shape[queries] if present_wc is None else present_wc.sum(0))

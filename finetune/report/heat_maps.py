@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_tools.pixels.decode import decode_image
 from data_tools.pixels.transforms import EvaluationTransform
-from finetune.heads.hat import LoadedHat
+from finetune.heads.hat_model import LoadedHat
 from finetune.heads.stacked_attention import word_attention
 from runtime.errors import DataError, RecipeError
 from runtime.figures import new_figure, save_figure

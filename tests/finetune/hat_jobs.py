@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from finetune.config import FinetuneRecipe
+from finetune.heads.base import Workload
 from finetune.heads.config import HatConfig
-from finetune.heads.hat import HatModel, HatTask
+from finetune.heads.hat import HatTask
+from finetune.heads.hat_model import HatModel
 from finetune.heads.hat_scoring import hat_scores
 from finetune.heads.levels import CheckpointEncoders
 from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
@@ -48,9 +50,10 @@ def task() -> HatTask:
     return made
 
 
-def scores(count: int, each: int, wanted: np.ndarray | None = None) -> np.ndarray:
+def scores(count: int, each: int, listed: np.ndarray | None = None) -> np.ndarray:
     pictures = tiny_images.Pictures(count, each)
-    return hat_scores(model(), tiny_images.tokenizer(), pictures, ranks_from_environment(), CPU, 2, 0, wanted, True)
+    work = Workload(ranks_from_environment(), CPU, batch_size=2)
+    return hat_scores(model(), tiny_images.tokenizer(), pictures, work, listed)
 
 
 def loss_and_gradients(

@@ -7,7 +7,7 @@ from torch import distributed
 from torch.nn.functional import normalize
 
 from finetune.heads.decomposed import Decomposed
-from finetune.heads.vldeformer import contrastive_loss, cosine_loss
+from finetune.heads.vldeformer import Altered, contrastive_loss, cosine_loss
 from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from pretrain.model.alignment_model import AlignmentModel
 
@@ -37,7 +37,7 @@ def loss_and_gradients(kind, sides, ids, usable, rank=0, world=1):
         loss = cosine_loss(image, text, ids[share])
     else:
         ends = usable[share], ~usable[share], ids.roll(1)[share]
-        loss = contrastive_loss(image, text, ids[share], 0.1, altered_image, altered_text, *ends)
+        loss = contrastive_loss(image, text, ids[share], 0.1, Altered(altered_image, altered_text, *ends))
     loss.backward()
     return loss.detach(), [row.grad for row in rows if row.grad is not None]
 

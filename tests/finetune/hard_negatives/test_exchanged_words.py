@@ -36,7 +36,7 @@ def test_words_of_pairs_are_exchanged_and_no_others(model):
 
 def test_a_word_that_is_no_token_is_refused(model):
     for word in ("leftwards", "links"):
-        with pytest.raises(RecipeError, match=f"'{word}', which is no token"):
+        with pytest.raises(RecipeError, match=f"'{word}', which is not one token"):
             exchange_table([f"{word} right"], model.tokenizer)
 
 

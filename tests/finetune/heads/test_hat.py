@@ -18,8 +18,10 @@ import torch
 from data_tools.in_order.collection import open_collection
 from data_tools.pixels.transforms import EvaluationTransform
 from finetune.config import FinetuneRecipe
+from finetune.heads.base import Workload
 from finetune.heads.config import HatConfig, ImageBackboneConfig
-from finetune.heads.hat import LoadedHat, triplet_loss
+from finetune.heads.hat import triplet_loss
+from finetune.heads.hat_model import LoadedHat
 from finetune.heads.hat_scoring import hat_scores
 from finetune.heads.levels import BackboneEncoders
 from finetune.report.heat_maps import attention_maps
@@ -50,7 +52,7 @@ def test_a_collection_scores_what_its_pairs_score_alone(direction):
         tiny_images.tokenizer(),
         tiny_images.Pictures(5, 3),
     )
-    found = hat_scores(model.eval(), tokenizer, pictures, Ranks(), torch.device("cpu"), 2, silent=True)
+    found = hat_scores(model.eval(), tokenizer, pictures, Workload(Ranks(), torch.device("cpu"), 2))
     assert found.shape == (5, 15)
     transform = EvaluationTransform(32)
     for image, caption in ((0, 0), (4, 14), (2, 7), (3, 1)):

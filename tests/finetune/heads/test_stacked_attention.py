@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.heads.stacked_attention import mean_scores, pair_scores, word_attention
+from finetune.heads.stacked_attention import Comparison, mean_scores, pair_scores, word_attention
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def fixture(shared_data):
 
 def settings(name: str) -> dict:
     direction, norm, pooling, sharpness = name.split(".")
-    return {"direction": direction, "norm": norm, "pooling": pooling, "sharpness": float(sharpness[6:])}
+    return {"direction": direction, "comparison": Comparison(norm, pooling, float(sharpness[6:]))}
 
 
 def written_out(regions, words, count, direction, sharpness=9.0):

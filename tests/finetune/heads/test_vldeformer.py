@@ -18,7 +18,7 @@ from finetune.config import FinetuneRecipe
 from finetune.encoders import load_encoder
 from finetune.heads.config import HardNegativesConfig, VLDeformerConfig
 from finetune.heads.decomposed import LoadedVLDeformer
-from finetune.heads.vldeformer import VLDeformerTask, contrastive_loss, cosine_loss
+from finetune.heads.vldeformer import Altered, VLDeformerTask, contrastive_loss, cosine_loss
 from finetune.train import retrieval_batch
 from launch.cli import main
 from pretrain.model import bert_layers
@@ -146,13 +146,13 @@ def test_the_loss_is_the_papers_by_hand_for_three_pairs(ids, usable_image, usabl
     wanted = by_hand(*lists[:2], *(lists[2:] if hard else (None, None)), usable_image, usable_text, same, 0.05)
     unit = [normalize(side, dim=-1) for side in sides]
     more = (unit[2], unit[3], torch.tensor(usable_image), torch.tensor(usable_text)) if hard else ()
-    found = contrastive_loss(unit[0], unit[1], torch.tensor(ids), 0.05, *more)
+    found = contrastive_loss(unit[0], unit[1], torch.tensor(ids), 0.05, Altered(*more))
     assert found.item() == pytest.approx(wanted, rel=1e-10)
     if hard:
         donors = [ids[1], ids[2], ids[0]]
         shown = [[one == donor for donor in donors] for one in ids]
         wanted = by_hand(*lists, usable_image, usable_text, same, 0.05, shown)
-        found = contrastive_loss(unit[0], unit[1], torch.tensor(ids), 0.05, *more, torch.tensor(donors))
+        found = contrastive_loss(unit[0], unit[1], torch.tensor(ids), 0.05, Altered(*more, torch.tensor(donors)))
         assert found.item() == pytest.approx(wanted, rel=1e-10)
 
 
@@ -228,7 +228,7 @@ def test_a_run_does_not_go_on_with_another_model_to_look_by(single, drawn, tmp_p
     shutil.copytree(other, source)
     capfd.readouterr()
     assert main(command) == 1
-    assert "source now leads to another checkpoint than this run began with" in capfd.readouterr().err
+    assert "source is not the checkpoint that this run started from" in capfd.readouterr().err
 
 
 def test_a_run_that_was_stopped_ends_where_the_other_does(single, run, drawn, tmp_path, capfd):
