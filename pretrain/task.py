@@ -1,15 +1,18 @@
-"""The pretraining task: student, teacher, queue and objectives, joined into one step whose losses the loop need not know.
+"""The pretraining task: student, teacher, queue and objectives in one step. The training loop never knows the objective.
 
-Order of a step: the teacher encodes the global batch, plans are solved, the student goes forward and
-backward, the optimizer steps; then, and only then, the teacher moves and the queue takes the batch in.
+A step runs in this order:
+
+1. `PretrainTask.prepare`: the teacher encodes the global batch, and the transport plans are solved.
+2. `Student.forward`, under the engine, and the backward pass.
+3. The optimizer's step.
+4. `PretrainTask.finish`: only now the teacher moves and the queue takes in the batch. A skipped step skips this too.
+
+To add an objective, read `pretrain/objectives/registry.py`.
 """
 
 from __future__ import annotations
 
-import importlib
-import math
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,27 +22,23 @@ from torch import Tensor, nn
 from data_tools.pixels.packed import render_views
 from data_tools.stream.order import derived_seed, uniforms
 from data_tools.tokenizer import CaptionTokenizer
-from pretrain.config import OtherObjective, PretrainRecipe
+from pretrain.config import PretrainRecipe
 from pretrain.feature_queue import FeatureQueue
 from pretrain.model.activations import checkpoint_activations
 from pretrain.model.alignment_model import AlignmentModel, TextBatch
-from pretrain.objectives.codebook import Codebook, solve_plans, usage
-from pretrain.objectives.contrastive import Contrastive
-from pretrain.objectives.levels import Levels
-from pretrain.objectives.masked_language import MaskedLanguage, mask_words, word_logits
-from pretrain.objectives.matching import Matching
-from pretrain.objectives.state import GlobalInputs, Keys, MaskedText, MicroBatch, Plans, StudentState
+from pretrain.objectives.codebook import CodebookUsage, solve_plans
+from pretrain.objectives.levels import gather_level_keys
+from pretrain.objectives.masked_language import mask_captions, word_logits
+from pretrain.objectives.matching import gather_inputs
+from pretrain.objectives.registry import make_objectives, objective_weights
+from pretrain.objectives.state import Keys, MaskedText, MicroBatch, Plans, StudentState
 from pretrain.teacher import Teacher
 from runtime.errors import RecipeError
-from runtime.ranks import Ranks, gather_rows, sum_over_ranks
+from runtime.ranks import Ranks, gather_rows
 from training.profile import profiled
 
-# What the draws of one sample are for: each purpose has its own stream of numbers.
+# What the random numbers of one sample are for. Each purpose has its own stream of numbers.
 NEGATIVES, MASKS = 1, 2
-SEEN = 10
-"""Features for each codeword, over which its use is told: of fewer, many would be nobody's nearest in the best of codebooks."""
-
-Objective = Callable[[StudentState], dict[str, Tensor]]
 
 
 class Student(nn.Module):
@@ -48,23 +47,15 @@ class Student(nn.Module):
     def __init__(self, model: AlignmentModel, recipe: PretrainRecipe) -> None:
         super().__init__()
         self.model = model
-        settings = recipe.objectives
-        makers: dict[str, Callable[[], Objective]] = {
-            "contrastive": lambda: Contrastive(settings.contrastive),
-            "matching": lambda: Matching(settings.matching),
-            "masked_language": MaskedLanguage,
-            "codebook": lambda: Codebook(settings.codebook),
-            "levels": Levels,
-        }
-        self.weights = {name: getattr(settings, name).weight for name in makers}
-        self.objectives = {name: make() for name, make in makers.items() if self.weights[name]}
-        for name, other in settings.others.items():
-            self.weights[name] = other.weight
-            if other.weight:
-                self.objectives[name] = make_other(name, other)
+        self.weights = objective_weights(recipe.objectives)
+        self.objectives = make_objectives(recipe.objectives)
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """-> the weighted sum of the losses, and every named loss and figure, detached."""
+        """Return the weighted sum of the losses, and every named loss and figure, detached.
+
+        Raises:
+            RecipeError: an objective returned no loss under its own name.
+        """
         with profiled("student"):
             tokens, states, levels = self.model.encode(batch.images, batch.text.ids, batch.text.mask)
         state = StudentState(self.model, batch, tokens, states, levels)
@@ -75,7 +66,7 @@ class Student(nn.Module):
                 losses = objective(state)
             if name not in losses:
                 raise RecipeError(
-                    f"objectives.others.{name} gave {', '.join(losses) or 'nothing'}, and no `{name}`, its loss"
+                    f"objectives.others.{name} returned {', '.join(losses) or 'nothing'}, but not its loss `{name}`; name the loss so"
                 )
             total = total + self.weights[name] * losses[name]
             figures |= {key: value.detach() for key, value in losses.items()}
@@ -83,19 +74,8 @@ class Student(nn.Module):
         return total, {**figures, "loss": total.detach()}
 
 
-def make_other(name: str, other: OtherObjective) -> Objective:
-    """An objective of the user's own. Raises RecipeError where there is no such class."""
-    module, _, made = other.use.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), made)(**other.settings)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise RecipeError(
-            f"objectives.others.{name}: cannot make {other.use} ({error}); name a class as module.Class, its module on PYTHONPATH"
-        ) from error
-
-
 class PretrainTask:
-    """Everything of a step but the optimizer."""
+    """Everything in a step except the optimizer."""
 
     def __init__(
         self,
@@ -113,31 +93,37 @@ class PretrainTask:
             model.compile_layers()
             self.teacher.model.compile_layers()
         if recipe.training.checkpoint_activations:
-            # Of the student: the teacher keeps none. After compiling: dynamo does not look behind it.
+            # The student alone: the teacher keeps no activations. After compiling, because dynamo does not look behind it.
             checkpoint_activations(model.layers())
         self.queue = FeatureQueue(recipe.teacher.queue, recipe.model.feature_dim, device)
         self.potentials: Tensor | None = None
-        """(2, codewords): what the last step's plans left for the next to start from, where the recipe says so."""
-        self._arrived: tuple[Tensor, Tensor, Tensor] | None = None
-        self._found: Tensor | None = None
-        self._codewords: Tensor | None = None
-        steps = math.ceil(SEEN * recipe.model.codewords / (2 * recipe.training.global_batch))
-        self._nearest: deque[Tensor] = deque(maxlen=max(1, steps))
+        """(2, codewords): the potentials of the last step's plans, from which the next step starts with `transport.warm_start`."""
         self.before_collective: Callable[[], None] = lambda: None
-        """Called in each step before this rank waits for the others, its own part (the teacher's forward) done."""
+        """Called in each step before this rank waits for the others, when its own part (the teacher's forward) is done."""
         self.gathered: Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]] = lambda parameters: (
             nullcontext()
         )
-        """Makes parameters whole that are read outside the student's forward; the engine's, where it divides them."""
+        """Makes parameters whole that are read outside the student's forward. The engine sets its own, for ZeRO stage 3."""
+        self._usage = CodebookUsage(recipe.model.codewords, recipe.training.global_batch)
+        # From `prepare`, for `finish`: the global batch's teacher features and image ids, and its plans' potentials.
+        self._gathered_batch: tuple[Tensor, Tensor, Tensor] | None = None
+        self._new_potentials: Tensor | None = None
 
     @torch.no_grad()
     def prepare(
         self, batch: dict[str, Any], epoch: float, micro_batch: int
     ) -> tuple[list[MicroBatch], dict[str, Tensor]]:
-        """This rank's batch -> the student's micro-batches with the teacher's word on them, and figures to log.
+        """Make the student's micro-batches from this rank's batch, with the teacher's targets. A collective.
 
-        batch: as ShardStream yields it; epoch: epochs consumed so far, for the ramp of the distillation.
+        Args:
+            batch: as ShardStream yields it.
+            epoch: epochs consumed so far; distillation ramps up over the first.
+            micro_batch: samples in each micro-batch.
+
+        Returns:
+            The micro-batches, and figures to log.
         """
+        objectives, weights = self.recipe.objectives, self.student.weights
         views = render_views(batch["images"], self.device)
         text = TextBatch(
             batch["ids"].to(self.device, non_blocking=True), batch["mask"].to(self.device, non_blocking=True)
@@ -151,32 +137,26 @@ class PretrainTask:
         with profiled("teacher"):
             encoded = [model.encode(views[-1, part], text.ids[part], text.mask[part]) for part in parts]
             tokens = [image_tokens for image_tokens, _, _ in encoded]
-            image = torch.cat([model.image_features(image_tokens) for image_tokens in tokens])
-            text_feature = torch.cat([model.text_features(states) for _, states, _ in encoded])
+            image_features = torch.cat([model.image_features(image_tokens) for image_tokens in tokens])
+            text_features = torch.cat([model.text_features(states) for _, states, _ in encoded])
         self.before_collective()
         with profiled("communication"):
-            arrived = gather_rows(image), gather_rows(text_feature), gather_rows(ids)
-        self._arrived = arrived
-        past = self.queue.keys() if epoch >= self.recipe.teacher.queue_from_epoch else ()
+            gathered = gather_rows(image_features), gather_rows(text_features), gather_rows(ids)
+        self._gathered_batch = gathered
+        past = self.queue.keys() if epoch >= self.recipe.teacher.queue_from_epoch else None
         with profiled("queue"):
-            keys = Keys(*(torch.cat(parts) for parts in zip(arrived, past, strict=True))) if past else Keys(*arrived)
+            keys = join_keys(gathered, past)
         rows = torch.arange(size, device=self.device) + self.ranks.rank * size
-        level_keys = []
-        for level in range(len(model.config.levels) if self.student.weights["levels"] else 0):
-            images, texts = (torch.cat([levels[level][side] for _, _, levels in encoded]) for side in (0, 1))
-            level_keys.append(Keys(gather_rows(images), gather_rows(texts), arrived[2]))
-        global_inputs = None
-        if self.student.weights["matching"] and self.recipe.objectives.matching.negatives == "all_ranks":
-            global_inputs = GlobalInputs(gather_rows(views[0].contiguous()), self._gather_text(text))
-
-        seed = self.recipe.training.seed
-        draws = torch.from_numpy(uniforms(derived_seed(seed, NEGATIVES), batch["positions"].numpy(), 2)).to(self.device)
-        # On the host, where the words still are: which of them are masked is known without asking the device.
-        words = TextBatch(batch["ids"], batch["mask"])
+        level_keys = gather_level_keys([levels for _, _, levels in encoded], gathered[2]) if weights["levels"] else []
+        needs_inputs = weights["matching"] and objectives.matching.negatives == "all_ranks"
+        global_inputs = gather_inputs(views[0], text, self.ranks) if needs_inputs else None
+        draws = torch.from_numpy(uniforms(self._seed(NEGATIVES), batch["positions"].numpy(), 2)).to(self.device)
         with profiled("teacher"):
+            # On the host, where the words still are: which of them are masked is known without waiting for the device.
+            words = TextBatch(batch["ids"], batch["mask"])
             masked = self._mask(words, text.mask, batch["positions"], tokens, parts, distill_weight)
         with profiled("transport"):
-            plans, figures = self._plan(views[0], text, parts, keys, len(arrived[2]))
+            plans, figures = self._plan(views[0], text, parts, keys, len(gathered[2]))
         micro_batches = [
             MicroBatch(
                 images=views[0, part],
@@ -193,31 +173,29 @@ class PretrainTask:
             )
             for number, part in enumerate(parts)
         ]
-        if self.recipe.teacher.keys == "local":
+        if self.recipe.teacher.keys == "local":  # ALBEF's way: a sample's own micro-batch instead of the global batch
             for inputs in micro_batches:
                 own = keys.image[inputs.rows], keys.text[inputs.rows], inputs.image_ids
-                inputs.keys = Keys(*(torch.cat(pair) for pair in zip(own, past, strict=True))) if past else Keys(*own)
+                inputs.keys = join_keys(own, past)
                 inputs.rows = torch.arange(len(inputs.rows), device=self.device)
         return micro_batches, figures | {"distill_weight": torch.tensor(distill_weight)}
 
-    def _gather_text(self, text: TextBatch) -> TextBatch:
-        """The captions of all ranks, padded to the longest of them."""
-        longest = torch.tensor(text.ids.shape[1], device=self.device)
-        if self.ranks.world > 1:
-            torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX)
-        room = (0, int(longest) - text.ids.shape[1])
-        ids, mask = nn.functional.pad(text.ids, room), nn.functional.pad(text.mask, room)
-        return TextBatch(gather_rows(ids), gather_rows(mask.to(torch.uint8)).bool())
-
     def finish(self, masters: Iterable[tuple[str, Tensor]]) -> None:
-        """After an optimizer step: the teacher moves, the batch joins the queue. Not called for a skipped step."""
-        assert self._arrived is not None, "prepare comes before finish"
+        """Move the teacher and let the batch join the queue, after an optimizer step. Not called for a skipped step.
+
+        Args:
+            masters: name and float32 weight of every parameter of the student, after the step.
+        """
+        assert self._gathered_batch is not None, "prepare comes before finish"
         with profiled("EMA"):
             self.teacher.update(masters)
         with profiled("queue"):
-            self.queue.enqueue(*self._arrived)
-        self.potentials = self._found
-        self._arrived = self._found = None
+            self.queue.enqueue(*self._gathered_batch)
+        self.potentials = self._new_potentials
+        self._gathered_batch = self._new_potentials = None
+
+    def _seed(self, purpose: int) -> int:
+        return derived_seed(self.recipe.training.seed, purpose)
 
     def _mask(
         self,
@@ -227,68 +205,69 @@ class PretrainTask:
         tokens: list[Tensor],
         parts: list[slice],
         distill_weight: float,
-    ) -> list[MaskedText | None]:
-        """words and positions: on the host; mask: the words' again, on the device."""
+    ) -> Sequence[MaskedText | None]:
+        """Mask the captions, and let the teacher predict the masked words where its prediction is a target.
+
+        Args:
+            words: (samples, words), on the host.
+            mask: (samples, words) bool, on the device.
+            positions: (samples,) int64.
+            tokens: the teacher's image tokens (micro-batch, tokens, width) of each part.
+            parts: the rows of each micro-batch.
+            distill_weight: of this step.
+        """
         if not self.student.weights["masked_language"]:
             return [None] * len(parts)
-        share = self.recipe.objectives.masked_language.share
-        altered, chosen = mask_words(
-            words,
-            positions,
-            self.tokenizer,
-            share,
-            derived_seed(self.recipe.training.seed, MASKS),
-            self.recipe.objectives.masked_language.separators,
+        config = self.recipe.objectives.masked_language
+        masked_parts = mask_captions(
+            words, mask, positions, self.tokenizer, config, self._seed(MASKS), parts, self.ranks.world
         )
-        count = sum_over_ranks(chosen.sum().to(self.device, torch.float32)).clamp(min=1.0)
-        masked: list[MaskedText | None] = []
-        for part, image_tokens in zip(parts, tokens, strict=True):
-            altered_text = TextBatch(altered[part].to(self.device, non_blocking=True), mask[part])
-            places = chosen[part].flatten().nonzero()[:, 0]
-            labels = words.ids[part].flatten()[places].to(self.device, non_blocking=True)
-            places, logits = places.to(self.device, non_blocking=True), None
-            if distill_weight:
-                model = self.teacher.model
-                logits = word_logits(model, altered_text, places, model.fusion_encoder.prepare_images(image_tokens))
-            normaliser = count / (self.ranks.world * len(parts))
-            masked.append(MaskedText(altered_text, places, labels, normaliser, logits))
-        return masked
+        if distill_weight:
+            model = self.teacher.model
+            for masked, image_tokens in zip(masked_parts, tokens, strict=True):
+                images = model.fusion_encoder.prepare_images(image_tokens)
+                masked.teacher_logits = word_logits(model, masked.text, masked.word_indices, images)
+        return masked_parts
 
     def _plan(
         self, images: Tensor, text: TextBatch, parts: list[slice], keys: Keys, samples: int
     ) -> tuple[Plans | None, dict[str, Tensor]]:
-        settings = self.recipe.objectives.codebook
-        if not settings.weight:
+        """Solve the plans of the global batch, `samples` of them, and measure the codebook's usage."""
+        config = self.recipe.objectives.codebook
+        if not config.weight:
             return None, {}
-        image_rows, text_rows = keys.image, keys.text
-        if settings.features == "student":
-            model, training = self.student.model, self.student.model.training
-            model.eval()  # dropout is not seeded here, and a plan must not depend on what was drawn before it
-            own_image = torch.cat([model.image_features(model.image_encoder(images[part])) for part in parts])
-            own_text = torch.cat(
-                [model.text_features(model.text_encoder(text.ids[part], text.mask[part])) for part in parts]
-            )
-            model.train(training)
-            image_rows, text_rows = (
-                torch.cat([gather_rows(own), teacher[samples:]])
-                for own, teacher in ((own_image, keys.image), (own_text, keys.text))
-            )
+        image_features, text_features = keys.image, keys.text
+        if config.features == "student":
+            own_image, own_text = self._student_features(images, text, parts)
+            image_features = torch.cat([gather_rows(own_image), keys.image[samples:]])
+            text_features = torch.cat([gather_rows(own_text), keys.text[samples:]])
         if self.recipe.transport.samples == "batch":
-            image_rows, text_rows = image_rows[:samples], text_rows[:samples]
+            image_features, text_features = image_features[:samples], text_features[:samples]
         model = self.student.model
         assert model.codebook is not None, "a recipe whose codebook has a weight has codewords"
         with self.gathered([model.codebook]):
             codewords = model.codewords()
         plans, figures, potentials = solve_plans(
-            image_rows, text_rows, codewords, samples, self.recipe.transport, self.potentials
+            image_features, text_features, codewords, samples, self.recipe.transport, self.potentials
         )
-        self._found = potentials if self.recipe.transport.warm_start else None
-        both = torch.stack([image_rows, text_rows])
-        nearest = (both @ codewords.T).argmax(-1)
-        self._nearest.append(torch.bincount(nearest[:, :samples].flatten(), minlength=len(codewords)))
-        if len(self._nearest) == self._nearest.maxlen:
-            figures |= usage(torch.stack([*self._nearest]).sum(0))
-        if self._codewords is not None:  # the same features, named by the codewords of now and of the step before
-            figures["codebook/churn"] = (nearest != (both @ self._codewords.T).argmax(-1)).float().mean()
-        self._codewords = codewords
+        self._new_potentials = potentials if self.recipe.transport.warm_start else None
+        figures |= self._usage.update(torch.stack([image_features, text_features]), codewords, samples)
         return plans, figures
+
+    def _student_features(self, images: Tensor, text: TextBatch, parts: list[slice]) -> tuple[Tensor, Tensor]:
+        """Return the student's features of this rank's images and captions, (samples, feature_dim) each."""
+        model, training = self.student.model, self.student.model.training
+        model.eval()  # dropout is not seeded here, and a plan must not depend on what was drawn before it
+        image_features = torch.cat([model.image_features(model.image_encoder(images[part])) for part in parts])
+        text_features = torch.cat(
+            [model.text_features(model.text_encoder(text.ids[part], text.mask[part])) for part in parts]
+        )
+        model.train(training)
+        return image_features, text_features
+
+
+def join_keys(batch: tuple[Tensor, Tensor, Tensor], past: tuple[Tensor, Tensor, Tensor] | None) -> Keys:
+    """Join the teacher's image features, text features and image ids of a batch with those of the queue, if any."""
+    if past is None:
+        return Keys(*batch)
+    return Keys(*(torch.cat(pair) for pair in zip(batch, past, strict=True)))

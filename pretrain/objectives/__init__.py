@@ -1,1 +1,1 @@
-"""One objective a file: a class that is called with a `StudentState` and returns named losses; the first name is the loss itself."""
+"""One objective a file. `registry.py` lists them and says how to add one; `state.py` holds what they read."""

@@ -1,131 +1,229 @@
-"""Image-text matching with hard negatives drawn by contrastive similarity (ALBEF Eq. 4)."""
+"""Image-text matching with hard negatives drawn by contrastive similarity (ALBEF Eq. 4).
+
+Axes in tensor names: q, the queries; c, the candidates that a query's negative is drawn from. Leading axes ("…") are pools.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from pretrain.config import MatchingConfig
+from pretrain.model.alignment_model import TextBatch
 from pretrain.model.bert_layers import PreparedImages
-from pretrain.objectives.state import StudentState
+from pretrain.objectives.state import GlobalInputs, StudentState
 from runtime.errors import RecipeError
+from runtime.ranks import Ranks, gather_rows
 
 
-def draw_negatives(similarity: Tensor, same: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row one column, with probability softmax(similarity) over the columns that are not the same image.
+def draw_negatives(similarity_qc: Tensor, same_qc: Tensor, draws_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw one candidate for each query, with probability softmax(similarity) over those that are not the same image.
 
-    similarity: (…, rows, columns) logits; same: (…, rows, columns) bool, never drawn; draws: (…, rows) uniform in [0, 1).
-    -> (…, rows) column, and (…, rows) bool: whether the row has any negative at all. Vectorised, without host
-    synchronisation; ties, equal captions and saturated similarities are no trouble.
+    Vectorised, without waiting for the device. Ties, equal captions and saturated similarities are handled.
+
+    Args:
+        similarity_qc: (…, queries, candidates) logits.
+        same_qc: (…, queries, candidates) bool, True where the candidate must not be drawn.
+        draws_q: (…, queries) uniform in [0, 1).
+
+    Returns:
+        (…, queries) int64, the candidate drawn, and (…, queries) bool, whether the query has any candidate at all.
     """
-    logits = similarity.detach().double().masked_fill(same, -torch.inf)
-    exists = ~same.all(-1)
-    # Subtracting the largest allowed logit first keeps at least one weight at 1, whatever the temperature.
-    weights = torch.softmax(logits.masked_fill(~exists[..., None], 0.0), -1)
-    cumulative = weights.cumsum(-1)
-    column = torch.searchsorted(cumulative, (draws.double() * cumulative[..., -1])[..., None], right=True)[..., 0]
-    # A draw within rounding of the total can land behind the last allowed column.
-    last_allowed = (weights > 0).int().mul(torch.arange(1, weights.shape[-1] + 1, device=weights.device)).amax(-1) - 1
-    return torch.minimum(column, last_allowed), exists
+    logits_qc = similarity_qc.detach().double().masked_fill(same_qc, -torch.inf)
+    exists_q = ~same_qc.all(-1)
+    # Softmax subtracts the largest allowed logit, so at least one weight is far from 0, whatever the temperature.
+    weights_qc = torch.softmax(logits_qc.masked_fill(~exists_q[..., None], 0.0), -1)
+    cumulative_qc = weights_qc.cumsum(-1)
+    thresholds = (draws_q.double() * cumulative_qc[..., -1])[..., None]
+    column_q = torch.searchsorted(cumulative_qc, thresholds, right=True)[..., 0]
+    # A draw within rounding of the total can land behind the last allowed candidate.
+    numbers_c = torch.arange(1, weights_qc.shape[-1] + 1, device=weights_qc.device)
+    last_allowed_q = (weights_qc > 0).int().mul(numbers_c).amax(-1) - 1
+    return torch.minimum(column_q, last_allowed_q), exists_q
+
+
+@dataclass
+class Triples:
+    """Right and wrong pairs of a micro-batch, ready to be fused. Texts and images are tables; the wrong rows point into them."""
+
+    images: PreparedImages
+    """The micro-batch's own images, and behind them those drawn from other ranks."""
+    wrong_image: Tensor
+    """(batch,) int64: the row in `images` of each text's negative image."""
+    states: Tensor
+    """(batch, words, width): the micro-batch's own texts."""
+    mask: Tensor
+    """(batch, words) bool"""
+    wrong_states: Tensor
+    """(batch, words, width): each image's negative text."""
+    wrong_mask: Tensor
+    """(batch, words) bool"""
+    has_image: Tensor
+    """(batch,) bool: there is a negative image."""
+    has_text: Tensor
+    """(batch,) bool: there is a negative text."""
 
 
 class Matching:
-    """One positive and two negatives a sample: its text with a wrong image, its image with a wrong text."""
+    """One positive and two negatives for each sample: its text with a wrong image, and its image with a wrong text."""
 
     def __init__(self, config: MatchingConfig) -> None:
-        self.pool, self.all_ranks, self.same_codeword = (
-            config.pool,
-            config.negatives == "all_ranks",
-            config.same_codeword,
-        )
+        self.pool = config.pool
+        self.all_ranks = config.negatives == "all_ranks"
+        self.same_codeword = config.same_codeword
 
     def __call__(self, state: StudentState) -> dict[str, Tensor]:
-        """-> `matching` (cross-entropy over the pairs) and `matching_accuracy`."""
-        batch, model, size = state.batch, state.model, len(state.batch.image_ids)
-        own = torch.arange(size, device=batch.rows.device)
-        if self.all_ranks:
-            wrong_image, has_image = self.draw_from_all(state, state.text, batch.keys.image, batch.draws[:, 0])
-            wrong_text, has_text = self.draw_from_all(state, state.image, batch.keys.text, batch.draws[:, 1])
-            assert batch.global_inputs is not None
-            others = model.fusion_encoder.prepare_images(model.image_encoder(batch.global_inputs.images[wrong_image]))
-            images: PreparedImages = [
-                tuple(torch.cat(parts) for parts in zip(own_part, other_part, strict=True))
-                for own_part, other_part in zip(state.prepared_images, others, strict=True)
-            ]
-            wrong_image = own + size
-            # The global batch's captions may be padded further than this micro-batch's.
-            ids, mask = batch.global_inputs.text.ids[wrong_text], batch.global_inputs.text.mask[wrong_text]
-            longest = max(ids.shape[1], batch.text.ids.shape[1])
-            wrong_states = functional.pad(model.text_encoder(ids, mask), (0, 0, 0, longest - ids.shape[1]))
-            wrong_mask = functional.pad(mask, (0, longest - ids.shape[1]))
-            own_states = functional.pad(state.text_states, (0, 0, 0, longest - batch.text.ids.shape[1]))
-            own_mask = functional.pad(batch.text.mask, (0, longest - batch.text.ids.shape[1]))
-        else:
-            # As in ALBEF: the similarities of the contrastive loss, which are to the teacher's features.
-            wrong_image, has_image = self.draw(state, state.text, batch.keys.image[batch.rows], batch.draws[:, 0])
-            wrong_text, has_text = self.draw(state, state.image, batch.keys.text[batch.rows], batch.draws[:, 1])
-            images, own_states, own_mask = state.prepared_images, state.text_states, batch.text.mask
-            wrong_states, wrong_mask = own_states[wrong_text], own_mask[wrong_text]
-        states = torch.cat([own_states, own_states, wrong_states])
-        mask = torch.cat([own_mask, own_mask, wrong_mask])
-        logits = model.match(states, mask, images, torch.cat([own, wrong_image, own]))
+        """Return `matching` (cross-entropy over the pairs) and `matching_accuracy`."""
+        own = torch.arange(len(state.batch.image_ids), device=state.batch.rows.device)
+        triples = self._from_all_ranks(state) if self.all_ranks else self._from_micro_batch(state)
+        states = torch.cat([triples.states, triples.states, triples.wrong_states])
+        mask = torch.cat([triples.mask, triples.mask, triples.wrong_mask])
+        logits = state.model.match(states, mask, triples.images, torch.cat([own, triples.wrong_image, own]))
         labels = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
-        exists = torch.cat([torch.ones_like(has_image), has_image, has_text]).to(logits.dtype)
+        # A sample without a negative (a batch of one, or of one image) counts its positive alone.
+        exists = torch.cat([torch.ones_like(triples.has_image), triples.has_image, triples.has_text]).to(logits.dtype)
         loss = (functional.cross_entropy(logits, labels, reduction="none") * exists).sum() / exists.sum()
-        right = ((logits.detach().argmax(-1) == labels) * exists).sum() / exists.sum()
-        return {"matching": loss, "matching_accuracy": right}
+        accuracy = ((logits.detach().argmax(-1) == labels) * exists).sum() / exists.sum()
+        return {"matching": loss, "matching_accuracy": accuracy}
+
+    def _from_micro_batch(self, state: StudentState) -> Triples:
+        batch = state.batch
+        # As in ALBEF: the similarities of the contrastive loss, which are to the teacher's features.
+        wrong_image, has_image = self.draw(state, state.text, batch.keys.image[batch.rows], batch.draws[:, 0])
+        wrong_text, has_text = self.draw(state, state.image, batch.keys.text[batch.rows], batch.draws[:, 1])
+        states, mask = state.text_states, batch.text.mask
+        return Triples(
+            images=state.prepared_images,
+            wrong_image=wrong_image,
+            states=states,
+            mask=mask,
+            wrong_states=states[wrong_text],
+            wrong_mask=mask[wrong_text],
+            has_image=has_image,
+            has_text=has_text,
+        )
+
+    def _from_all_ranks(self, state: StudentState) -> Triples:
+        """Draw among the global batch, and encode the images and texts that were drawn with the student, once more."""
+        batch, model = state.batch, state.model
+        wrong_image, has_image = self.draw_from_all(state, state.text, batch.keys.image, batch.draws[:, 0])
+        wrong_text, has_text = self.draw_from_all(state, state.image, batch.keys.text, batch.draws[:, 1])
+        assert batch.global_inputs is not None
+        drawn_images = model.fusion_encoder.prepare_images(model.image_encoder(batch.global_inputs.images[wrong_image]))
+        images: PreparedImages = [
+            tuple(torch.cat(parts) for parts in zip(own_part, drawn_part, strict=True))
+            for own_part, drawn_part in zip(state.prepared_images, drawn_images, strict=True)
+        ]
+        size = len(batch.image_ids)
+        # The global batch's captions may be padded further than this micro-batch's.
+        ids, mask = batch.global_inputs.text.ids[wrong_text], batch.global_inputs.text.mask[wrong_text]
+        longest = max(ids.shape[1], batch.text.ids.shape[1])
+        missing, own_missing = longest - ids.shape[1], longest - batch.text.ids.shape[1]
+        return Triples(
+            images=images,
+            wrong_image=torch.arange(size, device=batch.rows.device) + size,
+            states=functional.pad(state.text_states, (0, 0, 0, own_missing)),
+            mask=functional.pad(batch.text.mask, (0, own_missing)),
+            wrong_states=functional.pad(model.text_encoder(ids, mask), (0, 0, 0, missing)),
+            wrong_mask=functional.pad(mask, (0, missing)),
+            has_image=has_image,
+            has_text=has_text,
+        )
 
     def draw(self, state: StudentState, queries: Tensor, candidates: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """A wrong candidate for each query, among its pool of neighbours: rows of the micro-batch (batch,), and whether there is one."""
+        """Draw a wrong candidate for each query among its pool of neighbours.
+
+        Args:
+            state: of the micro-batch.
+            queries: (batch, feature_dim) of one modality, the student's.
+            candidates: (batch, feature_dim) of the other modality.
+            draws: (batch,) uniform in [0, 1).
+
+        Returns:
+            (batch,) int64, rows of the micro-batch, and (batch,) bool, whether there is any candidate.
+
+        Raises:
+            RecipeError: the pool does not divide the micro-batch.
+        """
         ids = state.batch.image_ids
         pool = self.pool or len(ids)
         if len(ids) % pool:
-            raise RecipeError(f"objectives.matching.pool {pool} does not divide the micro-batch {len(ids)}")
+            raise RecipeError(
+                f"objectives.matching.pool {pool} does not divide the micro-batch {len(ids)}; set it to a divisor"
+            )
         pools = len(ids) // pool
         with torch.no_grad():
             grouped = candidates.view(pools, pool, -1)
-            similarity = similarities(state, queries.view(pools, pool, -1), grouped)
-            same = ids.view(pools, pool, 1) == ids.view(pools, 1, pool)
+            similarity_qc = similarities(state, queries.view(pools, pool, -1), grouped)
+            same_qc = ids.view(pools, pool, 1) == ids.view(pools, 1, pool)
             if self.same_codeword:
                 codes = nearest_codeword(grouped, state)
-                same = narrow(same, codes[..., :, None] == codes[..., None, :])
-            column, exists = draw_negatives(similarity, same, draws.view(pools, pool))
-            first = torch.arange(0, len(ids), pool, device=ids.device)[:, None]
-        return (first + column).flatten(), exists.flatten()
+                same_qc = exclude_others(same_qc, codes[..., :, None] == codes[..., None, :])
+            column_q, exists_q = draw_negatives(similarity_qc, same_qc, draws.view(pools, pool))
+            first_row = torch.arange(0, len(ids), pool, device=ids.device)[:, None]
+        return (first_row + column_q).flatten(), exists_q.flatten()
 
     @torch.no_grad()
     def draw_from_all(self, state: StudentState, queries: Tensor, keys: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """The same among the global batch: rows of it (batch,)."""
+        """Draw a wrong candidate for each query among the global batch.
+
+        Arguments and results are those of `draw`, but for the candidates: `keys` (keys, feature_dim) begin with the global batch,
+        and the rows drawn are rows of it.
+
+        Raises:
+            RecipeError: the batch does not carry the global inputs (fine-tuning).
+        """
         if state.batch.global_inputs is None:
             raise RecipeError(
-                "matching.negatives all_ranks is for pretraining, whose task gathers all inputs; use nearby"
+                "matching.negatives all_ranks is for pretraining, which alone gathers all ranks' inputs; set it to nearby"
             )
         samples = len(state.batch.global_inputs.images)
         candidates = keys[:samples]
-        similarity = similarities(state, queries, candidates)
-        same = state.batch.image_ids[:, None] == state.batch.keys.image_ids[None, :samples]
+        similarity_qc = similarities(state, queries, candidates)
+        same_qc = state.batch.image_ids[:, None] == state.batch.keys.image_ids[None, :samples]
         if self.same_codeword:
             codes = nearest_codeword(candidates, state)
-            same = narrow(same, codes[state.batch.rows][:, None] == codes[None])
-        return draw_negatives(similarity, same, draws)
+            same_qc = exclude_others(same_qc, codes[state.batch.rows][:, None] == codes[None])
+        return draw_negatives(similarity_qc, same_qc, draws)
 
 
 def similarities(state: StudentState, queries: Tensor, candidates: Tensor) -> Tensor:
-    """Logits (…, queries, candidates) to draw by: all alike where captions have no feature of their own (no text layers)."""
-    found = queries @ candidates.mT.to(queries.dtype) / state.model.temperature()
-    return found if state.model.config.text.layers else torch.zeros_like(found)
+    """Return the logits (…, queries, candidates) to draw by. They are all 0 where captions have no features (no text layers)."""
+    similarity_qc = queries @ candidates.mT.to(queries.dtype) / state.model.temperature()
+    return similarity_qc if state.model.config.text.layers else torch.zeros_like(similarity_qc)
 
 
 def nearest_codeword(features: Tensor, state: StudentState) -> Tensor:
-    """(…, samples, feature_dim) -> (…, samples)."""
+    """Return the codeword nearest to each feature: (…, samples, feature_dim) -> (…, samples) int64."""
     if state.model.codebook is None:
-        raise RecipeError("matching.same_codeword needs a model with a codebook, which fine-tuning leaves behind")
+        raise RecipeError(
+            "matching.same_codeword needs a model with a codebook, and fine-tuning drops it; set same_codeword to false"
+        )
     codewords = state.model.codewords()
     return (features.to(codewords.dtype) @ codewords.T).argmax(-1)
 
 
-def narrow(same: Tensor, wanted: Tensor) -> Tensor:
-    """Rule out what is not wanted as well, in rows that have something wanted left. Both (…, rows, columns) bool."""
-    narrowed = same | ~wanted
-    return torch.where(narrowed.all(-1, keepdim=True), same, narrowed)
+def exclude_others(same_qc: Tensor, eligible_qc: Tensor) -> Tensor:
+    """Exclude candidates that are not eligible too, in rows that have an eligible one left. Both (…, queries, candidates) bool."""
+    excluded_qc = same_qc | ~eligible_qc
+    return torch.where(excluded_qc.all(-1, keepdim=True), same_qc, excluded_qc)
+
+
+def gather_inputs(images: Tensor, text: TextBatch, ranks: Ranks) -> GlobalInputs:
+    """Gather the student's inputs of all ranks, captions padded to the longest. A collective.
+
+    Args:
+        images: (samples, 3, size, size) uint8, this rank's.
+        text: this rank's captions.
+        ranks: of this run.
+    """
+    gathered_images = gather_rows(images.contiguous())
+    longest = torch.tensor(text.ids.shape[1], device=text.ids.device)
+    if ranks.world > 1:
+        torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX)
+    padding = (0, int(longest) - text.ids.shape[1])
+    ids, mask = functional.pad(text.ids, padding), functional.pad(text.mask, padding)
+    return GlobalInputs(gathered_images, TextBatch(gather_rows(ids), gather_rows(mask.to(torch.uint8)).bool()))

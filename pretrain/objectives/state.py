@@ -1,4 +1,7 @@
-"""What the objectives read: the student's state for a micro-batch, and what the teacher says of it."""
+"""What the objectives read: the student's encodings of a micro-batch, and what the teacher says about it.
+
+Tested in tests/pretrain/test_task.py.
+"""
 
 from __future__ import annotations
 
@@ -18,35 +21,35 @@ class MaskedText:
     text: TextBatch
     """The altered captions (batch, words)."""
     word_indices: Tensor
-    """(masked words,) int64: where the words to predict are, in rows of words laid end to end. Places and no mask: how many
-    there are is the shape, and no device need be asked."""
+    """(masked words,) int64: indices of the words to predict, in the micro-batch's words laid end to end. Indices instead of a
+    mask: their number is known from the shape, without waiting for the device."""
     labels: Tensor
-    """(masked words,) their true ids, in row order."""
+    """(masked words,) int64: the true ids of those words, in the same order."""
     normaliser: Tensor | float
-    """MaskedText words of the global batch divided by the number of micro-batches in it (ranks x accumulation steps): the mean
-    over micro-batches of `sum / normaliser` is the sum over the global batch divided by its count of masked words."""
+    """Masked words of the global batch, divided by the number of micro-batches in it (ranks x accumulation steps). The mean over
+    micro-batches of `sum / normaliser` is then the global sum over the global count."""
     teacher_logits: Tensor | None = None
-    """(masked words, vocabulary), the teacher's prediction from the same altered captions and its own view of the image."""
+    """(masked words, vocabulary): the teacher's prediction from the same altered captions and its own view of the image."""
 
 
 @dataclass
 class Keys:
-    """Teacher features to compare with: the global batch in global sample order, then the queue's filled slots."""
+    """Teacher features to compare with: those of the global batch in global sample order, then the queue's filled slots."""
 
     image: Tensor
     """(keys, feature_dim)"""
     text: Tensor
     """(keys, feature_dim)"""
     image_ids: Tensor
-    """(keys,)"""
+    """(keys,) int64. Keys with the same image id are positives of each other, never negatives."""
 
 
 @dataclass
 class GlobalInputs:
-    """Inputs of the global batch, in global sample order: negatives are chosen among them, and encoded again."""
+    """Inputs of the global batch, in global sample order. Negatives are drawn among them and encoded by the student."""
 
     images: Tensor
-    """(samples, 3, size, size) uint8, the student's view"""
+    """(samples, 3, size, size) uint8: the student's view."""
     text: TextBatch
 
 
@@ -62,32 +65,35 @@ class Plans:
 
 @dataclass
 class MicroBatch:
-    """Inputs of the student for one forward, with the teacher's word on them. Everything on the device."""
+    """Everything that one forward of the student needs, on the device."""
 
     images: Tensor
-    """(batch, 3, size, size) uint8, the student's view."""
+    """(batch, 3, size, size) uint8: the student's view."""
     text: TextBatch
     image_ids: Tensor
-    """(batch,)"""
+    """(batch,) int64"""
     rows: Tensor
-    """(batch,) each sample's place among the keys."""
+    """(batch,) int64: the row of each sample's own features among the keys."""
     draws: Tensor
-    """(batch, 2) uniform numbers that belong to the samples: for the negative image, for the negative text."""
+    """(batch, 2) uniform numbers in [0, 1), a function of the sample: for the negative image, for the negative text."""
     keys: Keys
     distill_weight: float
+    """Share of the teacher's soft targets in this step."""
     masked: MaskedText | None = None
+    """None where masked language modelling is off."""
     plans: Plans | None = None
+    """None where the codebook objective is off."""
     level_keys: list[Keys] = field(default_factory=list)
     """The teacher's features of the global batch at each level."""
     global_inputs: GlobalInputs | None = None
-    """Where negatives come from all ranks."""
+    """None unless negatives for matching come from all ranks."""
     positions: Tensor | None = None
-    """(batch,) the samples' places in the endless order, on the CPU, for heads that draw more numbers of their own."""
+    """(batch,) int64, on the CPU: each sample's position in the endless order. Heads draw random numbers of their own from it."""
 
 
 @dataclass
 class StudentState:
-    """What the student's encoders made of a micro-batch; computed once, read by every objective."""
+    """The student's encodings of a micro-batch: computed once, read by every objective."""
 
     model: AlignmentModel
     batch: MicroBatch
@@ -100,15 +106,15 @@ class StudentState:
 
     @cached_property
     def image(self) -> Tensor:
-        """Unit-norm features (batch, feature_dim)."""
+        """Unit-norm image features (batch, feature_dim)."""
         return self.model.image_features(self.image_tokens)
 
     @cached_property
     def text(self) -> Tensor:
-        """Unit-norm features (batch, feature_dim)."""
+        """Unit-norm text features (batch, feature_dim)."""
         return self.model.text_features(self.text_states)
 
     @cached_property
     def prepared_images(self) -> PreparedImages:
-        """What the fusion encoder reads of the images: made once for matched pairs, negatives and masked captions."""
+        """The images as the fusion encoder reads them, shared by matched pairs, negatives and masked captions."""
         return self.model.fusion_encoder.prepare_images(self.image_tokens)

@@ -108,7 +108,8 @@ def test_without_a_tolerance_strides_end_on_time_and_with_one_they_settle_the_co
 def test_a_kernel_that_leaves_its_range_is_solved_again_with_its_maximum_taken_out():
     cost = cosine_cost(40, 60, dtype=torch.float32)
     log_a, log_b = (torch.full((size,), -torch.tensor(float(size)).log()) for size in (40, 60))
-    assert transport._solve(cost, log_a, log_b, 0.001, 200, 1e-3, None, transport._sweep) is None
+    problem = transport._Problem(cost, log_a, log_b)
+    assert transport._solve(problem, transport._Schedule(0.001, 200, 1e-3), None, transport._sweep) is None
     assert proximal_point(cost, beta=0.001).plan.isfinite().all()
 
 

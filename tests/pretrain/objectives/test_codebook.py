@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from pretrain.config import CodebookConfig, TransportConfig
-from pretrain.objectives.codebook import Codebook, solve_plans, usage
+from pretrain.objectives.codebook import Codebook, solve_plans, usage_figures
 from pretrain.objectives.state import Keys, MicroBatch, Plans, StudentState
 from pretrain.transport import proximal_point, sinkhorn
 
@@ -104,7 +104,7 @@ def test_queue_features_sharpen_the_targets_of_the_batch():
 
 
 def test_figures_of_a_collapsed_codebook_tell_of_it():
-    collapsed, even = usage(torch.tensor([0, 20, 0, 0])), usage(torch.tensor([5, 5, 5, 5]))
+    collapsed, even = usage_figures(torch.tensor([0, 20, 0, 0])), usage_figures(torch.tensor([5, 5, 5, 5]))
     assert [float(collapsed[f"codebook/{name}"]) for name in ("perplexity", "dead", "largest_share")] == [
         1.0,
         0.75,
@@ -120,11 +120,11 @@ def test_use_is_told_of_enough_features_for_every_codeword_to_have_its_share():
     for step in range(21):
         _, figures = task.prepare(tiny.batch(4, step), 1.0, 4)
         found.append(figures)
-    assert all("codebook/dead" not in one for one in found[:19]) and "codebook/churn" not in found[0]
-    nearest = torch.stack(list(task._nearest)).sum(0)
-    assert len(task._nearest) == 20 and int(nearest.sum()) == 20 * 8
+    assert all("codebook/dead" not in figures for figures in found[:19]) and "codebook/churn" not in found[0]
+    nearest = torch.stack(list(task._usage._counts)).sum(0)
+    assert len(task._usage._counts) == 20 and int(nearest.sum()) == 20 * 8
     assert float(found[-1]["codebook/dead"]) == float((nearest == 0).float().mean())
-    assert all(float(one["codebook/churn"]) == 0 for one in found[1:])  # nothing has moved in between
+    assert all(float(figures["codebook/churn"]) == 0 for figures in found[1:])  # nothing has moved in between
 
 
 def test_the_transport_cost_teaches_the_codebook_alone_and_pulls_it_to_the_teachers_features():

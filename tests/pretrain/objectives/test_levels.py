@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 
+from pretrain.config import LevelsConfig
 from pretrain.objectives.levels import Levels
 from runtime.errors import RecipeError
 
@@ -32,7 +33,7 @@ def test_it_is_the_contrastive_loss_of_the_level_features():
             said, opinion = (rows / rows.sum(1, keepdims=True) for rows in softmax)
             targets = 0.4 * opinion + 0.6 * positives / positives.sum(1, keepdims=True)
             total -= (targets * np.log(said)).sum(1).mean() / 4
-    assert float(Levels()(state)["levels"]) == pytest.approx(total, rel=1e-5)
+    assert float(Levels(LevelsConfig())(state)["levels"]) == pytest.approx(total, rel=1e-5)
 
 
 def test_inner_layers_learn_and_later_ones_do_not():

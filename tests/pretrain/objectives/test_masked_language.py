@@ -7,6 +7,7 @@ import tiny
 import torch
 from scipy import stats
 
+from pretrain.config import MaskedLanguageConfig
 from pretrain.model.alignment_model import TextBatch
 from pretrain.objectives.masked_language import MaskedLanguage, mask_words, masked_language_loss, word_logits
 from pretrain.objectives.state import MaskedText
@@ -100,7 +101,7 @@ def test_the_loss_is_that_of_the_full_tensor_of_logits(distill_weight):
 
 def test_micro_batches_with_unequal_counts_average_to_the_loss_of_the_whole_batch():
     task = tiny.task(tiny.recipe())
-    objective = MaskedLanguage()
+    objective = MaskedLanguage(MaskedLanguageConfig())
 
     def losses(micro_batch: int) -> list[torch.Tensor]:
         made, _ = task.prepare(tiny.batch(16, step=1), 1.0, micro_batch)
@@ -115,6 +116,6 @@ def test_micro_batches_with_unequal_counts_average_to_the_loss_of_the_whole_batc
 def test_a_batch_without_a_masked_word_costs_nothing_and_still_has_a_graph():
     task = tiny.task(tiny.recipe(objectives__masked_language__share=0.0))
     (inputs,), _ = task.prepare(tiny.batch(4), 1.0, 4)
-    loss = MaskedLanguage()(tiny.state(task.student.model, inputs))["masked_language"]
+    loss = MaskedLanguage(MaskedLanguageConfig())(tiny.state(task.student.model, inputs))["masked_language"]
     loss.backward()
     assert loss == 0 and loss.isfinite()

@@ -1,7 +1,8 @@
-"""The worked example of docs/codis.md is run as it stands."""
+"""The registry names every objective of the recipe, and the worked example of docs/codis.md runs as it stands."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 from pretrain.config import ObjectivesConfig, OtherObjective
+from pretrain.objectives.registry import OBJECTIVES, make_objectives, objective_weights
 from runtime.errors import RecipeError
 
 PAGE = (Path(__file__).parents[3] / "docs" / "codis.md").read_text(encoding="utf-8")
@@ -28,6 +30,24 @@ def example(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     yield yaml.safe_load(block("yaml", "others:"))["objectives"]["others"]
     sys.modules.pop("uniformity", None)
+
+
+def test_every_objective_of_the_recipe_is_registered():
+    assert {*OBJECTIVES, "others"} == {field.name for field in dataclasses.fields(ObjectivesConfig)}
+
+
+def test_objectives_are_made_where_they_have_a_weight(example):
+    config = ObjectivesConfig(others={"uniformity": OtherObjective(**example["uniformity"])})
+    config.matching.weight = 0.0
+    assert list(make_objectives(config)) == ["contrastive", "masked_language", "codebook", "uniformity"]
+    assert objective_weights(config) == {
+        "contrastive": 1.0,
+        "matching": 0.0,
+        "masked_language": 1.0,
+        "codebook": 1.0,
+        "levels": 0.0,
+        "uniformity": 0.1,
+    }
 
 
 def test_the_new_objective_of_the_docs_learns_and_splits(example):
@@ -53,11 +73,15 @@ def test_a_class_that_there_is_not_is_one_clear_line(example, use):
 def test_an_objective_whose_loss_has_another_name_is_one_clear_line(example):
     task = tiny.task(tiny.recipe(objectives__others={"spread": example["uniformity"]}))
     (inputs,), _ = task.prepare(tiny.batch(8), 1.0, 8)
-    with pytest.raises(RecipeError, match="objectives.others.spread gave uniformity, and no `spread`, its loss"):
+    with pytest.raises(
+        RecipeError, match="objectives.others.spread returned uniformity, but not its loss `spread`; name the loss so"
+    ):
         task.student(inputs)
 
 
 @pytest.mark.parametrize("name", ["codebook", "loss"])
 def test_the_name_of_a_figure_that_there_is_is_refused(name):
-    with pytest.raises(RecipeError, match=f"objectives.others.{name} has the name of a figure that there is"):
+    with pytest.raises(
+        RecipeError, match=f"objectives.others.{name} has the name of an existing figure; choose another name"
+    ):
         ObjectivesConfig(others={name: OtherObjective("uniformity.Uniformity")})
