@@ -1,4 +1,8 @@
-"""Where the fusion encoder looks for each word: Grad-CAM on the attention of a fusion layer (Selvaraju et al. 2017; ALBEF section 5)."""
+"""Where the fusion encoder looks for each word: Grad-CAM on the attention of a fusion layer (Selvaraju et al. 2017; ALBEF section 5).
+
+Axes in tensor names: p, the pairs; h, the heads; q and k, the queries and keys of the attention (in cross-attention words and image
+tokens; in a single stream both are words, then image tokens).
+"""
 
 from __future__ import annotations
 
@@ -16,88 +20,118 @@ from pretrain.model.single_stream import SingleStreamEncoder
 
 
 def word_maps(model: AlignmentModel, images: Tensor, ids: Tensor, mask: Tensor, layer: int | None = None) -> Tensor:
-    """Heat maps of each word over the image's patches: attention x gradient of the matching logit, negatives cut, mean over heads.
+    """Return a heat map over the image's patches for each word: attention x positive gradient of the matching logit, mean over heads.
 
-    images: (pairs, 3, size, size) uint8; ids, mask: (pairs, words); layer: a fusion layer, from 0; None: the middle one (ALBEF
-    takes the third of its six). -> (pairs, words, rows, columns), non-negative. Raises ValueError where there is no such layer.
+    Args:
+        model: in evaluation mode, with a fusion encoder.
+        images: (pairs, 3, size, size) uint8.
+        ids: (pairs, words) int64 token ids.
+        mask: (pairs, words) bool, True where a word is.
+        layer: a fusion layer, counted from 0. None: the middle one (ALBEF takes the third of its six).
+
+    Returns:
+        (pairs, words, rows, columns), non-negative.
+
+    Raises:
+        ValueError: there is no such layer.
     """
     with torch.no_grad():
         image_tokens = model.image_encoder(images)
     before = run_until_layer(model, image_tokens, ids, mask, layer)
     with torch.enable_grad():
-        states, weights = run_with_attention(before.layers[0], before.states, before.mask, before.read[0])
-        for after, image in zip(before.layers[1:], before.read[1:], strict=True):
-            states = after(states, before.mask, image)
-        (gradient,) = torch.autograd.grad(model.matching_logits(states)[:, 1].sum(), weights)
-    return to_patch_grid(weights.detach() * gradient.clamp(min=0), ids.shape[1], model.image_encoder)
+        states, weights_phqk = run_with_attention(before.layers[0], before.states, before.mask, before.images[0])
+        for later_layer, image in zip(before.layers[1:], before.images[1:], strict=True):
+            states = later_layer(states, before.mask, image)
+        (gradient_phqk,) = torch.autograd.grad(model.matching_logits(states)[:, 1].sum(), weights_phqk)
+    return to_patch_grid(weights_phqk.detach() * gradient_phqk.clamp(min=0), ids.shape[1], model.image_encoder)
 
 
 @torch.no_grad()
 def attention_maps(
     model: AlignmentModel, image_tokens: Tensor, ids: Tensor, mask: Tensor, layer: int | None = None
 ) -> Tensor:
-    """The attention alone, mean over heads; no gradient needed. image_tokens: (pairs, 1 + patches, image width) -> as `word_maps`."""
+    """Return the attention alone, mean over heads, which needs no gradient.
+
+    Arguments, result and errors are those of `word_maps`, except image_tokens: (pairs, 1 + patches, image width).
+    """
     before = run_until_layer(model, image_tokens, ids, mask, layer)
-    _, weights = run_with_attention(before.layers[0], before.states, before.mask, before.read[0])
-    return to_patch_grid(weights.detach(), ids.shape[1], model.image_encoder)
+    _, weights_phqk = run_with_attention(before.layers[0], before.states, before.mask, before.images[0])
+    return to_patch_grid(weights_phqk.detach(), ids.shape[1], model.image_encoder)
 
 
-class Until(NamedTuple):
-    """A pair on its way through the fusion encoder, before some layer."""
+class BeforeLayer(NamedTuple):
+    """Pairs on their way through the fusion encoder, before some layer."""
 
     states: Tensor
-    """Words, and in a single stream the image tokens behind them: (pairs, tokens, width)."""
+    """(pairs, tokens, width): words, and in a single stream the image tokens behind them."""
     mask: Tensor
+    """(pairs, tokens) bool"""
     layers: list[BertLayer]
     """That layer and those after it."""
-    read: list[KeysValues | None]
-    """What each of them reads of the images; nothing in a single stream."""
+    images: list[KeysValues | None]
+    """The images as each of these layers reads them; None in a single stream."""
 
 
 @torch.no_grad()
-def run_until_layer(model: AlignmentModel, image_tokens: Tensor, ids: Tensor, mask: Tensor, layer: int | None) -> Until:
-    """Raises ValueError where there is no such layer."""
+def run_until_layer(
+    model: AlignmentModel, image_tokens: Tensor, ids: Tensor, mask: Tensor, layer: int | None
+) -> BeforeLayer:
+    """Run the text encoder, and the fusion encoder up to `layer`; arguments and errors as in `attention_maps`."""
     fusion = model.fusion_encoder
     layers = cast(list[BertLayer], list(fusion.layers))
-    chosen = (len(layers) - 1) // 2 if layer is None else layer
-    if not 0 <= chosen < len(layers):
-        raise ValueError(f"fusion layer {chosen} of {len(layers)}: there is no such layer")
+    number = (len(layers) - 1) // 2 if layer is None else layer
+    if not 0 <= number < len(layers):
+        raise ValueError(f"fusion layer {number} of {len(layers)} does not exist; layers count from 0")
     states = model.text_encoder(ids, mask)
-    read: list[KeysValues | None] = [None] * len(layers)
+    images: list[KeysValues | None] = [None] * len(layers)
     if isinstance(fusion, SingleStreamEncoder):
         states, mask = fusion.join(states, mask, fusion.prepare_images(image_tokens))
     else:
-        read = list(fusion.prepare_images(image_tokens))
-    for before, image in zip(layers[:chosen], read, strict=False):
-        states = before(states, mask, image)
-    return Until(states, mask, layers[chosen:], read[chosen:])
+        images = list(fusion.prepare_images(image_tokens))
+    for earlier_layer, image in zip(layers[:number], images, strict=False):
+        states = earlier_layer(states, mask, image)
+    return BeforeLayer(states, mask, layers[number:], images[number:])
 
 
-def to_patch_grid(maps: Tensor, words: int, encoder: ImageEncoder) -> Tensor:
-    """(pairs, heads, queries, keys) of a layer's attention -> (pairs, words, rows, columns), without class token, mean over heads."""
+def to_patch_grid(maps_phqk: Tensor, words: int, encoder: ImageEncoder) -> Tensor:
+    """Average a layer's attention over heads and keep words x patches: (pairs, heads, queries, keys) -> (pairs, words, rows, columns)."""
     patches = encoder.vit.patch_embed.num_patches
     side = math.isqrt(patches)
-    return maps.mean(1)[:, :words, -patches:].unflatten(-1, (side, side))
+    return maps_phqk.mean(1)[:, :words, -patches:].unflatten(
+        -1, (side, side)
+    )  # the class token comes before the patches
 
 
 def run_with_attention(
     layer: BertLayer, states: Tensor, mask: Tensor, image: KeysValues | None
 ) -> tuple[Tensor, Tensor]:
-    """A fusion layer in evaluation mode whose attention weights are at hand, to differentiate by: words to image tokens (pairs,
-    heads, words, tokens), or in a single stream all to all (pairs, heads, words + tokens, words + tokens)."""
+    """Run a fusion layer in evaluation mode with its attention weights at hand, to differentiate by them.
+
+    Args:
+        layer: of the fusion encoder.
+        states: (pairs, tokens, width)
+        mask: (pairs, tokens) bool
+        image: keys and values of the images; None in a single stream.
+
+    Returns:
+        The layer's states, and the attention weights (pairs, heads, queries, keys): words to image tokens, or in a single stream all
+        tokens to all.
+    """
     if image is None:
-        own = layer.self_attention
-        query, key, value = (split_heads(part, own.heads) for part in own.query_key_value(states).chunk(3, dim=-1))
-        logits = (query @ key.mT / key.shape[-1] ** 0.5).masked_fill(~mask[:, None, None, :], -torch.inf)
-        output, norm = own.output, own.norm
+        attention = layer.self_attention
+        query, key, value = (
+            split_heads(part, attention.heads) for part in attention.query_key_value(states).chunk(3, dim=-1)
+        )
+        logits_phqk = (query @ key.mT / key.shape[-1] ** 0.5).masked_fill(~mask[:, None, None, :], -torch.inf)
+        output, norm = attention.output, attention.norm
     else:
         cross = layer.cross_attention
         assert cross is not None, "a fusion layer has cross-attention"
         states = layer.self_attention(states, mask)
         key, value = image
         query = split_heads(cross.query(states), cross.heads)
-        logits, output, norm = query @ key.mT / key.shape[-1] ** 0.5, cross.output, cross.norm
-    weights = torch.softmax(logits, -1).detach().requires_grad_()
-    attended = (weights @ value).transpose(1, 2).flatten(2)
+        logits_phqk, output, norm = query @ key.mT / key.shape[-1] ** 0.5, cross.output, cross.norm
+    weights_phqk = torch.softmax(logits_phqk, -1).detach().requires_grad_()
+    attended = (weights_phqk @ value).transpose(1, 2).flatten(2)
     states = norm(states + output(attended))
-    return layer.norm(states + layer.output(functional.gelu(layer.intermediate(states)))), weights
+    return layer.norm(states + layer.output(functional.gelu(layer.intermediate(states)))), weights_phqk

@@ -1,4 +1,4 @@
-"""The whole model: three encoders, two projections, the matching and MLM heads, the codebook and the temperature."""
+"""The whole model: image, text and fusion encoder, two projections, matching and masked-language heads, codebook and temperature."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from runtime.errors import RecipeError
 
 
 class Temperature(nn.Module):
-    """A learned temperature within bounds, as a smooth function of its parameter: nothing to clamp, no dead gradient.
+    """A learned temperature, bounded by a smooth function of its parameter: it needs no clamp, and its gradient never dies.
 
-    The parameter has shape (1,) (DeepSpeed refuses 0-d ones) and takes no weight decay.
+    The parameter has shape (1,), because DeepSpeed refuses 0-d ones. It takes no weight decay.
     """
 
     low, high = 0.001, 0.5
@@ -32,12 +32,12 @@ class Temperature(nn.Module):
         self.logit = nn.Parameter(torch.tensor([math.log(share / (1 - share))]))
 
     def forward(self) -> Tensor:
-        """The temperature, shape (1,), float32."""
+        """Return the temperature, shape (1,), float32."""
         return self.low * (self.high / self.low) ** torch.sigmoid(_full(self.logit))
 
 
 class MaskedLanguageHead(nn.Module):
-    """BERT's prediction head; its output weights are the word embeddings."""
+    """BERT's prediction head. Its output weights are the word embeddings."""
 
     def __init__(self, width: int, vocabulary: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class MaskedLanguageHead(nn.Module):
         self.apply(initialize_weights(width))
 
     def forward(self, states: Tensor, words: Tensor) -> Tensor:
-        """states: (masked words, width); words: (vocabulary, width) -> logits (masked words, vocabulary)."""
+        """Return logits (masked words, vocabulary) from states (masked words, width) and word embeddings (vocabulary, width)."""
         return functional.linear(self.norm(functional.gelu(self.dense(states))), words, self.bias)
 
 
@@ -60,7 +60,15 @@ class TextBatch:
 
 
 class AlignmentModel(nn.Module):
-    """CODIS's student (and, without matching head, codebook and temperature, its teacher)."""
+    """CODIS's student, and, without matching head, codebook and temperature, its teacher.
+
+    Args:
+        config: the architecture.
+        vocabulary: tokens of the tokenizer.
+
+    Raises:
+        RecipeError: the image encoder cannot be made, or a level names a layer that it does not have.
+    """
 
     def __init__(self, config: ModelConfig, vocabulary: int) -> None:
         super().__init__()
@@ -78,7 +86,9 @@ class AlignmentModel(nn.Module):
         layers = len(self.image_encoder.vit.blocks)
         for pair in config.levels:
             if pair[1] > layers:
-                raise RecipeError(f"model.levels holds {pair}, but the image encoder has {layers} layers")
+                raise RecipeError(
+                    f"model.levels holds {pair}, but the image encoder has {layers} layers; name one of them"
+                )
         self.level_projections = nn.ModuleList(
             nn.ModuleDict(
                 {
@@ -98,60 +108,78 @@ class AlignmentModel(nn.Module):
         )
 
     def layers(self) -> list[nn.Module]:
-        """The transformer layers of all three encoders."""
+        """Return the transformer layers of all three encoders."""
         return [*self.image_encoder.vit.blocks, *self.text_encoder.layers, *self.fusion_encoder.layers]
 
     def compile_layers(self) -> None:
-        """torch.compile of each layer's forward: one compilation for all layers of a kind, and for each way they are called."""
-        # Text and fusion layers are one class: with and without gradients, images, or [CLS] alone, of fixed and of varying lengths.
+        """Compile each layer's forward: once for all layers of a class, and once more for each kind of call.
+
+        Text and fusion layers are one class. They are called with and without gradients, images, or [CLS] alone, at fixed and at varying lengths.
+        """
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for layer in self.layers():
             layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
 
     def encode(self, images: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-        """-> image tokens, text states, and the unit-norm image and text features of each level."""
+        """Encode a batch with image and text encoder.
+
+        Args:
+            images: (batch, 3, size, size) uint8.
+            ids: (batch, words) int64 token ids.
+            mask: (batch, words) bool, True where a word is.
+
+        Returns:
+            Image tokens (batch, 1 + patches, image width), word states (batch, words, text width), and the unit-norm image and text
+            features (batch, feature_dim) of each level.
+        """
         if not self.config.levels:
             return self.image_encoder(images), self.text_encoder(ids, mask), []
-        tokens, tops = self.image_encoder.with_levels(images, [layer for _, layer in self.config.levels])
+        tokens, class_tokens = self.image_encoder.with_levels(images, [layer for _, layer in self.config.levels])
         states = self.text_encoder.layer_states(ids, mask)
         levels = []
-        for projections, top, (layer, _) in zip(self.level_projections, tops, self.config.levels, strict=True):
+        for projections, class_token, (layer, _) in zip(
+            self.level_projections, class_tokens, self.config.levels, strict=True
+        ):
             assert isinstance(projections, nn.ModuleDict)
-            image = projections["image"](projections["image_norm"](top))
+            image = projections["image"](projections["image_norm"](class_token))
             text = projections["text"](states[layer][:, 0])
             levels.append((_unit(image), _unit(text)))
         return tokens, states[-1], levels
 
     def image_features(self, image_tokens: Tensor) -> Tensor:
-        """(images, tokens, width) -> unit-norm features (images, feature_dim), float32, from the class token."""
+        """Project the class token of (images, tokens, width) to unit-norm features (images, feature_dim), float32."""
         return _unit(self.image_projection(image_tokens[:, 0]))
 
     def text_features(self, text_states: Tensor) -> Tensor:
-        """(texts, words, width) -> unit-norm features (texts, feature_dim), float32, from [CLS]."""
+        """Project [CLS] of (texts, words, width) to unit-norm features (texts, feature_dim), float32."""
         return _unit(self.text_projection(text_states[:, 0]))
 
     def match(
         self, states: Tensor, mask: Tensor, images: PreparedImages, image_of_text: Tensor | None = None
     ) -> Tensor:
-        """Each text fused with one image and judged, arguments as the fusion encoder's -> (texts, 2): no match, match."""
+        """Fuse each text with one image and judge the pair; arguments as in the fusion encoder's `forward`.
+
+        Returns:
+            Logits (texts, 2): no match, match.
+        """
         return self.matching_logits(self.fusion_encoder(states, mask, images, image_of_text, first_only=True))
 
     def matching_logits(self, fused_states: Tensor) -> Tensor:
-        """(pairs, words, width) -> (pairs, 2): no match, match."""
+        """Return logits (pairs, 2), no match and match, from fused states (pairs, words, width)."""
         return _full(self.matching_head(fused_states[:, 0]))
 
     def masked_language_logits(self, states: Tensor) -> Tensor:
-        """States of masked words alone (masked words, width) -> (masked words, vocabulary)."""
+        """Return logits (masked words, vocabulary) from the states of masked words alone, (masked words, width)."""
         return _full(self.masked_language_head(states, self.text_encoder.words.weight))
 
     def codewords(self) -> Tensor:
-        """The codebook with unit-norm rows (codewords, feature_dim), float32: normalised here, never in place."""
+        """Return the codebook with unit-norm rows (codewords, feature_dim), float32. It is normalised here, never in place."""
         assert self.codebook is not None, "this model was made without a codebook"
         return _unit(self.codebook)
 
 
 def _full(values: Tensor) -> Tensor:
-    """float32, or float64 where the model is (tests compare gradients in it)."""
+    """Return the values in float32, or in float64 where the model is (tests compare gradients in it)."""
     return values if values.dtype == torch.float64 else values.float()
 
 

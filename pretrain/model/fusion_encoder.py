@@ -1,4 +1,7 @@
-"""The fusion encoder: BERT layers in which words attend to image tokens (CODIS, ALBEF section 3.1)."""
+"""The cross-attention fusion encoder: BERT layers in which words attend to image tokens (CODIS, ALBEF section 3.1).
+
+Tested in tests/pretrain/model/test_alignment_model.py.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ from pretrain.model.bert_layers import BertLayer, KeysValues, initialize_weights
 
 
 class FusionEncoder(nn.Module):
-    """Text states and image tokens -> fused text states."""
+    """Fuses word states with image tokens, into word states that have seen the image.
+
+    `SingleStreamEncoder` has the same two calls, so the rest of the model need not know which of them it has.
+    """
 
     def __init__(self, config: FusionEncoderConfig, text: TextEncoderConfig, image_width: int) -> None:
         super().__init__()
@@ -20,12 +26,12 @@ class FusionEncoder(nn.Module):
         self.apply(initialize_weights(text.width))
 
     def prepare_images(self, image_tokens: Tensor) -> list[KeysValues]:
-        """Keys and values of each layer, made once per image: (images, tokens, image width) -> per layer (images, heads, tokens, …)."""
-        read = []
+        """Compute keys and values of image tokens (images, tokens, image width) for each layer, once for all texts of an image."""
+        keys_values = []
         for layer in self.layers:
             assert isinstance(layer, BertLayer) and layer.cross_attention is not None
-            read.append(layer.cross_attention.keys_values(image_tokens))
-        return read
+            keys_values.append(layer.cross_attention.keys_values(image_tokens))
+        return keys_values
 
     def forward(
         self,
@@ -37,11 +43,17 @@ class FusionEncoder(nn.Module):
     ) -> Tensor:
         """Fuse each text with one image.
 
-        states: (texts, words, width), mask: (texts, words) bool; images: `prepare_images` of all the images there are;
-        image_of_text: (texts,) the row of each text's image, or None where text i has image i. -> (texts, words, width);
-        first_only: [CLS] alone, (texts, 1, width), for which the last layer computes no other word.
+        Args:
+            states: (texts, words, width), from the text encoder.
+            mask: (texts, words) bool, True where a word is.
+            images: `prepare_images` of all images.
+            image_of_text: (texts,) int64, the row of each text's image in `images`. None: text i has image i.
+            first_only: return [CLS] alone; the last layer then computes no other word.
+
+        Returns:
+            The fused word states (texts, words, width), or (texts, 1, width) with `first_only`.
         """
         for layer, (key, value) in zip(self.layers, images, strict=True):
-            chosen = (key, value) if image_of_text is None else (key[image_of_text], value[image_of_text])
-            states = layer(states, mask, chosen, first_only and layer is self.layers[-1])
+            image = (key, value) if image_of_text is None else (key[image_of_text], value[image_of_text])
+            states = layer(states, mask, image, first_only and layer is self.layers[-1])
         return states

@@ -1,4 +1,16 @@
-"""The image encoder: a timm Vision Transformer that returns all its tokens."""
+"""The image encoder: a timm Vision Transformer that returns all its tokens.
+
+The interface that the rest of the model uses:
+
+- `forward(images)` returns tokens (images, 1 + patches, width), the first of which (the class token) is the global one.
+  `AlignmentModel.image_features` projects it.
+- `with_levels(images, layers)` returns the tokens and the class token after inner layers, for levels. `layer_tokens` returns the patch
+  tokens after inner layers.
+- `width`, and `tokens`, how many tokens an image has.
+- `set_image_size(image_size)`.
+
+Tested in tests/pretrain/model/test_alignment_model.py.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +30,13 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ImageEncoder(nn.Module):
-    """uint8 pixels -> tokens, the class token first. Pixels are normalised here, on the device, in CLIP's statistics (as ALBEF)."""
+    """Encodes uint8 pixels into tokens, the class token first.
+
+    Pixels are normalised here, on the device, by CLIP's mean and deviation (as in ALBEF).
+
+    Raises:
+        RecipeError: timm cannot make the architecture, or it has no class token.
+    """
 
     mean: Tensor
     std: Tensor
@@ -33,7 +51,7 @@ class ImageEncoder(nn.Module):
         }
         stated: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
         try:
-            made = timm.create_model(
+            vit = timm.create_model(
                 config.architecture,
                 img_size=config.image_size,
                 num_classes=0,
@@ -43,9 +61,9 @@ class ImageEncoder(nn.Module):
             )
         except (RuntimeError, TypeError, AssertionError, ValueError) as error:
             raise RecipeError(
-                f"model.image: timm cannot make {config.architecture} with {stated} at {config.image_size} px: {error}"
+                f"model.image: timm cannot make {config.architecture} with {stated} at {config.image_size} px ({error}); change these settings"
             ) from error
-        self.vit = cast(Any, made)  # timm's classes share these attributes, not a type
+        self.vit = cast(Any, vit)  # timm's classes share these attributes, not a type
         if getattr(self.vit, "cls_token", None) is None:
             raise RecipeError(
                 f"model.image.architecture {config.architecture} has no class token; choose a timm ViT that has one"
@@ -55,41 +73,57 @@ class ImageEncoder(nn.Module):
             for module in self.vit.modules():
                 if isinstance(module, nn.Linear):
                     nn.init.trunc_normal_(module.weight, std=initial_std(self.width))
-            if self.vit.pos_embed is not None:  # some of timm's rotate instead
+            if self.vit.pos_embed is not None:  # some of timm's models have rotary positions instead
                 self.vit.pos_embed.normal_(std=config.position_std)
         self.tokens: int = self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
-        # Not in the state: they are constants, and DeepSpeed does not carry buffers between ranks.
+        # Not persistent: they are constants, and DeepSpeed does not copy buffers between ranks.
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1) * 255, persistent=False)
 
     def set_image_size(self, image_size: int) -> None:
-        """Take images of so many pixels a side from now on, position embeddings interpolated."""
+        """Take images of `image_size` pixels a side from now on, and interpolate the position embeddings."""
         positions = self.vit.pos_embed
         self.vit.set_input_size(image_size)
-        if positions is not None:  # timm's own interpolation smooths as well (antialias)
+        if positions is not None:  # again, from the original: timm's own interpolation also smooths (antialias)
             first = 0 if getattr(self.vit, "no_embed_class", False) else self.vit.num_prefix_tokens
             self.vit.pos_embed.data = interpolate_positions(positions.data, self.vit.patch_embed.grid_size[0], first)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (batch, 3, size, size) uint8 -> (batch, 1 + patches, width)."""
+        """Return tokens (batch, 1 + patches, width) of images (batch, 3, size, size) uint8."""
         return self.vit(self._pixels(images))
 
     def with_levels(self, images: Tensor, layers: list[int]) -> tuple[Tensor, list[Tensor]]:
-        """`forward`, and the class token after each of some layers (from 1): (batch, width) each, not yet normalised."""
-        distinct = sorted(set(layers))  # as timm returns them
-        tokens, found = self.vit.forward_intermediates(
+        """Return `forward`'s tokens, and the class token after inner layers.
+
+        Args:
+            images: (batch, 3, size, size) uint8.
+            layers: counted from 1; one may come twice.
+
+        Returns:
+            Tokens (batch, 1 + patches, width), and for each of `layers` (batch, width), not yet normalised.
+        """
+        distinct = sorted(set(layers))  # timm returns each layer once, in order
+        tokens, outputs = self.vit.forward_intermediates(
             self._pixels(images), [layer - 1 for layer in distinct], return_prefix_tokens=True, output_fmt="NLC"
         )
-        tops = {layer: prefix[:, 0] for layer, (_, prefix) in zip(distinct, found, strict=True)}
+        tops = {layer: prefix[:, 0] for layer, (_, prefix) in zip(distinct, outputs, strict=True)}
         return tokens, [tops[layer] for layer in layers]
 
     def layer_tokens(self, images: Tensor, layers: list[int]) -> list[Tensor]:
-        """Patch tokens after some layers (from 1), not yet normalised: (batch, patches, width) each, the class token left out."""
+        """Return the patch tokens after inner layers, without the class token.
+
+        Args:
+            images: (batch, 3, size, size) uint8.
+            layers: counted from 1; one may come twice.
+
+        Returns:
+            For each of `layers` (batch, patches, width), not yet normalised.
+        """
         distinct = sorted(set(layers))
-        found = self.vit.forward_intermediates(
+        outputs = self.vit.forward_intermediates(
             self._pixels(images), [layer - 1 for layer in distinct], output_fmt="NLC", intermediates_only=True
         )
-        tokens = dict(zip(distinct, found, strict=True))
+        tokens = dict(zip(distinct, outputs, strict=True))
         return [tokens[layer] for layer in layers]
 
     def _pixels(self, images: Tensor) -> Tensor:
@@ -98,6 +132,14 @@ class ImageEncoder(nn.Module):
 
 
 def interpolate_positions(embedding: Tensor, side: int, first: int = 1) -> Tensor:
-    """(1, first + patches, width) -> (1, first + side * side, width), the `first` tokens' as they are; bicubic, as ALBEF does it:
-    corners not aligned, nothing smoothed."""
+    """Interpolate position embeddings to another resolution: bicubic, corners not aligned, not smoothed, as in ALBEF.
+
+    Args:
+        embedding: (1, first + patches, width)
+        side: patches a side of the new resolution.
+        first: tokens before the patches; their embeddings stay as they are.
+
+    Returns:
+        (1, first + side * side, width)
+    """
     return resample_abs_pos_embed(embedding, [side, side], num_prefix_tokens=first, antialias=False)

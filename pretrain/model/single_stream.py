@@ -1,8 +1,7 @@
 """The single-stream fusion encoder: words and image tokens in one self-attention stack, as in ViLT, Oscar and VinVL.
 
-VLDeformer's starting point: its layers have nothing that needs both modalities, so they run on either alone (`finetune/heads/
-vldeformer.py`). Nothing of an image can be shared among the texts it is fused with beyond its entry: every pair goes through
-every layer whole.
+It is VLDeformer's starting point: its layers need neither modality, so they run on either alone (`finetune/heads/decomposed.py`).
+Texts that are fused with the same image share only its entry: every pair goes through every layer whole.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ TEXT, IMAGE = 0, 1
 
 
 class SingleStreamEncoder(nn.Module):
-    """Text states and image tokens -> fused text states; the same calls as `FusionEncoder`.
+    """Fuses word states with image tokens; has the same two calls as `FusionEncoder`.
 
-    Each side keeps the positions that its own encoder gave it: words from 0, patches by their place in the image.
+    Each side keeps the positions that its own encoder gave it: words count from 0, patches by their position in the image.
     """
 
     def __init__(self, config: FusionEncoderConfig, text: TextEncoderConfig, image_width: int) -> None:
@@ -36,15 +35,21 @@ class SingleStreamEncoder(nn.Module):
         self.apply(initialize_weights(text.width))
 
     def enter_text(self, states: Tensor) -> Tensor:
-        """(texts, words, width) -> the same, marked [T]."""
+        """Return word states (texts, words, width) marked as text, [T]."""
         return self._enter(states, TEXT)
 
     def prepare_images(self, image_tokens: Tensor) -> PreparedImages:
-        """(images, tokens, image width) -> one tensor (images, tokens, width) marked [V], in the form `forward` takes."""
+        """Bring image tokens (images, tokens, image width) to the layers' width and mark them as image, [V], for `forward`."""
         return [(self._enter(self.entry(image_tokens), IMAGE),)]
 
     def run_layers(self, states: Tensor, mask: Tensor, first_only: bool = False) -> Tensor:
-        """The layers on one modality that has entered, or on both joined. states: (batch, tokens, width); mask: (batch, tokens)."""
+        """Run the layers on one modality alone, or on both joined.
+
+        Args:
+            states: (batch, tokens, width), from `enter_text`, `prepare_images` or `join`.
+            mask: (batch, tokens) bool, True where a token is.
+            first_only: compute the last layer for the first token alone.
+        """
         for layer in self.layers:
             states = layer(states, mask, first_only=first_only and layer is self.layers[-1])
         return states
@@ -52,7 +57,7 @@ class SingleStreamEncoder(nn.Module):
     def join(
         self, states: Tensor, mask: Tensor, images: PreparedImages, image_of_text: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What the layers read: words, then image tokens, (texts, words + tokens, width), and its mask. Arguments as `forward`'s."""
+        """Return what the layers read, and its mask: words, then image tokens, (texts, words + tokens, width). Arguments as in `forward`."""
         ((tokens,),) = images
         if image_of_text is not None:
             tokens = tokens[image_of_text]
@@ -69,9 +74,15 @@ class SingleStreamEncoder(nn.Module):
     ) -> Tensor:
         """Fuse each text with one image.
 
-        states: (texts, words, width), mask: (texts, words) bool; images: `prepare_images` of all the images there are;
-        image_of_text: (texts,) the row of each text's image, or None where text i has image i. -> (texts, words, width);
-        first_only: [CLS] alone, (texts, 1, width), for which the last layer computes no other token.
+        Args:
+            states: (texts, words, width), from the text encoder.
+            mask: (texts, words) bool, True where a word is.
+            images: `prepare_images` of all images.
+            image_of_text: (texts,) int64, the row of each text's image in `images`. None: text i has image i.
+            first_only: return [CLS] alone; the last layer then computes no other token.
+
+        Returns:
+            The fused word states (texts, words, width), or (texts, 1, width) with `first_only`.
         """
         joined = self.join(states, mask, images, image_of_text)
         return self.run_layers(*joined, first_only)[:, : states.shape[1]]

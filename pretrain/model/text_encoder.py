@@ -1,4 +1,15 @@
-"""The text encoder: BERT's embeddings and its first layers, on words alone."""
+"""The text encoder: BERT's embeddings and its first layers, which read words alone.
+
+The interface that the rest of the model uses:
+
+- `forward(ids, mask)` returns the word states (texts, words, width), the first of which ([CLS]) is the global one.
+  `AlignmentModel.text_features` projects it.
+- `layer_states(ids, mask)` returns the states after every layer, for levels.
+- `width`, and `layers`, the transformer layers, for compiling and activation checkpointing.
+- `words`, the word embeddings, which the masked-language head shares.
+
+Tested in tests/pretrain/model/test_alignment_model.py.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +22,14 @@ from pretrain.model.bert_layers import BertLayer, initialize_weights
 
 
 class TextEncoder(nn.Module):
-    """Token ids -> states, [CLS] first."""
+    """Encodes token ids into word states, [CLS] first."""
 
     def __init__(self, config: TextEncoderConfig, vocabulary: int) -> None:
         super().__init__()
         self.width, self.dropout = config.width, config.dropout
         self.words = nn.Embedding(vocabulary, config.width, padding_idx=0)
         self.positions = nn.Embedding(config.positions, config.width)
-        # BERT's segments; all of ours are the first. A decomposed model (VLDeformer) tells text from image by them.
+        # BERT's segments. Captions use only the first.
         self.segments = nn.Embedding(2, config.width)
         self.norm = nn.LayerNorm(config.width, eps=1e-12)
         self.layers = nn.ModuleList(
@@ -27,13 +38,21 @@ class TextEncoder(nn.Module):
         self.apply(initialize_weights(config.width))
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids: (texts, words) int64; mask: (texts, words) bool, True where a word is -> (texts, words, width)."""
+        """Encode captions.
+
+        Args:
+            ids: (texts, words) int64 token ids.
+            mask: (texts, words) bool, True where a word is.
+
+        Returns:
+            (texts, words, width)
+        """
         return self.layer_states(ids, mask)[-1]
 
     def layer_states(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
-        """The embeddings, then the states after each layer: (texts, words, width) each."""
-        places = torch.arange(ids.shape[1], device=ids.device)
-        states = self.norm(self.words(ids) + self.positions(places) + self.segments.weight[0])
+        """Return the embeddings, then the states after each layer, (texts, words, width) each; arguments as in `forward`."""
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        states = self.norm(self.words(ids) + self.positions(positions) + self.segments.weight[0])
         states = [functional.dropout(states, self.dropout, self.training)]
         for layer in self.layers:
             states.append(layer(states[-1], mask))

@@ -307,7 +307,7 @@ def test_digests_tell_a_tensor_that_was_reset(checkpoint, lone_process):
 def test_a_state_of_another_model_is_refused_by_name(lone_process, saved):
     assert lone_process.run(engine_jobs.load_a_misfit, saved["fp32"]) == [
         (
-            "the checkpoint and the recipe's model differ, first in codebook; use the recipe it was made with",
-            "codebook is (15, 16) in the checkpoint and (16, 16) in the recipe; use the recipe it was made with",
+            "the checkpoint and the recipe's model have different parameters, first codebook; use the checkpoint's recipe",
+            "codebook is (15, 16) in the checkpoint and (16, 16) in the recipe; use the checkpoint's recipe",
         )
     ]

@@ -58,5 +58,5 @@ def test_a_map_is_the_same_alone_and_leaves_no_gradient_behind(layer):
 
 def test_a_layer_that_is_not_there_is_refused():
     batch = tiny.batch(1)
-    with pytest.raises(ValueError, match="fusion layer 1 of 1"):
+    with pytest.raises(ValueError, match="fusion layer 1 of 1 does not exist"):
         word_maps(tiny.model(), batch["images"][0], batch["ids"], batch["mask"], 1)
