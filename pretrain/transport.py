@@ -83,7 +83,7 @@ class _Schedule(NamedTuple):
     beta: float
     outer_steps: int
     tolerance: float | None
-    """Column error at which a problem has settled; None: no error is asked for."""
+    """Column error at which a problem has settled; None: stop at the end of the strides."""
 
     @property
     def sharpness(self) -> float:
@@ -114,7 +114,7 @@ def proximal_point(
             outer steps at once, then settles the columns.
         tolerance: column error at which a problem has settled; None stops at the end of the strides.
         start: (…, k), the potential g of an earlier plan over nearly the same codewords, instead of the strides. Where a problem
-            does not settle from it, or where there is no tolerance to settle within, strides are taken all the same.
+            does not settle from it, or where there is no tolerance, strides are taken all the same.
     """
     problem = _prepare(cost, a, b)
     if inner_steps is not None:
@@ -180,7 +180,7 @@ def _paper_loop(problem: _Problem, beta: float, outer_steps: int, inner_steps: i
 
 
 def _solve(problem: _Problem, schedule: _Schedule, start: Tensor | None, sweep: Sweep) -> Potentials | None:
-    """Settle every problem from one guess after another, each more expensive than the one before.
+    """Settle every problem from a series of guesses, the cheapest first.
 
     Returns:
         f and g; None where a number left its range.
@@ -217,7 +217,7 @@ def _stride(problem: _Problem, schedule: _Schedule, strides: int, growth: float,
     outer_steps, beta = schedule.outer_steps, schedule.beta
     f, g = torch.zeros_like(problem.log_a_n), torch.zeros_like(problem.log_b_k)
     f_change, g_change = f, g
-    # The first stride is such that their geometric series adds up to all outer steps.
+    # Strides are a geometric series that adds up to `outer_steps`.
     stride, step, previous = outer_steps * (growth - 1) / (growth**strides - 1), 0.0, 0.0
     for _ in range(strides):
         ahead = stride / previous if previous else 0.0
@@ -244,7 +244,7 @@ def _settle(
             settled = torch.ones_like(error, dtype=torch.bool) if tolerance is None else error <= tolerance
             if bool(settled.all()) or number == most:
                 break
-        # The last sweep before a check is a plain one: after it the rows are exact, and the column error tells all.
+        # The last sweep before a check is a plain one: after it the rows are exact, and the column error alone tells whether it has settled.
         relaxation = 1.0 if number % CHECK_EVERY == CHECK_EVERY - 1 else RELAXATION
         new_f, new_g = sweep(problem, sharpness, f, g, relaxation)
         # A problem that has settled stays as it is: its plan must not depend on those it is batched with.

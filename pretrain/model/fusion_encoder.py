@@ -12,7 +12,7 @@ from pretrain.model.bert_layers import BertLayer, KeysValues, initialize_weights
 
 
 class FusionEncoder(nn.Module):
-    """Fuses word states with image tokens, into word states that have seen the image.
+    """Fuses word states with image tokens, and returns word states that have seen the image.
 
     `SingleStreamEncoder` has the same two calls, so the rest of the model need not know which of them it has.
     """

@@ -2,7 +2,7 @@
 
 The interface that the rest of the model uses:
 
-- `forward(images)` returns tokens (images, 1 + patches, width), the first of which (the class token) is the global one.
+- `forward(images)` returns tokens (images, 1 + patches, width), the class token first. It is the global feature, and
   `AlignmentModel.image_features` projects it.
 - `with_levels(images, layers)` returns the tokens and the class token after inner layers, for levels. `layer_tokens` returns the patch
   tokens after inner layers.

@@ -2,7 +2,7 @@
 
 The interface that the rest of the model uses:
 
-- `forward(ids, mask)` returns the word states (texts, words, width), the first of which ([CLS]) is the global one.
+- `forward(ids, mask)` returns the word states (texts, words, width), [CLS] first. It is the global feature, and
   `AlignmentModel.text_features` projects it.
 - `layer_states(ids, mask)` returns the states after every layer, for levels.
 - `width`, and `layers`, the transformer layers, for compiling and activation checkpointing.

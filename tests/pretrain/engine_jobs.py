@@ -41,7 +41,7 @@ PARTS = ("masters", "moments", "teacher", "queue", "transport")
 
 
 @dataclass
-class Told:
+class Results:
     """What one rank has to tell of a run."""
 
     losses: list[dict[str, float]] = field(default_factory=list)
@@ -65,7 +65,7 @@ def train(
     raw_gradients: bool = False,
     kept_whole: int = 0,
     bucket: int | None = None,
-) -> Told:
+) -> Results:
     """`steps` steps of a run; from `start`, if given, as a resumed run does it. kept_whole: the engine's, for ZeRO 3; bucket: elements
     of a reduction buffer, if not the engine's."""
     pretrain.engine.KEPT_WHOLE = kept_whole
@@ -78,14 +78,14 @@ def train(
     task = tiny.task(recipe, ranks)
     engine = Engine(task.student, recipe.optimizer, recipe.training, micro_batch, accumulation, device)
     task.gathered = engine.gathered
-    told, first = Told(), 0
+    results, first = Results(), 0
     if start is not None:
         engine.load(start.masters, start.moments, start.step)
         task.teacher.load(start.teacher)
         task.queue.load_state_dict(start.queue)
         task.potentials = start.transport.get("potentials")
         first = start.step
-        told.loaded = read(first, engine, task)
+        results.loaded = read(first, engine, task)
     for step in range(first, first + steps):
         rows = slice(ranks.rank * local, (ranks.rank + 1) * local)
         batch = tiny.batch(recipe.training.global_batch, step, rows)
@@ -98,18 +98,18 @@ def train(
             engine.backward(loss)
             losses.append(named)
             if raw_gradients and engine.module.is_gradient_accumulation_boundary():
-                told.gradients.append(gradients(engine))
+                results.gradients.append(gradients(engine))
             norm = engine.step()
         assert engine.module.was_step_applied()
         task.finish(engine.masters())
-        told.losses.append(mean_of(figures, losses, ranks.world))
-        told.norms.append(norm)
-    told.state = read(first + steps, engine, task)
+        results.losses.append(mean_of(figures, losses, ranks.world))
+        results.norms.append(norm)
+    results.state = read(first + steps, engine, task)
     weights = tiny.model(recipe)
     engine.copy_weights(weights)
-    told.parameters = copied(dict(weights.named_parameters()))
-    told.teacher_compute = copied(dict(task.teacher.model.named_parameters()))
-    return told
+    results.parameters = copied(dict(weights.named_parameters()))
+    results.teacher_compute = copied(dict(task.teacher.model.named_parameters()))
+    return results
 
 
 def save(recipe_changes: dict[str, Any], steps: int, folder: Path) -> dict[str, str]:
@@ -123,7 +123,7 @@ def save(recipe_changes: dict[str, Any], steps: int, folder: Path) -> dict[str, 
     return digests(state)
 
 
-def resume(recipe_changes: dict[str, Any], folder: Path, steps: int) -> Told:
+def resume(recipe_changes: dict[str, Any], folder: Path, steps: int) -> Results:
     """Go on from such a checkpoint."""
     verify_checkpoint(folder)
     parts = {name: read_tensors(folder, name) for name in PARTS}

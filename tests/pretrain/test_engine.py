@@ -38,8 +38,8 @@ def runs(gloo_pool, lone_process):
     return run
 
 
-def losses_of(told, name: str = "loss") -> list[float]:
-    return [figures[name] for figures in told.losses]
+def losses_of(results, name: str = "loss") -> list[float]:
+    return [figures[name] for figures in results.losses]
 
 
 def assert_same_gradients(one, other, relative: float) -> None:
@@ -48,31 +48,31 @@ def assert_same_gradients(one, other, relative: float) -> None:
     for mine, theirs in ((one.gradients[0], other.gradients[0]), (one.state.moments, other.state.moments)):
         assert mine.keys() == theirs.keys()
         for name, tensor in mine.items():
-            wanted = theirs[name]
+            expected = theirs[name]
             noise = 1e-7 if "bias" in name else 0.0  # of biases of keys, whose gradient is zero
-            assert (tensor - wanted).abs().max() <= relative * wanted.abs().max() + noise, name
+            assert (tensor - expected).abs().max() <= relative * expected.abs().max() + noise, name
 
 
 def test_raw_gradients_are_those_of_every_weight_and_step(runs):
-    told = runs(2, 3)
-    assert len(told.gradients) == STEPS
-    assert {name for name, weight in tiny.model().named_parameters()} == told.gradients[0].keys()
-    norm = torch.nn.utils.get_total_norm(list(told.gradients[0].values()))
-    assert float(norm) == pytest.approx(told.norms[0], rel=1e-5)
+    results = runs(2, 3)
+    assert len(results.gradients) == STEPS
+    assert {name for name, weight in tiny.model().named_parameters()} == results.gradients[0].keys()
+    norm = torch.nn.utils.get_total_norm(list(results.gradients[0].values()))
+    assert float(norm) == pytest.approx(results.norms[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_zero_stages_give_the_same_losses_and_gradients(runs, stage):
-    told, wanted = runs(2, stage), runs(2, 1)
-    assert losses_of(told) == pytest.approx(losses_of(wanted), rel=1e-6)
-    assert told.norms == pytest.approx(wanted.norms, rel=1e-6)
-    assert_same_gradients(told, wanted, 1e-6)
+    results, expected = runs(2, stage), runs(2, 1)
+    assert losses_of(results) == pytest.approx(losses_of(expected), rel=1e-6)
+    assert results.norms == pytest.approx(expected.norms, rel=1e-6)
+    assert_same_gradients(results, expected, 1e-6)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_zero_stages_agree_over_twenty_steps(gloo_pool, twenty_steps, stage):
-    told = gloo_pool.run(engine_jobs.train, changes(stage), 20)[0]
-    assert losses_of(told) == pytest.approx(losses_of(twenty_steps), rel=1e-6)
+    results = gloo_pool.run(engine_jobs.train, changes(stage), 20)[0]
+    assert losses_of(results) == pytest.approx(losses_of(twenty_steps), rel=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -83,25 +83,25 @@ def twenty_steps(gloo_pool):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offloading_the_optimizer_changes_rounding_alone(runs, stage):
     """Its AdamW is the fused one, which multiplies in another order."""
-    told, wanted = runs(2, stage, training__offload_optimizer=True), runs(2, 1)
-    assert losses_of(told) == pytest.approx(losses_of(wanted), rel=1e-6)
-    assert_same_gradients(told, wanted, 1e-5)
+    results, expected = runs(2, stage, training__offload_optimizer=True), runs(2, 1)
+    assert losses_of(results) == pytest.approx(losses_of(expected), rel=1e-6)
+    assert_same_gradients(results, expected, 1e-5)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_activations_computed_again_are_the_same(runs, stage):
-    told, wanted = (
+    results, expected = (
         runs(2, stage, training__checkpoint_activations=True, model__text__dropout=0.1),
         runs(2, 1, model__text__dropout=0.1),
     )
-    assert losses_of(told) == pytest.approx(losses_of(wanted), rel=1e-6)
-    assert_same_gradients(told, wanted, 1e-6)
+    assert losses_of(results) == pytest.approx(losses_of(expected), rel=1e-6)
+    assert_same_gradients(results, expected, 1e-6)
 
 
 def test_small_parameters_kept_whole_at_stage_3_change_nothing(gloo_pool, runs):
-    told = gloo_pool.run(engine_jobs.train, changes(3), STEPS, raw_gradients=True, kept_whole=500)[0]
-    assert losses_of(told) == pytest.approx(losses_of(runs(2, 1)), rel=1e-6)
-    assert_same_gradients(told, runs(2, 1), 1e-6)
+    results = gloo_pool.run(engine_jobs.train, changes(3), STEPS, raw_gradients=True, kept_whole=500)[0]
+    assert losses_of(results) == pytest.approx(losses_of(runs(2, 1)), rel=1e-6)
+    assert_same_gradients(results, runs(2, 1), 1e-6)
 
 
 def test_plans_from_the_students_own_features_are_refused_at_stage_3():
@@ -112,9 +112,9 @@ def test_plans_from_the_students_own_features_are_refused_at_stage_3():
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_gradients_that_travel_in_many_buckets_are_the_same(gloo_pool, runs, stage):
     """Some parameters are larger than a bucket."""
-    told = gloo_pool.run(engine_jobs.train, changes(stage), STEPS, raw_gradients=True, bucket=1500)[0]
-    assert losses_of(told) == pytest.approx(losses_of(runs(2, 1)), rel=1e-6)
-    assert_same_gradients(told, runs(2, 1), 1e-6)
+    results = gloo_pool.run(engine_jobs.train, changes(stage), STEPS, raw_gradients=True, bucket=1500)[0]
+    assert losses_of(results) == pytest.approx(losses_of(runs(2, 1)), rel=1e-6)
+    assert_same_gradients(results, runs(2, 1), 1e-6)
 
 
 def test_the_losses_fall(runs):
@@ -125,13 +125,13 @@ def test_the_losses_fall(runs):
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("micro_batch", [16, 8, 4], ids=["whole batch", "2 accumulated", "4 accumulated"])
 def test_one_process_computes_what_two_do(runs, stage, micro_batch):
-    told, wanted = runs(1, stage, training__micro_batch=micro_batch), runs(2, 1)
+    results, expected = runs(1, stage, training__micro_batch=micro_batch), runs(2, 1)
     for name in ("loss", "contrastive", "matching", "masked_language", "codebook", "transport_cost"):
-        assert losses_of(told, name) == pytest.approx(losses_of(wanted, name), rel=1e-5), name
-    assert told.norms == pytest.approx(wanted.norms, rel=1e-5)
-    assert_same_gradients(told, wanted, 1e-5)
-    for name, weight in told.state.masters.items():
-        difference = (weight - wanted.state.masters[name]).abs()
+        assert losses_of(results, name) == pytest.approx(losses_of(expected, name), rel=1e-5), name
+    assert results.norms == pytest.approx(expected.norms, rel=1e-5)
+    assert_same_gradients(results, expected, 1e-5)
+    for name, weight in results.state.masters.items():
+        difference = (weight - expected.state.masters[name]).abs()
         if name.endswith(("qkv.bias", "query_key_value.bias", "key_value.bias")):
             # A bias of the keys shifts all logits of a query alike: its gradient is zero, and Adam makes steps of its rounding.
             *others, keys, values = difference.chunk(2 if name.endswith(".key_value.bias") else 3)
@@ -141,9 +141,9 @@ def test_one_process_computes_what_two_do(runs, stage, micro_batch):
 
 
 def test_two_processes_that_accumulate_compute_the_same(runs):
-    told, wanted = runs(2, 2, training__micro_batch=4), runs(2, 1)
-    assert losses_of(told) == pytest.approx(losses_of(wanted), rel=1e-5)
-    assert_same_gradients(told, wanted, 1e-5)
+    results, expected = runs(2, 2, training__micro_batch=4), runs(2, 1)
+    assert losses_of(results) == pytest.approx(losses_of(expected), rel=1e-5)
+    assert_same_gradients(results, expected, 1e-5)
 
 
 def test_teacher_and_queue_are_the_same_in_any_world(runs):
@@ -167,8 +167,8 @@ def test_every_rank_ends_with_the_same_weights_teacher_and_queue(runs):
 def test_clipping_scales_gradients_and_reports_the_norm_before_it(runs, stage):
     clipped, plain = runs(2, stage, optimizer__clip_norm=1.0), runs(2, stage)
     assert clipped.norms[0] == pytest.approx(plain.norms[0], rel=1e-6) and plain.norms[0] > 1
-    wanted = runs(2, 1, optimizer__clip_norm=1.0)
-    assert losses_of(clipped) == pytest.approx(losses_of(wanted), rel=1e-5)
+    expected = runs(2, 1, optimizer__clip_norm=1.0)
+    assert losses_of(clipped) == pytest.approx(losses_of(expected), rel=1e-5)
     # One step in, the first moment is a tenth of the clipped gradient; after five its norm is at most 1 - 0.9**5.
     first_moments = [moment for name, moment in clipped.state.moments.items() if name.startswith("exp_avg.")]
     assert 0 < torch.nn.utils.get_total_norm(first_moments) <= 1 - 0.9**STEPS + 1e-6
@@ -176,16 +176,16 @@ def test_clipping_scales_gradients_and_reports_the_norm_before_it(runs, stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16_trains_with_float32_masters_moments_and_teacher(runs, stage):
-    told, plain = runs(2, stage, "bf16"), runs(2, 1)
-    state = told.state
+    results, plain = runs(2, stage, "bf16"), runs(2, 1)
+    state = results.state
     for tensors in (state.masters, state.moments, state.teacher):
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-    for name, weight in told.parameters.items():
+    for name, weight in results.parameters.items():
         assert weight.dtype == torch.bfloat16 and torch.equal(weight, state.masters[name].bfloat16()), name
         assert not torch.equal(weight.float(), state.masters[name]), f"{name} holds no more than bf16 does"
-    for name, weight in told.teacher_compute.items():
+    for name, weight in results.teacher_compute.items():
         assert torch.equal(weight, state.teacher[name].bfloat16()), name
-    assert losses_of(told) == pytest.approx(losses_of(plain), rel=2e-2)
+    assert losses_of(results) == pytest.approx(losses_of(plain), rel=2e-2)
 
 
 def test_bf16_stages_agree(runs):
@@ -227,22 +227,22 @@ def test_state_saved_at_zero_1_on_two_ranks_loads_anywhere_and_goes_on(
 ):
     pool = gloo_pool if world == 2 else lone_process
     state = saved[precision]
-    told = pool.run(engine_jobs.train, changes(stage, precision), STEPS - state.step, state)
-    for rank in told:
+    results = pool.run(engine_jobs.train, changes(stage, precision), STEPS - state.step, state)
+    for rank in results:
         for part in engine_jobs.PARTS:
-            loaded, wanted = getattr(rank.loaded, part), getattr(state, part)
-            assert loaded.keys() == wanted.keys()
-            assert all(torch.equal(loaded[name], wanted[name]) for name in wanted), part
-    assert losses_of(told[0]) == losses_of(runs(2, 1, precision))[state.step :], "a resumed run is the run itself"
+            loaded, expected = getattr(rank.loaded, part), getattr(state, part)
+            assert loaded.keys() == expected.keys()
+            assert all(torch.equal(loaded[name], expected[name]) for name in expected), part
+    assert losses_of(results[0]) == losses_of(runs(2, 1, precision))[state.step :], "a resumed run is the run itself"
     if precision == "fp32" and stage == 2 and world == 2:
-        final, wanted = told[0].state, runs(2, 1).state
-        assert all(torch.equal(final.masters[name], wanted.masters[name]) for name in wanted.masters)
+        final, expected = results[0].state, runs(2, 1).state
+        assert all(torch.equal(final.masters[name], expected.masters[name]) for name in expected.masters)
 
 
 def test_state_saved_by_one_process_loads_on_two(gloo_pool, lone_process, runs):
     state = lone_process.run(engine_jobs.train, changes(0), 2)[0].state
-    told = gloo_pool.run(engine_jobs.train, changes(2), STEPS - 2, state)[0]
-    assert losses_of(told) == pytest.approx(losses_of(runs(2, 1))[2:], rel=1e-6)
+    results = gloo_pool.run(engine_jobs.train, changes(2), STEPS - 2, state)[0]
+    assert losses_of(results) == pytest.approx(losses_of(runs(2, 1))[2:], rel=1e-6)
 
 
 @pytest.fixture(scope="module", params=[3, 4])
@@ -261,18 +261,18 @@ WORLDS = {"training__global_batch": 24, "training__micro_batch": 12, "objectives
 def checkpoint(request, gloo_pool, tmp_path_factory):
     """A checkpoint written by two ranks at ZeRO 2, the digest of every tensor it was made from, and the two steps after it."""
     folder = tmp_path_factory.mktemp("saved") / "step-00000002"
-    told = gloo_pool.run(engine_jobs.save, changes(2, request.param, **WORLDS), 2, folder)[0]
+    results = gloo_pool.run(engine_jobs.save, changes(2, request.param, **WORLDS), 2, folder)[0]
     gone_on = gloo_pool.run(engine_jobs.resume, changes(2, request.param, **WORLDS), folder, 2)[0]
-    return request.param, folder, told, losses_of(gone_on)
+    return request.param, folder, results, losses_of(gone_on)
 
 
 def test_a_checkpoint_of_two_ranks_loads_on_three_and_four(checkpoint, larger_pool):
     """At every stage, every tensor by its digest, on every rank; and the run goes on as on two."""
     precision, folder, digests, after = checkpoint
     for stage in STAGES:
-        for told in larger_pool.run(engine_jobs.resume, changes(stage, precision, **WORLDS), folder, 2):
-            assert engine_jobs.digests(told.loaded) == digests
-        assert losses_of(told) == pytest.approx(after, rel=1e-5 if precision == "fp32" else 2e-2)
+        for results in larger_pool.run(engine_jobs.resume, changes(stage, precision, **WORLDS), folder, 2):
+            assert engine_jobs.digests(results.loaded) == digests
+        assert losses_of(results) == pytest.approx(after, rel=1e-5 if precision == "fp32" else 2e-2)
 
 
 def test_where_plans_start_is_in_the_checkpoint(lone_process, tmp_path):
@@ -281,26 +281,26 @@ def test_where_plans_start_is_in_the_checkpoint(lone_process, tmp_path):
         losses_of(lone_process.run(engine_jobs.train, recipe, 4)[0]) for recipe in (warm, changes(1, **WORLDS))
     )
     digests = lone_process.run(engine_jobs.save, warm, 2, tmp_path / "step-00000002")[0]
-    (told,) = lone_process.run(engine_jobs.resume, warm, tmp_path / "step-00000002", 2)
-    assert engine_jobs.digests(told.loaded) == digests and "transport.potentials" in digests
-    assert losses_of(told) == whole[2:] != cold[2:]
+    (results,) = lone_process.run(engine_jobs.resume, warm, tmp_path / "step-00000002", 2)
+    assert engine_jobs.digests(results.loaded) == digests and "transport.potentials" in digests
+    assert losses_of(results) == whole[2:] != cold[2:]
 
 
 def test_a_checkpoint_of_two_ranks_loads_on_one(checkpoint, lone_process):
     precision, folder, digests, after = checkpoint
     for stage in STAGES:
-        (told,) = lone_process.run(engine_jobs.resume, changes(stage, precision, **WORLDS), folder, 2)
-        assert engine_jobs.digests(told.loaded) == digests
-        assert losses_of(told) == pytest.approx(after, rel=1e-5 if precision == "fp32" else 2e-2)
+        (results,) = lone_process.run(engine_jobs.resume, changes(stage, precision, **WORLDS), folder, 2)
+        assert engine_jobs.digests(results.loaded) == digests
+        assert losses_of(results) == pytest.approx(after, rel=1e-5 if precision == "fp32" else 2e-2)
 
 
 def test_digests_tell_a_tensor_that_was_reset(checkpoint, lone_process):
     precision, folder, digests, _ = checkpoint
     fresh = lone_process.run(engine_jobs.train, changes(1, precision, **WORLDS), 0)[0].state
-    told = engine_jobs.digests(fresh)
-    assert told.keys() == digests.keys() and len(told) > 100
+    results = engine_jobs.digests(fresh)
+    assert results.keys() == digests.keys() and len(results) > 100
     assert {"teacher.image_projection.weight", "queue.counters", "moments.exp_avg.codebook", "masters.codebook"} <= {
-        name for name in told if told[name] != digests[name]
+        name for name in results if results[name] != digests[name]
     }
 
 

@@ -45,21 +45,21 @@ def gradients(task: PretrainTask, size: int = 8) -> dict[str, torch.Tensor | Non
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_each_loss_reaches_these_parameters_and_no_others(objective):
-    found = gradients(only(objective))
-    reached = {name for name, gradient in found.items() if gradient is not None}
+    by_name = gradients(only(objective))
+    reached = {name for name, gradient in by_name.items() if gradient is not None}
     assert reached == REACHED[objective]
-    zero = {name for name in reached if not found[name].any()}
+    zero = {name for name in reached if not by_name[name].any()}
     assert not zero, "a gradient that is zero everywhere is none"
 
 
 def test_together_they_reach_everything():
-    found = gradients(tiny.task(tiny.recipe()))
-    assert {name for name, gradient in found.items() if gradient is not None and gradient.any()} == set(NAMES)
+    by_name = gradients(tiny.task(tiny.recipe()))
+    assert {name for name, gradient in by_name.items() if gradient is not None and gradient.any()} == set(NAMES)
 
 
 def test_intra_modal_terms_off_reach_the_same():
-    found = gradients(only("contrastive", objectives__contrastive__intra_modal=False))
-    assert {name for name, gradient in found.items() if gradient is not None} == REACHED["contrastive"]
+    by_name = gradients(only("contrastive", objectives__contrastive__intra_modal=False))
+    assert {name for name, gradient in by_name.items() if gradient is not None} == REACHED["contrastive"]
 
 
 def test_the_total_is_the_weighted_sum_of_the_named_losses():
@@ -81,16 +81,16 @@ def test_an_objective_with_weight_0_is_not_computed():
 def test_a_model_without_codebook_or_fusion_encoder_trains_what_it_has():
     weights = {f"objectives__{name}__weight": 0.0 for name in OBJECTIVES[1:]}
     task = tiny.task(tiny.recipe(model__codewords=0, model__fusion={"layers": 0}, **weights))
-    found = gradients(task)
-    assert {name for name, gradient in found.items() if gradient is not None} >= REACHED["contrastive"]
+    by_name = gradients(task)
+    assert {name for name, gradient in by_name.items() if gradient is not None} >= REACHED["contrastive"]
 
 
 def test_distillation_ramps_from_0_over_the_first_epoch():
     task = tiny.task(tiny.recipe())
-    for epoch, wanted in ((0.0, 0.0), (0.25, 0.1), (1.0, 0.4), (7.5, 0.4)):
+    for epoch, expected in ((0.0, 0.0), (0.25, 0.1), (1.0, 0.4), (7.5, 0.4)):
         (inputs,), figures = task.prepare(tiny.batch(8), epoch, 8)
-        assert inputs.distill_weight == pytest.approx(wanted) == float(figures["distill_weight"])
-        assert (inputs.masked.teacher_logits is None) == (wanted == 0)
+        assert inputs.distill_weight == pytest.approx(expected) == float(figures["distill_weight"])
+        assert (inputs.masked.teacher_logits is None) == (expected == 0)
 
 
 def test_keys_are_the_teachers_features_of_the_batch_and_then_the_queue():
@@ -98,13 +98,13 @@ def test_keys_are_the_teachers_features_of_the_batch_and_then_the_queue():
     batch = tiny.batch(8)
     teacher = task.teacher.model
     with torch.no_grad():
-        wanted = teacher.image_features(teacher.image_encoder(batch["images"][1]))
+        expected = teacher.image_features(teacher.image_encoder(batch["images"][1]))
     (inputs,), _ = task.prepare(batch, 1.0, 8)
-    assert torch.equal(inputs.keys.image, wanted), "of the second view; the queue is empty"
+    assert torch.equal(inputs.keys.image, expected), "of the second view; the queue is empty"
     assert torch.equal(inputs.images, batch["images"][0]), "the student sees the first"
     task.finish((name, parameter.data) for name, parameter in task.student.model.named_parameters())
     (inputs,), _ = task.prepare(tiny.batch(8, step=1), 1.0, 8)
-    assert len(inputs.keys.image_ids) == 16 and torch.equal(inputs.keys.image[8:], wanted)
+    assert len(inputs.keys.image_ids) == 16 and torch.equal(inputs.keys.image[8:], expected)
     assert torch.equal(inputs.keys.image_ids[8:], batch["image_ids"])
 
 
@@ -133,12 +133,12 @@ def test_what_is_prepared_is_a_function_of_the_batch_and_not_of_the_random_state
     task = tiny.task(tiny.recipe(**changes))
     task.student.train()
     batch = tiny.batch(8)
-    made = []
+    prepared = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         (inputs,), _ = task.prepare(batch, 1.0, 8)
-        made.append(inputs)
-    first, second = made
+        prepared.append(inputs)
+    first, second = prepared
     assert torch.equal(first.plans.image, second.plans.image) and torch.equal(first.plans.text, second.plans.text)
     assert torch.equal(first.draws, second.draws) and torch.equal(first.masked.text.ids, second.masked.text.ids)
     assert task.student.model.training, "the student's mode is left as it was"
@@ -196,8 +196,8 @@ def test_views_made_on_the_device_reach_student_and_teacher():
     augment = AugmentConfig(where="device")
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     packed = join_images([TrainTransform(tiny.IMAGE, augment, 2)(pixels, seed) for seed in range(8)])
-    made = []
+    prepared = []
     for images in (packed, packed.render("cpu")):
         (inputs,), _ = tiny.task(tiny.recipe()).prepare(tiny.batch(8) | {"images": images}, 1.0, 8)
-        made.append((inputs.images, inputs.keys.image))
-    assert torch.equal(made[0][0], made[1][0]) and torch.equal(made[0][1], made[1][1])
+        prepared.append((inputs.images, inputs.keys.image))
+    assert torch.equal(prepared[0][0], prepared[1][0]) and torch.equal(prepared[0][1], prepared[1][1])

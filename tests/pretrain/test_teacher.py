@@ -24,16 +24,16 @@ def masters_after(step: int, student) -> dict[str, torch.Tensor]:
 def test_it_follows_the_formula_over_200_steps(precision):
     student = tiny.model()
     teacher = Teacher(student, MOMENTUM, precision)
-    wanted = {name: average.double() for name, average in teacher.averages.items()}
+    expected = {name: average.double() for name, average in teacher.averages.items()}
     start = {name: average.clone() for name, average in teacher.averages.items()}
     for step in range(200):
         masters = masters_after(step, student)
         teacher.update(masters.items())
-        for name, average in wanted.items():
-            wanted[name] = MOMENTUM * average + (1 - MOMENTUM) * masters[name].double()
+        for name, average in expected.items():
+            expected[name] = MOMENTUM * average + (1 - MOMENTUM) * masters[name].double()
     for name, average in teacher.averages.items():
         assert average.dtype == torch.float32
-        error, moved = (average - wanted[name]).norm(), (wanted[name] - start[name]).norm()
+        error, moved = (average - expected[name]).norm(), (expected[name] - start[name]).norm()
         assert error < 1e-4 * moved, name
 
 
@@ -93,18 +93,18 @@ def test_over_2000_bf16_steps_it_errs_by_less_than_a_thousandth_of_the_way():
     drift = [1e-4 * torch.randn(master.shape, generator=generator) for master in masters.values()]
     watched = ("text_encoder.words.weight", "image_projection.bias", "image_encoder.vit.blocks.0.mlp.fc1.weight")
     start = {name: masters[name].double() for name in watched}
-    wanted, in_bf16 = dict(start), {name: masters[name].bfloat16() for name in watched}
+    expected, in_bf16 = dict(start), {name: masters[name].bfloat16() for name in watched}
     for step in range(2000):
         torch._foreach_add_(list(masters.values()), drift, alpha=1 + (step % 7 - 3) / 3)
         for name in watched:
-            wanted[name] = torch.lerp(wanted[name], masters[name].double(), 1 - MOMENTUM)
+            expected[name] = torch.lerp(expected[name], masters[name].double(), 1 - MOMENTUM)
             in_bf16[name].mul_(MOMENTUM).add_(masters[name].bfloat16(), alpha=1 - MOMENTUM)
         teacher.update(masters.items())
     for name in watched:
-        moved = (wanted[name] - start[name]).norm()
-        assert (teacher.averages[name] - wanted[name]).norm() < 1e-3 * moved, name
-    moved = (wanted[watched[0]] - start[watched[0]]).norm()
-    assert (in_bf16[watched[0]] - wanted[watched[0]]).norm() > 0.1 * moved
+        moved = (expected[name] - start[name]).norm()
+        assert (teacher.averages[name] - expected[name]).norm() < 1e-3 * moved, name
+    moved = (expected[watched[0]] - start[watched[0]]).norm()
+    assert (in_bf16[watched[0]] - expected[watched[0]]).norm() > 0.1 * moved
 
 
 def test_the_distance_is_that_of_all_weights_relative_to_the_students():

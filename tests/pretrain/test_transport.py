@@ -76,8 +76,8 @@ def literal_ipot(cost: Tensor, a: Tensor, b: Tensor, beta: float, outer: int, in
 def test_the_cost_is_within_2e_3_of_the_exact_plan_at_the_default(n, k, uneven):
     cost = cosine_cost(n, k, dtype=torch.float32)
     a, b = (marginal(n, 1), marginal(k, 2)) if uneven else (None, None)
-    found = gap(cost, proximal_point(cost, a, b).plan, a, b)
-    assert -1e-6 <= found <= 2e-3
+    excess_cost = gap(cost, proximal_point(cost, a, b).plan, a, b)
+    assert -1e-6 <= excess_cost <= 2e-3
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,8 @@ def test_clustered_features_are_within_2e_3_at_the_default_too(n, k, clusters, s
 def test_strides_end_at_the_plan_of_the_papers_converged_loop():
     cost, a, b = cosine_cost(12, 18), marginal(12, 1), marginal(18, 2)
     strides = proximal_point(cost, a, b, outer_steps=20, tolerance=1e-13)
-    wanted = proximal_point(cost, a, b, outer_steps=20, inner_steps=300)
-    torch.testing.assert_close(strides.plan, wanted.plan, atol=1e-11, rtol=1e-8)
+    expected = proximal_point(cost, a, b, outer_steps=20, inner_steps=300)
+    torch.testing.assert_close(strides.plan, expected.plan, atol=1e-11, rtol=1e-8)
 
 
 def test_without_a_tolerance_strides_end_on_time_and_with_one_they_settle_the_columns():
@@ -124,8 +124,8 @@ def test_newton_steps_come_to_the_plan_of_pots_sinkhorn(n, k, uniform):
     )
     solved = proximal_point(cost, a, b, beta=2.0, outer_steps=40, tolerance=1e-9)
     assert solved.marginal_errors[1] <= 1e-9
-    wanted = ot.bregman.sinkhorn_log(a.numpy(), b.numpy(), cost.numpy(), 0.05, numItermax=100_000, stopThr=1e-11)
-    np.testing.assert_allclose(solved.plan.numpy(), wanted, rtol=0, atol=1e-9)
+    expected = ot.bregman.sinkhorn_log(a.numpy(), b.numpy(), cost.numpy(), 0.05, numItermax=100_000, stopThr=1e-11)
+    np.testing.assert_allclose(solved.plan.numpy(), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("dense", [True, False])
@@ -185,8 +185,8 @@ def test_newton_steps_that_end_between_the_tolerance_and_a_tenth_of_it_have_sett
     g = proximal_point(cost, tolerance=1e-4).potentials[1]
     error = float(proximal_point(cost, tolerance=1e-4).marginal_errors[1])
     monkeypatch.setattr(transport, "NEWTON_STEPS", 0)
-    found = transport._newton(cost, 400.0, g, log_a, log_b, 2 * error)
-    assert found is not None and torch.equal(found[1], g)
+    potentials = transport._newton(cost, 400.0, g, log_a, log_b, 2 * error)
+    assert potentials is not None and torch.equal(potentials[1], g)
     assert transport._newton(cost, 400.0, g, log_a, log_b, error / 2) is None
 
 
@@ -210,10 +210,10 @@ def test_with_a_converged_inner_loop_it_is_sinkhorn_at_beta_over_t(n, k, beta, o
     a, b = (marginal(n, 1), marginal(k, 2)) if uneven else (torch.full((n,), 1 / n), torch.full((k,), 1 / k))
     a, b = a.double() / a.double().sum(), b.double() / b.double().sum()
     plan = proximal_point(cost, a, b, beta, outer, inner_steps=400).plan
-    wanted = ot.sinkhorn(
+    expected = ot.sinkhorn(
         a.numpy(), b.numpy(), cost.numpy(), beta / outer, method="sinkhorn_log", numItermax=100_000, stopThr=1e-14
     )
-    np.testing.assert_allclose(plan.numpy(), wanted, atol=1e-10)
+    np.testing.assert_allclose(plan.numpy(), expected, atol=1e-10)
 
 
 def test_one_outer_step_is_a_sinkhorn_whose_kernel_is_the_previous_plan():
@@ -222,8 +222,10 @@ def test_one_outer_step_is_a_sinkhorn_whose_kernel_is_the_previous_plan():
     before = proximal_point(cost, a, b, beta, 4, inner_steps=500).plan
     after = proximal_point(cost, a, b, beta, 5, inner_steps=500).plan
     shifted = (cost - beta * before.log()).numpy()
-    wanted = ot.sinkhorn(a.numpy(), b.numpy(), shifted, beta, method="sinkhorn_log", numItermax=100_000, stopThr=1e-14)
-    np.testing.assert_allclose(after.numpy(), wanted, atol=1e-11)
+    expected = ot.sinkhorn(
+        a.numpy(), b.numpy(), shifted, beta, method="sinkhorn_log", numItermax=100_000, stopThr=1e-14
+    )
+    np.testing.assert_allclose(after.numpy(), expected, atol=1e-11)
 
 
 @pytest.mark.parametrize("outer", [1, 2, 50])
@@ -246,10 +248,10 @@ def test_sinkhorn_is_pots(steps, regularisation):
         rows = a / (kernel @ columns)
     torch.testing.assert_close(ours.plan, rows[:, None] * kernel * columns, atol=1e-13, rtol=1e-9)
     if steps == 500:
-        wanted = ot.bregman.sinkhorn_log(
+        expected = ot.bregman.sinkhorn_log(
             a.numpy(), b.numpy(), cost.numpy(), regularisation, numItermax=10_000, stopThr=1e-13
         )
-        np.testing.assert_allclose(ours.plan.numpy(), wanted, atol=1e-9)
+        np.testing.assert_allclose(ours.plan.numpy(), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("solve", [proximal_point, sinkhorn])
@@ -301,8 +303,8 @@ def test_it_stays_finite_in_float32_and_near_float64_for_any_beta(beta, cost):
     for tolerance in (
         [None, 1e-3] if beta >= 0.1 else [None]
     ):  # sharper, Newton steps may settle in one precision and not in the other
-        near, wanted = (proximal_point(given, beta=beta, tolerance=tolerance).plan for given in (cost, cost.double()))
-        assert 64 * (near - wanted).abs().max() < (1e-4 if beta >= 0.05 else 2e-2)
+        near, expected = (proximal_point(given, beta=beta, tolerance=tolerance).plan for given in (cost, cost.double()))
+        assert 64 * (near - expected).abs().max() < (1e-4 if beta >= 0.05 else 2e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

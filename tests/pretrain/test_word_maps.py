@@ -16,8 +16,8 @@ def test_the_layer_taken_apart_is_the_layer():
     read = model.fusion_encoder.prepare_images(model.image_encoder(batch["images"][0]))
     states = model.text_encoder(batch["ids"], batch["mask"])
     layer = model.fusion_encoder.layers[0]
-    found, weights = run_with_attention(layer, states, batch["mask"], read[0])
-    torch.testing.assert_close(found, layer(states, batch["mask"], read[0]))
+    output, weights = run_with_attention(layer, states, batch["mask"], read[0])
+    torch.testing.assert_close(output, layer(states, batch["mask"], read[0]))
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, batch["ids"].shape[1]))
 
 
@@ -41,8 +41,8 @@ def test_a_map_is_attention_times_the_matching_logits_gradient(monkeypatch, laye
     monkeypatch.setattr(functional, "scaled_dot_product_attention", written_out)
     fused = model.fusion_encoder(states, mask, model.fusion_encoder.prepare_images(tokens))
     model.matching_logits(fused)[:, 1].sum().backward()
-    wanted = (kept[layer] * kept[layer].grad.clamp(min=0)).mean(1)[..., 1:].unflatten(-1, (2, 2))
-    torch.testing.assert_close(maps, wanted.detach(), rtol=1e-4, atol=1e-8)
+    expected = (kept[layer] * kept[layer].grad.clamp(min=0)).mean(1)[..., 1:].unflatten(-1, (2, 2))
+    torch.testing.assert_close(maps, expected.detach(), rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("layer", [None, 0, 1])

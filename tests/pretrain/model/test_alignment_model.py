@@ -34,13 +34,13 @@ def test_image_encoders_of_several_sizes(size, patch, width, depth, heads):
 def test_inner_layers_come_as_they_are_asked_for():
     encoder = ImageEncoder(ImageEncoderConfig("vit_tiny_patch16_224", 32, 16, 32, 3, 2)).eval()
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    asked, seen = [3, 1, 3, 2], list[torch.Tensor]()
+    layers, outputs = [3, 1, 3, 2], list[torch.Tensor]()
     for block in encoder.vit.blocks:
-        block.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    tops = encoder.with_levels(images, asked)[1]
-    tokens = encoder.layer_tokens(images, asked)
-    for layer, top, patches in zip(asked, tops, tokens, strict=True):
-        assert torch.equal(top, seen[layer - 1][:, 0]) and torch.equal(patches, seen[layer - 1][:, 1:])
+        block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    tops = encoder.with_levels(images, layers)[1]
+    tokens = encoder.layer_tokens(images, layers)
+    for layer, top, patches in zip(layers, tops, tokens, strict=True):
+        assert torch.equal(top, outputs[layer - 1][:, 0]) and torch.equal(patches, outputs[layer - 1][:, 1:])
 
 
 def test_pixels_are_normalised_by_clips_statistics_once():
@@ -117,7 +117,7 @@ def test_a_match_is_judged_by_cls_as_if_all_words_had_been_computed(kind):
     model = tiny.model(tiny.recipe(model__fusion={"kind": kind, "layers": 2}))
     batch = tiny.batch(6)
     mask, chosen = batch["mask"], torch.tensor([3, 3, 0, 5, 1, 3])
-    found = []
+    results = []
     for first_only in (True, False):
         states = model.text_encoder(batch["ids"], mask)
         read = model.fusion_encoder.prepare_images(model.image_encoder(batch["images"][0]))
@@ -127,8 +127,8 @@ def test_a_match_is_judged_by_cls_as_if_all_words_had_been_computed(kind):
         used = [
             weight for name, weight in model.named_parameters() if name.startswith(("fusion", "text_enc", "image_enc"))
         ]
-        found.append([logits, *torch.autograd.grad(logits[:, 1].sum(), used)])
-    for one, other in zip(*found, strict=True):
+        results.append([logits, *torch.autograd.grad(logits[:, 1].sum(), used)])
+    for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
@@ -136,15 +136,15 @@ def test_gradients_through_shared_images_are_those_of_repeated_ones(model):
     batch = tiny.batch(4)
     mask, chosen = batch["mask"], torch.tensor([1, 1, 0, 1])
     states = model.text_encoder(batch["ids"], mask).detach()
-    found = []
+    results = []
     for share in (True, False):
         tokens = model.image_encoder(batch["images"][0]).detach().requires_grad_()
         read = model.fusion_encoder.prepare_images(tokens if share else tokens[chosen])
         fused = model.fusion_encoder(states, mask, read, chosen if share else None)
         weights = torch.linspace(-1, 1, fused.numel()).view_as(fused)
-        found.append(torch.autograd.grad((fused * weights)[mask].sum(), tokens)[0])
-    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
-    assert not found[0][2:].any() and found[0][:2].any(), "an image that no text is fused with gets none"
+        results.append(torch.autograd.grad((fused * weights)[mask].sum(), tokens)[0])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
+    assert not results[0][2:].any() and results[0][:2].any(), "an image that no text is fused with gets none"
 
 
 @pytest.mark.parametrize("start", [0.002, 0.07, 0.4])

@@ -79,7 +79,7 @@ def gradients(changes, size=8):
     (inputs,), _ = task.prepare(tiny.batch(size), 1.0, size)
     total, figures = task.student(inputs)
     total.backward()
-    return {name for name, found in task.student.model.named_parameters() if found.grad is not None}, figures
+    return {name for name, parameter in task.student.model.named_parameters() if parameter.grad is not None}, figures
 
 
 @pytest.mark.parametrize("negatives", ["nearby", "all_ranks"])
@@ -113,7 +113,7 @@ def test_without_text_layers_wrong_pairs_are_drawn_alike():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model__text__layers": 0}, "single_stream alone"),
+        ({"model__text__layers": 0}, "needs model.fusion.kind single_stream"),
         (KIND | {"model__text__layers": 0}, "objectives.contrastive"),
         (WORDLESS | {"data__validation": "somewhere"}, "data.validation empty"),
     ],
@@ -128,7 +128,7 @@ def test_a_model_without_text_layers_has_no_feature_to_encode_but_matches(tmp_pa
     with pytest.raises(CheckpointError, match="no text layers"):
         loaded.encode_text(["a red square"])
     images = tiny.batch(2)["images"][0]
-    assert (((found := loaded.match(images, ["a red square", "a blue circle"])) > 0) & (found < 1)).all()
+    assert (((probability := loaded.match(images, ["a red square", "a blue circle"])) > 0) & (probability < 1)).all()
 
 
 def test_word_maps_are_of_the_words_attention_to_patches(model):
@@ -139,8 +139,8 @@ def test_word_maps_are_of_the_words_attention_to_patches(model):
         model.text_encoder(ids, mask), mask, model.fusion_encoder.prepare_images(tokens)
     )
     layer = model.fusion_encoder.layers[0]
-    found, weights = run_with_attention(layer, joined, both, None)
-    torch.testing.assert_close(found, layer(joined, both))
+    output, weights = run_with_attention(layer, joined, both, None)
+    torch.testing.assert_close(output, layer(joined, both))
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
     maps = attention_maps(model, tokens, ids, mask, 0)
     torch.testing.assert_close(maps.flatten(2), weights.mean(1)[:, : ids.shape[1], ids.shape[1] + 1 :])

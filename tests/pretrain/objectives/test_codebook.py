@@ -46,13 +46,13 @@ OF_IMAGE, OF_TEXT = [0.9, 0.1], [0.3, 0.7]
 
 
 @pytest.mark.parametrize(
-    ("pairing", "wanted"),
+    ("pairing", "expected"),
     [
         ("cross", by_hand(text_plan=OF_IMAGE, image_plan=OF_TEXT)),
         ("self", by_hand(text_plan=OF_TEXT, image_plan=OF_IMAGE)),
     ],
 )
-def test_both_pairings_by_hand(pairing, wanted):
+def test_both_pairings_by_hand(pairing, expected):
     image, text = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]])
     plans = Plans(torch.tensor([OF_IMAGE]), torch.tensor([OF_TEXT]))
     keys = Keys(torch.stack([image[0] * 0, image[0]]), torch.stack([text[0] * 0, text[0]]), torch.tensor([0, 1]))
@@ -60,9 +60,9 @@ def test_both_pairings_by_hand(pairing, wanted):
     losses = Codebook(CodebookConfig(pairing=pairing, temperature=1.0))(
         state_of(image, text, codewords, plans, keys, rows=[1])
     )
-    assert losses["codeword_prediction"].item() == pytest.approx(wanted[0], rel=1e-6)
-    assert losses["transport_cost"].item() == pytest.approx(wanted[1], rel=1e-6)
-    assert losses["codebook"].item() == pytest.approx(sum(wanted), rel=1e-6)
+    assert losses["codeword_prediction"].item() == pytest.approx(expected[0], rel=1e-6)
+    assert losses["transport_cost"].item() == pytest.approx(expected[1], rel=1e-6)
+    assert losses["codebook"].item() == pytest.approx(sum(expected), rel=1e-6)
 
 
 def test_the_pairings_differ():
@@ -116,15 +116,15 @@ def test_figures_of_a_collapsed_codebook_tell_of_it():
 def test_use_is_told_of_enough_features_for_every_codeword_to_have_its_share():
     """A batch of 4 pairs leaves half of 16 codewords idle whatever they are; 20 such batches do not."""
     task = tiny.task(tiny.recipe(training__global_batch=4, training__micro_batch=4))
-    found = []
+    logged = []
     for step in range(21):
         _, figures = task.prepare(tiny.batch(4, step), 1.0, 4)
-        found.append(figures)
-    assert all("codebook/dead" not in figures for figures in found[:19]) and "codebook/churn" not in found[0]
+        logged.append(figures)
+    assert all("codebook/dead" not in figures for figures in logged[:19]) and "codebook/churn" not in logged[0]
     nearest = torch.stack(list(task._usage._counts)).sum(0)
     assert len(task._usage._counts) == 20 and int(nearest.sum()) == 20 * 8
-    assert float(found[-1]["codebook/dead"]) == float((nearest == 0).float().mean())
-    assert all(float(figures["codebook/churn"]) == 0 for figures in found[1:])  # nothing has moved in between
+    assert float(logged[-1]["codebook/dead"]) == float((nearest == 0).float().mean())
+    assert all(float(figures["codebook/churn"]) == 0 for figures in logged[1:])  # nothing has moved in between
 
 
 def test_the_transport_cost_teaches_the_codebook_alone_and_pulls_it_to_the_teachers_features():
@@ -166,8 +166,10 @@ def test_every_solver_gives_targets_and_tells_its_columns_error(solver):
         assert figures["codebook/column_error"] > 0.1, "nothing balances it"
     else:
         assert figures["codebook/column_error"] <= 1e-3
-        wanted = sinkhorn(1 - image @ codewords.T, regularisation=0.05 if solver == "sinkhorn" else 0.0025, steps=5000)
-        torch.testing.assert_close(plans.image, 12 * wanted.plan, atol=2e-2, rtol=0)
+        expected = sinkhorn(
+            1 - image @ codewords.T, regularisation=0.05 if solver == "sinkhorn" else 0.0025, steps=5000
+        )
+        torch.testing.assert_close(plans.image, 12 * expected.plan, atol=2e-2, rtol=0)
 
 
 def test_frozen_codewords_take_no_gradient_and_still_teach_the_student():

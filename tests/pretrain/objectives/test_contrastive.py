@@ -134,8 +134,8 @@ def test_gradient_reaches_student_features_and_not_the_keys():
     keys.image.requires_grad_()
     Contrastive(ContrastiveConfig())(student_state(image, text, keys, [0, 1, 2], 0.4))["contrastive"].backward()
     assert image.grad is not None and image.grad.any() and text.grad is not None and text.grad.any()
-    wanted = torch.autograd.functional.jacobian(
+    expected = torch.autograd.functional.jacobian(
         lambda value: Contrastive(ContrastiveConfig())(student_state(value, text, keys, [0, 1, 2], 0.4))["contrastive"],
         image.detach(),
     )
-    torch.testing.assert_close(image.grad, wanted)
+    torch.testing.assert_close(image.grad, expected)

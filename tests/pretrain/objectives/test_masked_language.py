@@ -104,9 +104,9 @@ def test_micro_batches_with_unequal_counts_average_to_the_loss_of_the_whole_batc
     objective = MaskedLanguage(MaskedLanguageConfig())
 
     def losses(micro_batch: int) -> list[torch.Tensor]:
-        made, _ = task.prepare(tiny.batch(16, step=1), 1.0, micro_batch)
-        assert micro_batch == 16 or len({len(inputs.masked.word_indices) for inputs in made}) > 1
-        return [objective(tiny.state(task.student.model, inputs))["masked_language"] for inputs in made]
+        micro_batches, _ = task.prepare(tiny.batch(16, step=1), 1.0, micro_batch)
+        assert micro_batch == 16 or len({len(inputs.masked.word_indices) for inputs in micro_batches}) > 1
+        return [objective(tiny.state(task.student.model, inputs))["masked_language"] for inputs in micro_batches]
 
     (whole,) = losses(16)
     for micro_batch in (2, 4, 8):

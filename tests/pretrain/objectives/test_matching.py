@@ -34,13 +34,13 @@ def test_100_000_draws_fit_the_weights_and_none_is_the_same_image(temperature):
     similarity = tiny.unit(6, 4, seed=1) @ tiny.unit(6, 4, seed=2).T / temperature
     counts = drawn(similarity, same)
     assert not counts[same].any()
-    wanted = torch.softmax(similarity.double(), -1).masked_fill(same, 0)
-    wanted = DRAWS * wanted / wanted.sum(-1, keepdim=True)
+    expected_counts = torch.softmax(similarity.double(), -1).masked_fill(same, 0)
+    expected_counts = DRAWS * expected_counts / expected_counts.sum(-1, keepdim=True)
     for row in range(6):
-        common = wanted[row] >= 5  # the chi-square distribution needs cells that are not nearly empty
-        assert counts[row][~common].sum() <= 5 * wanted[row][~common].sum() + 20
+        common = expected_counts[row] >= 5  # the chi-square distribution needs cells that are not nearly empty
+        assert counts[row][~common].sum() <= 5 * expected_counts[row][~common].sum() + 20
         observed = torch.cat([counts[row][common], counts[row][~common].sum()[None]]).double()
-        expected = torch.cat([wanted[row][common], wanted[row][~common].sum()[None]])
+        expected = torch.cat([expected_counts[row][common], expected_counts[row][~common].sum()[None]])
         fits = expected > 0
         if fits.sum() > 1:
             assert stats.chisquare(observed[fits], expected[fits], sum_check=False).pvalue > 1e-3, row
