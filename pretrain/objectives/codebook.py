@@ -65,7 +65,7 @@ class CodebookUsage:
             codewords_cd: (codewords, feature_dim) unit-norm, of this step.
             samples: how many of the n, the first, are this global batch's; the others were counted in their own step.
         """
-        figures = {}
+        figures: dict[str, Tensor] = {}
         nearest_mn = (features_mnd @ codewords_cd.T).argmax(-1)
         self._counts.append(torch.bincount(nearest_mn[:, :samples].flatten(), minlength=len(codewords_cd)))
         if len(self._counts) == self._counts.maxlen:
