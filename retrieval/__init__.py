@@ -1,13 +1,13 @@
-"""Scores to ranks, protocols and records. Arrays in, numbers out: this floor knows no model.
+"""Retrieval: scores become ranks, protocols and records. Arrays in, numbers out: this floor knows no model.
 
-`metrics` turns score matrices into ranks, `protocols` ranks into R@K with intervals, `records` those into a JSON
-record and a table. Names load on first use, so that `import retrieval` costs nothing.
+`metrics` turns score matrices into ranks. `protocols` turns ranks into R@K with intervals. `records` turns those into a JSON
+record and a table. `index` searches a collection. Names load on first use, so that `import retrieval` costs nothing.
 """
 
 from importlib import import_module
 from typing import Any
 
-_HOME = {
+_MODULES = {
     "rank_positives": "metrics",
     "rerank": "metrics",
     "measure": "protocols",
@@ -15,14 +15,14 @@ _HOME = {
     "write_record": "records",
     "read_record": "records",
     "table": "records",
-    "compare": "compare",
+    "compare_records": "compare",
     "Index": "index",
     "nearest": "index",
 }
-__all__ = list(_HOME)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'retrieval' has no attribute {name!r}")
-    return getattr(import_module(f"retrieval.{_HOME[name]}"), name)
+    return getattr(import_module(f"retrieval.{_MODULES[name]}"), name)

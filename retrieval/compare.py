@@ -1,7 +1,8 @@
-"""Two score records held against each other, query by query: a paired test."""
+"""Compare two score records query by query, with a paired test."""
 
 from __future__ import annotations
 
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,58 +14,96 @@ from retrieval.records import SETTING, read_outcome, read_record
 from runtime.errors import LigatureError
 
 MEASURES = (*RECALLS, "reciprocal rank")
+"""What is compared in each direction; the sum of all six recalls, `rsum`, comes after both."""
 
 
-def compare(first: Path, second: Path, resamples: int = 2000, flips: int = 10_000, seed: int = 0) -> dict[str, Any]:
-    """The second record minus the first, each measure in percentage points.
+def compare_records(
+    first: Path, second: Path, resamples: int = 2000, flips: int = 10_000, seed: int = 0
+) -> dict[str, Any]:
+    """Subtract the first record from the second, each measure in percentage points.
 
-    The interval resamples images (with their captions, within their fold), the same ones for both records; `p` is of a
-    permutation test that exchanges the two records' results image by image. Both see the images as the sample and the gallery
-    as fixed; measures are not corrected for being several.
+    The interval resamples images, with their captions and within their fold, and draws the same images for both records.
+    `p` is that of a permutation test that exchanges the two records' results image by image. Both treat the images as the
+    sample and the gallery as fixed. The measures are not corrected for being several.
+
+    Args:
+        first: path of a score record, with its ranks beside it.
+        second: path of the other one.
+        resamples: resamples of the interval.
+        flips: exchanges of the permutation test, rounded up to a multiple of 500.
+        seed: seed of both.
 
     Returns:
-        `first`, `second` (what they are), and `differences`: a list of `direction`, `measure`, `first`, `second`, `difference`,
-        `interval` (95 %), `p`, and `verdict`: `higher` or `lower` where the interval leaves out zero, else `unresolved`.
+        `first` and `second` (what they are), what both share (`SETTING`), and `differences`: a list of `direction`, `measure`,
+        `first`, `second`, `difference`, `interval` (95 %), `p` and `verdict`. The verdict is `higher` or `lower` where the
+        interval leaves out zero, else `unresolved`.
 
     Raises:
-        LigatureError: records of different data, protocols or images, or without their ranks.
+        LigatureError: the records differ in data, protocol or images, or have no ranks.
     """
     paths = Path(first), Path(second)
     records = [read_record(path) for path in paths]
     for key in SETTING:
-        one, other = (record[key] for record in records)
-        if one != other:
+        ours, theirs = (record[key] for record in records)
+        if ours != theirs:
             raise LigatureError(
-                f"{first} and {second} cannot be compared: {key} is {one!r} in one and {other!r} in the other"
+                f"{first} and {second} cannot be compared: {key} is {ours!r} in one and {theirs!r} in the other"
             )
-    (one, keys), (other, other_keys) = (read_outcome(path, record) for path, record in zip(paths, records, strict=True))
-    if keys != other_keys or not np.array_equal(one.caption_image, other.caption_image):
+    (outcome, keys), (other, other_keys) = (
+        read_outcome(path, record) for path, record in zip(paths, records, strict=True)
+    )
+    if keys != other_keys or not np.array_equal(outcome.caption_image, other.caption_image):
         raise LigatureError(f"{first} and {second} were not scored on the same images and captions in the same order")
-    rows, totals = [], []
+    rows, sums = [], []
     for direction in DIRECTIONS:
-        sums = [_by_image(outcome, direction) for outcome in (one, other)]
-        weights = _weights(one, direction)
-        differences = weights[:, None] * (sums[1][0] - sums[0][0])
-        spread = np.zeros((resamples, len(MEASURES)))
-        for fold in np.unique(one.folds):
-            part = one.folds == fold
-            apart = sums[1][0][part] - sums[0][0][part]
-            spread += bootstrap_means(apart, sums[0][1][part], resamples, seed + int(fold)) / (one.folds.max() + 1)
-        levels = [weights @ figures for figures, _ in sums]
-        totals.append((differences[:, : len(RECALLS)].sum(1), spread[:, : len(RECALLS)].sum(1), levels))
-        rows += _rows(direction, MEASURES, levels, differences, spread, flips, seed)
-    both = totals[0][0] + totals[1][0], totals[0][1] + totals[1][1]
-    rsums = [np.array([sum(total[2][side][: len(RECALLS)].sum() for total in totals)]) for side in (0, 1)]
-    rows += _rows("both", ("rsum",), rsums, both[0][:, None], both[1][:, None], flips, seed)
+        measured = _compare_direction(direction, (outcome, other), resamples, seed)
+        rows += _rows(direction, MEASURES, measured, flips, seed)
+        sums.append(measured.sum_of_recalls())
+    # The six recalls' sum: images and resamples are the same in both directions, so their parts add up.
+    rsum = Differences(
+        *(to_text + to_image for to_text, to_image in zip(*(astuple(part) for part in sums), strict=True))
+    )
+    rows += _rows("both", ("rsum",), rsum, flips, seed)
     about = [f"{record['head']}, {record['training']} ({record['checkpoint']})" for record in records]
     return {"first": about[0], "second": about[1], **{key: records[0][key] for key in SETTING}, "differences": rows}
 
 
-def describe(found: dict[str, Any]) -> str:
-    """A comparison as text: what against what, then a line a measure."""
+@dataclass
+class Differences:
+    """Measures of two records, in percent, and how they differ."""
+
+    first: np.ndarray
+    """(measures,) means of the first record."""
+    second: np.ndarray
+    """(measures,) means of the second record."""
+    by_image: np.ndarray
+    """(images, measures), each image's part of the difference of the means; they sum to the difference."""
+    resampled: np.ndarray
+    """(resamples, measures), the difference of the means under resampling of the images."""
+
+    def sum_of_recalls(self) -> Differences:
+        """Return the sum of R@1, R@5 and R@10 as the only measure. They are the first three of `MEASURES`."""
+        count = len(RECALLS)
+        return Differences(*(part[..., :count].sum(-1, keepdims=True) for part in astuple(self)))
+
+
+def _compare_direction(direction: str, outcomes: tuple[Outcome, Outcome], resamples: int, seed: int) -> Differences:
+    (first, counts), (second, _) = (_sum_by_image(outcome, direction) for outcome in outcomes)
+    outcome = outcomes[0]
+    weights = _weights(outcome, direction)
+    folds = int(outcome.folds.max()) + 1
+    resampled = np.zeros((resamples, len(MEASURES)))
+    for fold in np.unique(outcome.folds):
+        part = outcome.folds == fold
+        resampled += bootstrap_means(second[part] - first[part], counts[part], resamples, seed + int(fold)) / folds
+    return Differences(weights @ first, weights @ second, weights[:, None] * (second - first), resampled)
+
+
+def describe(comparison: dict[str, Any]) -> str:
+    """Return a comparison as text: what is compared, then one line per measure."""
     header = ["", "first", "second", "second - first [95 %]", "p", ""]
     lines = [header]
-    for row in found["differences"]:
+    for row in comparison["differences"]:
         short = {"image_to_text": "TR ", "text_to_image": "IR ", "both": ""}[row["direction"]]
         low, high = row["interval"]
         change = f"{row['difference']:+.2f} [{low:+.2f}, {high:+.2f}]"
@@ -79,55 +118,50 @@ def describe(found: dict[str, Any]) -> str:
         ).rstrip()
         for line in lines
     ]
-    title = f"{found['dataset']} {found['split']}, protocol {found['protocol']}, {found['images']:,} images"
-    return "\n".join([title, f"first:  {found['first']}", f"second: {found['second']}", "", *body])
+    title = f"{comparison['dataset']} {comparison['split']}, protocol {comparison['protocol']}, {comparison['images']:,} images"
+    return "\n".join([title, f"first:  {comparison['first']}", f"second: {comparison['second']}", "", *body])
 
 
 def _measures(ranks: Ranks) -> np.ndarray:
-    """(queries, measures), in percent."""
+    """Return (queries, measures) in percent."""
     return 100 * np.stack([*(ranks.hit(k) for k in RECALL_AT), 1 / ranks.expected], axis=1)
 
 
-def _by_image(outcome: Outcome, direction: str) -> tuple[np.ndarray, np.ndarray]:
-    """Sums (images, measures) and number of queries (images,)."""
+def _sum_by_image(outcome: Outcome, direction: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sums of the measures (images, measures) and the number of queries (images,)."""
     queries = np.arange(len(outcome.folds)) if direction == "image_to_text" else outcome.caption_image
     return per_image(_measures(outcome.ranks[direction]), queries)
 
 
 def _weights(outcome: Outcome, direction: str) -> np.ndarray:
-    """(images,) what a query of each image counts for in the mean over folds."""
-    queries = outcome.folds if direction == "image_to_text" else outcome.folds[outcome.caption_image]
-    sizes = np.bincount(queries)
-    return (1 / (len(sizes) * sizes))[outcome.folds]
+    """Return (images,) the weight of a query of each image in the mean over the folds."""
+    query_folds = outcome.folds if direction == "image_to_text" else outcome.folds[outcome.caption_image]
+    fold_sizes = np.bincount(query_folds)
+    return (1 / (len(fold_sizes) * fold_sizes))[outcome.folds]
 
 
 def _rows(
-    direction: str,
-    names: tuple[str, ...],
-    levels: list[np.ndarray],
-    differences: np.ndarray,
-    spread: np.ndarray,
-    flips: int,
-    seed: int,
+    direction: str, measures: tuple[str, ...], differences: Differences, flips: int, seed: int
 ) -> list[dict[str, Any]]:
-    """differences: (images, measures), each image's part of the difference of means; spread: (resamples, measures)."""
-    random, found = np.random.default_rng(seed), differences.sum(axis=0)
-    beyond = np.zeros(len(names))
+    """Return one row per measure, with its interval and its permutation test."""
+    random, difference = np.random.default_rng(seed), differences.by_image.sum(axis=0)
+    # Under the null hypothesis each image's difference could as well have the other sign.
+    as_extreme = np.zeros(len(measures))
     for _ in range(0, flips, 500):
-        signs = random.integers(0, 2, size=(500, len(differences)), dtype=np.int8) * 2.0 - 1.0
-        beyond += (np.abs(signs @ differences) >= np.abs(found) - 1e-9).sum(axis=0)
-    drawn = -(-flips // 500) * 500
-    low, high = interval(spread)
+        signs = random.integers(0, 2, size=(500, len(differences.by_image)), dtype=np.int8) * 2.0 - 1.0
+        as_extreme += (np.abs(signs @ differences.by_image) >= np.abs(difference) - 1e-9).sum(axis=0)
+    permutations = -(-flips // 500) * 500
+    low, high = interval(differences.resampled)
     return [
         {
             "direction": direction,
-            "measure": name,
-            "first": float(levels[0][i]),
-            "second": float(levels[1][i]),
-            "difference": float(found[i]),
+            "measure": measure,
+            "first": float(differences.first[i]),
+            "second": float(differences.second[i]),
+            "difference": float(difference[i]),
             "interval": [float(low[i]), float(high[i])],
-            "p": float((beyond[i] + 1) / (drawn + 1)),
+            "p": float((as_extreme[i] + 1) / (permutations + 1)),
             "verdict": "higher" if low[i] > 0 else "lower" if high[i] < 0 else "unresolved",
         }
-        for i, name in enumerate(names)
+        for i, measure in enumerate(measures)
     ]

@@ -1,4 +1,4 @@
-"""Score records: what was measured, on what, of which checkpoint; as JSON for machines and a table for people."""
+"""Score records say what was measured, on which data, of which checkpoint: as JSON for programs and as a table for people."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from retrieval.protocols import DIRECTIONS, RECALL_AT, Outcome, measure
 from runtime.errors import LigatureError
 from runtime.files import read_json, replaced_file, sha256_of, write_json
 
-# What makes rows of a table comparable: the same queries against the same gallery.
 SETTING = ("dataset", "split", "protocol", "images", "captions", "captions_per_image")
+"""Records that agree in these keys are comparable: the same queries against the same gallery."""
 KEYS = (*DIRECTIONS, "rsum", "tie_fraction", "chance", *SETTING, "head", "checkpoint", "training")
+"""What every record has, in this order."""
 
 
 def score(
@@ -34,30 +35,34 @@ def score(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[dict[str, Any], Outcome]:
-    """Score two matrices by a protocol and say what they are: a record, ready for JSON, and what every query came to.
+    """Measure two score matrices by a protocol, and describe them.
 
     Args:
         image_to_text: `(images, captions)`.
         text_to_image: `(captions, images)`.
         caption_image: `(captions,)` integers, the image that each caption describes.
-        captions_per_image: the policy, in words: `all`, `first 5`.
-        head: what scored, in words: `dual`, `fusion, shortlist 32`.
-        checkpoint: its hash.
-        training: `untrained`, `pretrained`, or `fine-tuned-on X`. Papers call a COCO-fine-tuned model's
-            Flickr30K scores "zero-shot"; here they are `fine-tuned-on coco`. `unknown` is for a user's own scores.
+        dataset: name of the data.
+        split: name of its split.
+        captions_per_image: the policy in words, such as `all` or `first 5`.
+        head: what scored, in words, such as `dual` or `fusion, shortlist 32`.
+        checkpoint: hash of the checkpoint.
+        training: `untrained`, `pretrained`, `fine-tuned-on X`, or `unknown` for a user's own scores. Papers call the Flickr30K
+            scores of a COCO-fine-tuned model "zero-shot"; here they are `fine-tuned-on coco`.
         protocol: a name in `PROTOCOLS`.
-        more: further keys of the record: `shortlist` (its sizes and its recall, a re-ranker's ceiling), `truncated_captions`,
-            `extended` (COCO's extended positives).
-        resamples, seed: of the intervals' bootstrap.
+        more: further keys of the record: `shortlist` (its sizes and its recall, which limits a re-ranker),
+            `truncated_captions`, `extended` (COCO's extended positives).
+        resamples: resamples of the intervals' bootstrap.
+        seed: seed of the bootstrap.
 
     Returns:
-        The protocol's figures (see `protocols.measure`) and the arguments that describe them.
+        The record, ready for JSON: the protocol's figures (see `protocols.measure`) and the arguments that describe them.
+        Then the result of every query.
 
     Raises:
-        LigatureError: an unknown protocol or kind of training, or scores that the protocol refuses.
+        LigatureError: the protocol or the kind of training is unknown, or the protocol refuses the scores.
     """
     if not re.fullmatch(r"untrained|pretrained|unknown|fine-tuned-on \S.*", training):
-        raise LigatureError(f"training is {training!r}, must be untrained, pretrained or 'fine-tuned-on <data>'")
+        raise LigatureError(f"training is {training!r}; it must be untrained, pretrained or 'fine-tuned-on <data>'")
     figures, outcome = measure(
         image_to_text, text_to_image, caption_image, protocol=protocol, resamples=resamples, seed=seed
     )
@@ -76,48 +81,64 @@ def score(
 
 
 def write_record(path: Path, record: dict[str, Any], outcome: Outcome, image_keys: list[str]) -> None:
-    """Write a record as JSON and, before it and beside it, every query's ranks (`<name>.ranks.npz`), for `ligature compare`.
+    """Write a record as JSON, and before it the ranks of every query (`<name>.ranks.npz`) for `ligature compare`.
 
-    image_keys: the images' names, in order: what two records' rows are matched by.
+    Args:
+        path: the JSON file.
+        record: what `score` returned first.
+        outcome: what `score` returned second.
+        image_keys: the images' names, in order. Two records are of the same images where their names agree.
     """
-    side = ranks_path(path)
+    ranks_file = ranks_path(path)
     arrays = {
         f"{direction}.{name}": getattr(ranks, name)
         for direction, ranks in outcome.ranks.items()
         for name in RANK_FIELDS
     }
-    with replaced_file(side) as temporary, open(temporary, "wb") as file:
+    with replaced_file(ranks_file) as temporary, open(temporary, "wb") as file:
         keys = np.array(image_keys)
         np.savez_compressed(file, keys=keys, folds=outcome.folds, caption_image=outcome.caption_image, **arrays)  # type: ignore[arg-type]
-    write_json(path, {**record, "ranks": {"file": side.name, "sha256": sha256_of(side)}})
+    write_json(path, {**record, "ranks": {"file": ranks_file.name, "sha256": sha256_of(ranks_file)}})
 
 
 RANK_FIELDS = ("above", "tied_negatives", "tied_positives")
+"""The arrays of `Ranks`, in order."""
 
 
 def ranks_path(path: Path) -> Path:
+    """Return the path of the ranks that belong to a record."""
     return path.with_name(f"{path.stem}.ranks.npz")
 
 
 def read_outcome(path: Path, record: dict[str, Any]) -> tuple[Outcome, list[str]]:
-    """What every query of a record came to, and its images' keys. Raises LigatureError where the ranks are not there, or not its."""
-    told = record.get("ranks")
-    if not isinstance(told, dict) or {"file", "sha256"} - told.keys():
+    """Return the result of every query of a record, and the names of its images.
+
+    Raises:
+        LigatureError: the record's ranks are missing, or belong to another record.
+    """
+    entry = record.get("ranks")
+    if not isinstance(entry, dict) or {"file", "sha256"} - entry.keys():
         raise LigatureError(
             f"{path} has no ranks beside it, so it cannot be compared; score it again with `ligature evaluate`"
         )
-    side = path.with_name(Path(told["file"]).name)
-    if not side.is_file():
-        raise LigatureError(f"{side} is missing; a record is compared by its ranks, keep both files together")
-    if sha256_of(side) != told["sha256"]:
-        raise LigatureError(f"{side} does not belong to {path}: its hash is another; score it again")
-    with np.load(side, allow_pickle=False) as arrays:
-        ranks = {way: Ranks(*(arrays[f"{way}.{name}"] for name in RANK_FIELDS)) for way in DIRECTIONS}
+    ranks_file = path.with_name(
+        Path(entry["file"]).name
+    )  # the name alone: records may be moved together with their ranks
+    if not ranks_file.is_file():
+        raise LigatureError(f"{ranks_file} is missing; a record is compared by its ranks, keep both files together")
+    if sha256_of(ranks_file) != entry["sha256"]:
+        raise LigatureError(f"{ranks_file} does not belong to {path}: its hash differs; score it again")
+    with np.load(ranks_file, allow_pickle=False) as arrays:
+        ranks = {direction: Ranks(*(arrays[f"{direction}.{name}"] for name in RANK_FIELDS)) for direction in DIRECTIONS}
         return Outcome(ranks, arrays["folds"], arrays["caption_image"]), arrays["keys"].tolist()
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read a record; a file that is missing, no JSON or no score record is a `LigatureError` that names it."""
+    """Return a score record.
+
+    Raises:
+        LigatureError: the file is missing, is not JSON or is not a score record; the message names it.
+    """
     record = read_json(path)
     missing = [key for key in KEYS if key not in record] if isinstance(record, dict) else list(KEYS)
     if missing:
@@ -126,18 +147,18 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Records as aligned markdown: one table for each setting (data and protocol), a row a record, and chance below.
+    """Return records as aligned markdown: one table per setting (data and protocol), with one row per record and chance below.
 
-    TR retrieves text for an image, IR an image for a text; recalls in percent with their 95 % intervals.
+    TR retrieves text for an image, and IR retrieves an image for a text. Recalls are in percent with their 95 % intervals.
     """
     settings: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in records:
         settings.setdefault(tuple(record[key] for key in SETTING), []).append(record)
-    return "\n\n".join(_one_table(rows) for rows in settings.values())
+    return "\n\n".join(_table_of_setting(rows) for rows in settings.values())
 
 
-def _one_table(records: list[dict[str, Any]]) -> str:
-    """The table of records that share a setting."""
+def _table_of_setting(records: list[dict[str, Any]]) -> str:
+    """Return the table of records that share a setting."""
     columns = [(direction, f"R@{k}") for direction in DIRECTIONS for k in RECALL_AT]
     header = ["head", "training", *(f"{short} R@{k}" for short in ("TR", "IR") for k in RECALL_AT)]
     lines = [[*header, "rsum", "TR median rank", "IR median rank"]]
@@ -153,7 +174,7 @@ def _one_table(records: list[dict[str, Any]]) -> str:
     lines.append(["chance", "-", *(f"{value:.2f}" for value in chances), f"{sum(chances):.2f}", "-", "-"])
 
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    # Words to the left, numbers to the right, on the page and in the source.
+    # Words are aligned to the left and numbers to the right, in the markdown source and where it is rendered.
     pad = [f"<{width}" if i < 2 else f">{width}" for i, width in enumerate(widths)]
     rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     title = (

@@ -28,9 +28,9 @@ def run(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if bool(options.page) != bool(options.data):
         raise RecipeError("--page and --data go together: a page shows the pictures")
-    from retrieval.compare import compare, describe
+    from retrieval.compare import compare_records, describe
 
-    comparison = compare(options.first, options.second)
+    comparison = compare_records(options.first, options.second)
     if options.out:
         write_json(options.out, comparison)
     print(describe(comparison))

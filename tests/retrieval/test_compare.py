@@ -10,7 +10,7 @@ from scipy.stats import permutation_test
 
 import retrieval.protocols as protocols
 from launch.cli import main
-from retrieval.compare import compare, describe
+from retrieval.compare import compare_records, describe
 from retrieval.records import score, write_record
 from runtime.errors import LigatureError
 
@@ -37,7 +37,7 @@ def row(found, direction, measure):
 
 def test_differences_are_those_of_the_records_and_a_clear_one_is_told(tmp_path):
     a, b = (write(tmp_path / f"{name}.json", matrix(strength, 1)) for name, strength in (("a", 1.0), ("b", 3.0)))
-    found = compare(tmp_path / "a.json", tmp_path / "b.json")
+    found = compare_records(tmp_path / "a.json", tmp_path / "b.json")
     for direction in ("image_to_text", "text_to_image"):
         for name in ("R@1", "R@5", "R@10"):
             line = row(found, direction, name)
@@ -56,7 +56,7 @@ def test_differences_are_those_of_the_records_and_a_clear_one_is_told(tmp_path):
 def test_the_p_value_is_scipys(tmp_path):
     for name, seed in (("a", 1), ("b", 2)):
         write(tmp_path / f"{name}.json", matrix(1.5, seed))
-    found = row(compare(tmp_path / "a.json", tmp_path / "b.json"), "text_to_image", "R@5")
+    found = row(compare_records(tmp_path / "a.json", tmp_path / "b.json"), "text_to_image", "R@5")
     hits = []
     for seed in (1, 2):
         scores = matrix(1.5, seed).T
@@ -71,7 +71,7 @@ def test_the_p_value_is_scipys(tmp_path):
 
 def test_a_record_against_itself_is_unresolved(tmp_path):
     write(tmp_path / "a.json", matrix(1.0, 1))
-    for line in compare(tmp_path / "a.json", tmp_path / "a.json")["differences"]:
+    for line in compare_records(tmp_path / "a.json", tmp_path / "a.json")["differences"]:
         assert (line["difference"], line["interval"], line["verdict"], line["p"]) == (0, [0, 0], "unresolved", 1)
 
 
@@ -80,7 +80,7 @@ def test_folds_count_as_in_the_records(tmp_path, monkeypatch):
     a, b = (
         write(tmp_path / f"{name}.json", matrix(1.0, seed), protocol="folded") for name, seed in (("a", 1), ("b", 2))
     )
-    line = row(compare(tmp_path / "a.json", tmp_path / "b.json"), "image_to_text", "R@5")
+    line = row(compare_records(tmp_path / "a.json", tmp_path / "b.json"), "image_to_text", "R@5")
     assert line["difference"] == pytest.approx(b["image_to_text"]["R@5"] - a["image_to_text"]["R@5"])
 
 
@@ -95,7 +95,7 @@ def test_other_data_is_refused(tmp_path, spoil, message):
     write(tmp_path / "a.json", matrix(1.0, 1))
     write(tmp_path / "b.json", matrix(1.0, 1), **spoil)
     with pytest.raises(LigatureError, match=message):
-        compare(tmp_path / "a.json", tmp_path / "b.json")
+        compare_records(tmp_path / "a.json", tmp_path / "b.json")
 
 
 def test_ranks_that_are_missing_or_of_another_record_are_refused(tmp_path, capfd):
@@ -106,9 +106,9 @@ def test_ranks_that_are_missing_or_of_another_record_are_refused(tmp_path, capfd
     assert "b.ranks.npz does not belong to" in capfd.readouterr().err
     (tmp_path / "b.ranks.npz").unlink()
     with pytest.raises(LigatureError, match="ranks.npz is missing"):
-        compare(tmp_path / "a.json", tmp_path / "b.json")
+        compare_records(tmp_path / "a.json", tmp_path / "b.json")
     told = json.loads((tmp_path / "a.json").read_text())
     del told["ranks"]
     (tmp_path / "a.json").write_text(json.dumps(told))
     with pytest.raises(LigatureError, match="has no ranks beside it"):
-        compare(tmp_path / "a.json", tmp_path / "b.json")
+        compare_records(tmp_path / "a.json", tmp_path / "b.json")
