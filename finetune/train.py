@@ -42,7 +42,7 @@ from training.context import RunContext, hold_run
 from training.loop import TrainingLoop
 from training.resume import find_resume
 from training.sick_steps import SickSteps
-from training.stage import LoopState, Stage
+from training.stage import LoopState, Stage, Validation
 
 
 def finetune(recipe: FinetuneRecipe) -> Path:
@@ -182,15 +182,15 @@ class Finetuning(Stage):
         lr = torch.tensor(recipe.optimizer.lr_at(step, self.steps))
         return figures | {"lr": lr, "gradient_norm": norm} | learner.task.extra_figures()
 
-    def validate(self) -> dict[str, float]:
-        """Return the figures that the task measures on held-out data."""
+    def validate(self) -> Validation:
+        """Return what the task measures on held-out data."""
         assert self.validation is not None
         task, context = self.learner.task, self.context
         training = task.training
         work = Workload(context.ranks, context.device, workers=self.recipe.data.workers)
         result = task.eval().validate(self.validation, work)
         task.train(training)
-        return {f"validation/{name}": value for name, value in result.figures.items()}
+        return result
 
     def save(self, improved: bool) -> Write | None:
         """Copy the model, Adam's moments and the cursor to memory; see `Stage.save`."""

@@ -40,7 +40,7 @@ from training.context import RunContext, hold_run
 from training.loop import TrainingLoop
 from training.resume import find_resume
 from training.sick_steps import SickSteps
-from training.stage import LoopState, Stage
+from training.stage import LoopState, Stage, Validation
 
 TOKENIZER_CAPTIONS = 2_000_000
 """The most captions that a tokenizer is trained on."""
@@ -176,7 +176,7 @@ class Pretraining(Stage):
         loss = torch.stack([figures["loss"] for figures in losses]).mean()
         return self.state.sick.admits(float(sum_over_ranks(loss)) / self.context.ranks.world, norm)
 
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> Validation:
         """Return R@1, R@5 and R@10 in percent both ways by the features' cosine, and their sum."""
         recipe, context, tokenizer = self.recipe, self.context, self.task.tokenizer
         assert self.validation is not None
@@ -188,8 +188,7 @@ class Pretraining(Stage):
             model, tokenizer, self.validation, context.ranks, self.micro_batch, recipe.data.workers
         )
         cosines = (encodings.image @ encodings.text.T).numpy()
-        scores = recalls(cosines, self.validation.caption_image)
-        return {f"validation/{name}": value for name, value in scores.items()}
+        return Validation.of_recalls(recalls(cosines, self.validation.caption_image))
 
     def save(self, improved: bool) -> Write | None:
         """Copy everything to the first rank's memory; see `Stage.save`."""

@@ -148,13 +148,12 @@ class TrainingLoop:
         # A checkpoint that fails to be written takes its rsum with it, so the best is known only after it.
         self.wait_for_checkpoint()
         self.context.watchdog.enter_phase("validating", state.step)
-        scores = self.stage.validate()
-        recalls = (scores[f"validation/{direction}_R@10"] for direction in ("image_to_text", "text_to_image"))
-        self.bar.note = "validation R@10 {:.1f} / {:.1f}".format(*recalls)
+        validation = self.stage.validate()
+        self.bar.note = f"validation {validation.summary}"
         if self.log:
-            self.log.write(state.step, scores)
-        rsum = scores["validation/rsum"]
-        return rsum if rsum > state.best_rsum else None
+            self.log.write(state.step, {f"validation/{name}": value for name, value in validation.figures.items()})
+        value = validation.figures[validation.best_by]
+        return value if value > state.best_rsum else None
 
     def save_or_stop(self, new_best: float | None) -> None:
         """Save a checkpoint when one is due, and stop when a rank was asked to. A collective.

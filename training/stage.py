@@ -27,7 +27,8 @@ class LoopState:
     step: int = 0
     """Training steps taken, skipped ones included."""
     best_rsum: float = -1.0
-    """The highest validation rsum so far (the sum of six recalls, in percent); -1 before the first validation."""
+    """The highest value so far of the figure that chooses the best checkpoint, for retrieval rsum (the sum of six recalls, in
+    percent); -1 before the first validation."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the content of `state.json`."""
@@ -42,6 +43,28 @@ class LoopState:
         """Continue where a `state.json` stopped. The stage has restored `sick` already, with the weights."""
         self.stream.load_state_dict(saved["stream"])
         self.step, self.best_rsum = saved["step"], saved["best_rsum"]
+
+
+@dataclass
+class Validation:
+    """What a stage measures on held-out data."""
+
+    figures: dict[str, float]
+    """By name. The log puts `validation/` before each."""
+    best_by: str
+    """Name of the figure that chooses the best checkpoint; higher is better."""
+    summary: str
+    """A few words for the progress bar."""
+
+    @classmethod
+    def of_recalls(cls, recalls: dict[str, float]) -> Validation:
+        """Return the validation of a retrieval model: rsum chooses.
+
+        Args:
+            recalls: R@1, R@5 and R@10 in percent both ways, and rsum, their sum (`retrieval.protocols.recalls`).
+        """
+        image_to_text, text_to_image = recalls["image_to_text_R@10"], recalls["text_to_image_R@10"]
+        return cls(recalls, "rsum", f"R@10 {image_to_text:.1f} / {text_to_image:.1f}")
 
 
 class Stage(ABC):
@@ -64,8 +87,8 @@ class Stage(ABC):
         """
 
     @abstractmethod
-    def validate(self) -> dict[str, float]:
-        """Return the figures of a validation; `validation/rsum` is among them. A collective."""
+    def validate(self) -> Validation:
+        """Measure the model on held-out data. A collective."""
 
     @abstractmethod
     def save(self, improved: bool) -> Write | None:

@@ -21,6 +21,7 @@ from data_tools.tokenizer import CaptionTokenizer
 from pretrain.objectives.state import MicroBatch
 from retrieval.protocols import recalls
 from runtime.ranks import Ranks, gather_rows, sum_over_ranks
+from training.stage import Validation
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,6 @@ class Scored:
     """What the model learned from: `untrained`, `pretrained` or `fine-tuned-on X`."""
     details: dict[str, Any] = field(default_factory=dict)
     """Further keys of the record."""
-
-
-@dataclass
-class Validation:
-    """What a task measures on held-out data."""
-
-    figures: dict[str, float]
-    """By name, without a prefix."""
-    best_by: str
-    """Name of the figure that chooses the best checkpoint; higher is better."""
 
 
 class HeadTask(nn.Module):
@@ -137,7 +128,7 @@ class RetrievalTask(HeadTask):
 
     def validate(self, collection: Collection, work: Workload) -> Validation:
         """Measure R@1, R@5 and R@10 both ways; their sum, `rsum`, chooses the best checkpoint."""
-        return Validation(recalls(self.similarity(collection, work), collection.caption_image), "rsum")
+        return Validation.of_recalls(recalls(self.similarity(collection, work), collection.caption_image))
 
 
 class GatherRows(torch.autograd.Function):

@@ -9,9 +9,10 @@ from typing import get_args
 import pytest
 import torch
 
-from finetune.heads.base import GatherRows, HeadTask, RetrievalTask, Validation, Workload
+from finetune.heads.base import GatherRows, HeadTask, RetrievalTask, Workload
 from finetune.heads.registry import DEFAULT, HEADS, ScoredHead, TrainedHead, load_part, names_with
 from runtime.ranks import Ranks
+from training.stage import Validation
 
 PARTS = [
     (name, part) for name in HEADS for part in ("task", "scorer", "encoder", "first_stage") if name in names_with(part)
