@@ -18,17 +18,17 @@ from retrieval.metrics import rerank
 from runtime.files import read_json
 
 QUERIES = 1024
-"""Queries whose candidates are selected at once, which bounds the memory."""
+"""Queries handled at once while candidates are selected, to bound the memory."""
 
 
 @dataclass
 class FirstStage:
-    """The scores that shortlists are made by."""
+    """The scores that choose the shortlists."""
 
     similarity: np.ndarray
     """(images, captions)"""
     details: dict[str, Any]
-    """For the record's `shortlist`: the checkpoint and the head that made the scores, where they are another's."""
+    """Further keys of the record's `shortlist`: the checkpoint of the scores, if it is another one, and its head."""
 
 
 @dataclass
@@ -92,11 +92,11 @@ class Shortlists:
 def make_shortlists(similarity: np.ndarray, size: int, folds: np.ndarray, caption_image: np.ndarray) -> Shortlists:
     """Select each query's best candidates within its fold.
 
-    A protocol that scores folds apart needs shortlists that are made apart.
+    A protocol that scores each fold apart needs shortlists within each fold.
 
     Args:
         similarity: (images, captions) scores of the first stage.
-        size: candidates a query; a smaller gallery is taken whole.
+        size: candidates a query; of a smaller gallery all.
         folds: (images,) the fold of each image (`retrieval.protocols.folds_of`).
         caption_image: (captions,) the image of each caption.
     """

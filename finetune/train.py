@@ -1,4 +1,4 @@
-"""A fine-tuning run, told from top to bottom by `train`. It uses accelerate, and is the same for every head.
+"""A fine-tuning run, which `train` describes from top to bottom. It uses accelerate and is the same for every head.
 
 The head is a `HeadTask` (`finetune/heads/base.py`). The loop it shares with pretraining is `training/loop.py`.
 """
@@ -284,7 +284,7 @@ def load_moments(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter
     """Restore Adam's state.
 
     Args:
-        optimizer: whose state is replaced.
+        optimizer: its state is replaced.
         named: the parameters that learn, by name.
         moments: a checkpoint's tensors, named `<moment>.<parameter>`; a parameter that had not learned yet has none.
     """

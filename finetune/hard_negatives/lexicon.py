@@ -119,7 +119,7 @@ def stem(base: str, ending: str) -> str:
 def base_forms(word: str, kind: Kind) -> list[str]:
     """Return the base forms that a regularly inflected word may have.
 
-    The rules are WordNet's own (its `morphy`); each form is also given without a doubled consonant.
+    The rules are WordNet's own (its `morphy`); forms without a doubled consonant are added.
     """
     forms = [word[: -len(old)] + new for old, new in ENDINGS[kind] if word.endswith(old) and len(word) > len(old) + 1]
     return forms + [form[:-1] for form in forms if len(form) > 3 and form[-1] == form[-2] and form[-1] not in "aeiouls"]

@@ -87,10 +87,10 @@ def score_fusion(
     """Re-rank the first stage's shortlists by matching.
 
     Args:
-        recipe: names the protocol, in whose folds the lists are made.
+        recipe: names the protocol; the lists stay within its folds.
         model: an alignment model with a fusion encoder.
         encodings: of the collection by this model, tokens included.
-        first_stage: the scores that the lists are made by.
+        first_stage: the scores that choose the lists.
         size: candidates a query; as many as there are captions scores all pairs.
         caption_image: (captions,) the image of each caption.
         work: the ranks and the device.

@@ -181,7 +181,7 @@ def _score_all(model: HatModel, levels: list[Tensor], texts: CaptionTokens, out:
 
 
 def blocks(images: int, regions: int, words: int) -> Iterator[slice]:
-    """Divide images into runs whose similarities with the words fit in the cache.
+    """Divide images into runs that are small enough for their similarities with the words to fit in the cache.
 
     Args:
         images: number of images.

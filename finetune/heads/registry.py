@@ -33,7 +33,7 @@ class Head:
     encoder: str = ""
     """Loads a checkpoint that gives each image and each caption one vector: (folder, device) -> `Encoder`."""
     first_stage: str = ""
-    """Makes the scores for shortlists: (folder, Collection, Workload) -> `FirstStage`."""
+    """Scores a collection for another head's shortlists: (folder, Collection, Workload) -> `FirstStage`."""
 
 
 HEADS = {
@@ -43,7 +43,7 @@ HEADS = {
         encoder="pretrain.weights.load:load_model",
         first_stage="finetune.heads.dual:dual_first_stage",
     ),
-    # Trained with the dual head, in whose checkpoint it lies; that checkpoint's scorer calls `score_fusion`.
+    # It shares the dual head's task and checkpoint. The dual head's scorer calls `score_fusion`.
     "fusion": Head(),
     "hat": Head(task="finetune.heads.hat:HatTask", scorer="finetune.heads.hat:score_hat"),
     "vldeformer": Head(
@@ -53,10 +53,10 @@ HEADS = {
         first_stage="finetune.heads.vldeformer:vldeformer_first_stage",
     ),
 }
-"""By name. A checkpoint's `model.json` without a head is an alignment model, of the dual head."""
+"""The heads by name."""
 
 DEFAULT = "dual"
-"""The head of a checkpoint whose `model.json` names none."""
+"""The head of a checkpoint if its `model.json` names none."""
 
 
 def names_with(part: str) -> list[str]:

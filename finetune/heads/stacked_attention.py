@@ -7,7 +7,7 @@ is sum_c a_c context_c. Its cosine with the query does not need that vector:
 - the inner product is sum_c a_c S_c;
 - the squared length is a' G a, with G the Gram matrix of the context's tokens.
 
-So no tensor of (queries, width) is ever made. A cosine does not change with the scale of a either, so the softmax's
+So no tensor of (queries, width) exists. A cosine does not change with the scale of a either, so the softmax's
 denominator is never computed. The scores are exact but for rounding.
 
 Names of tensors end in their axes: i image, r region, c caption, w word. Brackets in a comment join two axes into one: "(ir)".
@@ -31,7 +31,7 @@ SLOPE = 0.1
 TINY = 1e-8
 """Added to lengths, or the least a length counts as, before a division."""
 GRAM_ROWS = 128
-"""Rows of a Gram matrix taken at a time. A matrix of more than twice as many rows is kept by its upper half."""
+"""Rows of a Gram matrix in one block. Of a matrix with more than twice as many rows only the upper half is computed."""
 
 
 @dataclass(frozen=True)
