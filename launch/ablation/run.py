@@ -1,4 +1,7 @@
-"""`ligature ablate`: arms that differ in a few keys, run with the same seeds, compared in pairs."""
+"""Run an ablation: arms that differ in a few recipe keys, with the same seeds, compared in pairs.
+
+Tested in tests/launch/ablation/test_ablation.py.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.ablation.config import AblateRecipe, Comparison
-from launch.ablation.table import Found, draw, table
+from launch.ablation.table import Results, draw, format_table
 from launch.ablation.workers import side_by_side
 from launch.stages import read_stage
 from launch.start.command import print_heading
@@ -20,8 +23,13 @@ from runtime.files import read_json, write_json, write_text
 from runtime.progress import format_duration
 from runtime.recipe import load_recipe, write_recipe
 
+Start = Callable[..., None]
+"""Runs one `ligature` command, its arguments given one by one."""
+Trial = tuple[int, str, str]
+"""Seed, condition and arm of one run."""
 
-def run_arms(recipe: AblateRecipe, start: Callable[..., None]) -> str:
+
+def run_arms(recipe: AblateRecipe, start: Start) -> str:
     """Run the arms that have not run yet, seed by seed, and write `results.json`, `table.md` and `differences.png`.
 
     An interrupted run resumes, and the same command again runs only what is missing. What `results.json` holds is not
@@ -29,82 +37,133 @@ def run_arms(recipe: AblateRecipe, start: Callable[..., None]) -> str:
 
     Args:
         recipe: The arms, seeds and comparisons.
-        start: Runs a `ligature` command, its arguments given one by one; see `launch.ablation.workers.Workers`.
+        start: Runs a `ligature` command; see `launch.ablation.workers.Workers`.
 
     Returns:
         The table.
+
+    Raises:
+        RecipeError: An arm's recipe is wrong, or the folder holds records of another recipe; nothing has run.
+        LigatureError: A command failed.
     """
     folder = Path(recipe.runs) / recipe.name
     for shared in recipe.conditions.values():  # a mistake in any arm is answered before the first one runs
         for changes in recipe.arms.values():
-            read_stage("pretrain", ["--config", recipe.base, *options(shared | changes)])
+            read_stage("pretrain", ["--config", recipe.base, *format_options(shared | changes)])
     check_records(folder, recipe)
     write_recipe(folder / "config.yaml", recipe)  # with its predictions, before anything runs
 
-    def run_one(place: tuple[int, str, str]) -> dict[str, float]:
-        seed, condition, arm = place
-        name = "-".join(part for part in (condition, arm, f"seed{seed}") if part)
-        record = folder / f"{name}.json"
-        if not record.is_file():
-            launcher = ("launch", "local", "--nproc", str(recipe.processes)) if recipe.processes > 1 else ()
-            keys = {"name": name, "runs": str(folder), "training.seed": seed}
-            keys |= recipe.conditions[condition] | recipe.arms[arm]
-            start(*launcher, "pretrain", "--config", recipe.base, *options(keys))
-            scored = {"checkpoint": _last_checkpoint(folder / name), "data": recipe.data, "device": "auto"}
-            start("evaluate", *options(scored | {"dataset": recipe.name, "split": "test", "out": record}))
-        return measures(record, folder / name, recipe)
-
-    results = folder / "results.json"
-    found = read_results(results, recipe)
+    path = folder / "results.json"
+    results = read_results(path, recipe)
     missing = [
         (seed, condition, arm)
         for seed in recipe.seeds
         for condition in recipe.conditions
         for arm in recipe.arms
-        if seed not in found[condition][arm]
+        if seed not in results[condition][arm]
     ]
+    measured = side_by_side(lambda trial: run_trial(trial, recipe, start), missing, recipe.jobs)
     began = time.monotonic()
-    for made, (place, measured) in enumerate(
-        zip(missing, side_by_side(run_one, missing, recipe.jobs), strict=True), start=1
-    ):
-        seed, condition, arm = place
-        found[condition][arm][seed] = measured
-        write_json(results, found)
-        left = (time.monotonic() - began) / made * (len(missing) - made)
-        print_heading(f"{made} of {len(missing)} runs, {format_duration(left)} left")
-    found = read_results(results, recipe)
-    text = table(found, recipe)
+    for done, ((seed, condition, arm), measures) in enumerate(zip(missing, measured, strict=True), start=1):
+        results[condition][arm][seed] = measures
+        write_json(path, results)
+        left = (time.monotonic() - began) / done * (len(missing) - done)
+        print_heading(f"{done} of {len(missing)} runs, {format_duration(left)} left")
+    # Read again: the seeds come in the recipe's order then, as in a run without interruption.
+    results = read_results(path, recipe)
+    text = format_table(results, recipe)
     write_text(folder / "table.md", text + "\n")
-    draw(found, recipe, folder / "differences.png")
+    draw(results, recipe, folder / "differences.png")
     print_heading("the table")
     return text
 
 
-def read_results(results: Path, recipe: AblateRecipe) -> Found:
-    """What has been measured, its seeds in the recipe's order, whatever the order in which they were run."""
-    stored = read_json(results) if results.is_file() else {}
-    found: Found = {}
+def run_trial(trial: Trial, recipe: AblateRecipe, start: Start) -> dict[str, float]:
+    """Pretrain and score one arm with one seed in one condition, unless its record exists.
+
+    Returns:
+        Its measures; see `read_measures`.
+    """
+    seed, condition, arm = trial
+    folder = Path(recipe.runs) / recipe.name
+    name = "-".join(part for part in (condition, arm, f"seed{seed}") if part)
+    record = folder / f"{name}.json"
+    if not record.is_file():
+        launcher = ("launch", "local", "--nproc", str(recipe.processes)) if recipe.processes > 1 else ()
+        keys = {"name": name, "runs": str(folder), "training.seed": seed}
+        keys |= recipe.conditions[condition] | recipe.arms[arm]
+        start(*launcher, "pretrain", "--config", recipe.base, *format_options(keys))
+        evaluation = {
+            "checkpoint": _last_checkpoint(folder / name),
+            "data": recipe.data,
+            "device": "auto",
+            "dataset": recipe.name,
+            "split": "test",
+            "out": record,
+        }
+        start("evaluate", *format_options(evaluation))
+    return read_measures(record, folder / name, recipe)
+
+
+def read_measures(record: Path, run_folder: Path, recipe: AblateRecipe) -> dict[str, float]:
+    """Return the measures of a run: the mean reciprocal rank and, where the recipe names scenes, codeword information.
+
+    Args:
+        record: The run's score record.
+        run_folder: The run's folder.
+        recipe: The ablation's recipe.
+    """
+    scores = read_json(record)
+    directions = ("image_to_text", "text_to_image")
+    measures = {"MRR": sum(scores[direction]["mean_reciprocal_rank"] for direction in directions) / 2}
+    if recipe.scenes:
+        path = record.with_suffix(".information.json")
+        if not path.is_file():
+            from launch.ablation.codeword_information import information_of_run
+
+            write_json(path, information_of_run(_last_checkpoint(run_folder), recipe.data, recipe.scenes))
+        bits = read_json(path)
+        if bits:  # empty for a model without a codebook
+            measures["MI"] = sum(bits.values())
+            measures |= {f"MI {name}": value for name, value in bits.items()}
+    return measures
+
+
+def _last_checkpoint(run_folder: Path) -> Path:
+    """Return the last checkpoint: the best one is chosen by validation, so its age differs between arms."""
+    checkpoints = run_folder / "checkpoints"
+    return resolve_pointer(checkpoints, "latest") or checkpoints
+
+
+def read_results(path: Path, recipe: AblateRecipe) -> Results:
+    """Return what `results.json` holds of the recipe's arms, with the seeds in the recipe's order."""
+    stored = read_json(path) if path.is_file() else {}
+    results: Results = {}
     for condition in recipe.conditions:
-        found[condition] = {}
+        results[condition] = {}
         for arm in recipe.arms:
             measured = stored.get(condition, {}).get(arm, {})
-            found[condition][arm] = {seed: measured[str(seed)] for seed in recipe.seeds if str(seed) in measured}
-    return found
+            results[condition][arm] = {seed: measured[str(seed)] for seed in recipe.seeds if str(seed) in measured}
+    return results
 
 
 def check_records(folder: Path, recipe: AblateRecipe) -> None:
-    """Refuse a folder whose records were made, or predicted, otherwise: arms, comparisons, conditions and seeds may only be added."""
+    """Check that the folder's records belong to this recipe. Arms, comparisons, conditions and seeds may be added.
+
+    Raises:
+        RecipeError: The records were made by another recipe or under other predictions.
+    """
     if not (folder / "config.yaml").is_file():
         if (folder / "results.json").is_file():
             raise RecipeError(
-                f"{folder} holds results.json without the config.yaml that it was made by; put it there too"
+                f"{folder} holds results.json without the config.yaml that it was made by; copy that file there too"
             )
         return
     before = load_recipe(AblateRecipe, folder / "config.yaml")
     for field in dataclasses.fields(before):
         old, new = getattr(before, field.name), getattr(recipe, field.name)
         if field.name == "comparisons":
-            old, new = _stated(old), _stated(new)
+            old, new = _flatten(old), _flatten(new)
         if isinstance(old, dict):
             kept = all(name in new and new[name] == value for name, value in old.items())
         else:
@@ -115,42 +174,18 @@ def check_records(folder: Path, recipe: AblateRecipe) -> None:
             )
 
 
-def _stated(comparisons: dict[str, Comparison]) -> dict[tuple[str, str], str]:
-    """Comparison and arm -> its prediction; comparison and `` -> its baseline."""
+def _flatten(comparisons: dict[str, Comparison]) -> dict[tuple[str, str], str]:
+    """Return (comparison, arm) -> its prediction, and (comparison, "") -> its baseline."""
     return {
-        (name, arm): told for name, one in comparisons.items() for arm, told in {"": one.baseline, **one.arms}.items()
+        (name, arm): prediction
+        for name, comparison in comparisons.items()
+        for arm, prediction in {"": comparison.baseline, **comparison.arms}.items()
     }
 
 
-def options(keys: dict[str, Any]) -> list[str]:
-    """Keys and values as a command line's options."""
-    return [
-        part for key, value in keys.items() for part in (f"--{key}", value if isinstance(value, str) else _spell(value))
-    ]
-
-
-def _spell(value: Any) -> str:
-    return str(value) if isinstance(value, Path) else json.dumps(value)
-
-
-def _last_checkpoint(run_folder: Path) -> Path:
-    """Not the best, which validation chooses, and which differs in age between arms."""
-    checkpoints = run_folder / "checkpoints"
-    return resolve_pointer(checkpoints, "latest") or checkpoints
-
-
-def measures(record: Path, run_folder: Path, recipe: AblateRecipe) -> dict[str, float]:
-    scores = read_json(record)
-    ways = ("image_to_text", "text_to_image")
-    found = {"MRR": sum(scores[way]["mean_reciprocal_rank"] for way in ways) / 2}
-    if recipe.scenes:
-        stored = record.with_suffix(".information.json")
-        if not stored.is_file():
-            from launch.ablation.codeword_information import information_of_run
-
-            write_json(stored, information_of_run(_last_checkpoint(run_folder), recipe.data, recipe.scenes))
-        bits = read_json(stored)
-        if bits:
-            found["MI"] = sum(bits.values())
-            found |= {f"MI {name}": value for name, value in bits.items()}
-    return found
+def format_options(keys: dict[str, Any]) -> list[str]:
+    """Return keys and values as the options of a command line."""
+    options = []
+    for key, value in keys.items():
+        options += [f"--{key}", str(value) if isinstance(value, (str, Path)) else json.dumps(value)]
+    return options

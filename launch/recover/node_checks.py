@@ -1,4 +1,4 @@
-"""`ligature doctor`: whether this node, or the nodes of a job, can run what is asked of them; in seconds, before hours are spent."""
+"""Checks of a node, or of a job's nodes: versions, GPUs, memory limits, disk, data, network, clocks. They take seconds."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ from runtime.run_folder import PACKAGES
 
 MIB, GIB = 1 << 20, 1 << 30
 WRITTEN = 64 * MIB
+"""Bytes that the check of the disk writes."""
 PATIENCE = 60
 """Seconds that the ranks have to meet and to reduce."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`level` is ok, warn or FAIL; the text says what was seen and, unless it is well, what to do."""
+    """The result of one check."""
 
     level: str
+    """ok, warn or FAIL; a FAIL would stop a run."""
     name: str
+    """Name of the check."""
     text: str
+    """What was seen and, unless the level is ok, what to do."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,12 @@ class Checks:
 
 
 def examine(options: Checks, ranks: Ranks) -> list[tuple[str, Finding]]:
-    """(host, finding) of every node's first rank, on all ranks where they can meet; else of this node alone."""
+    """Check this node, then the ranks together. All ranks call this at once.
+
+    Returns:
+        (host, finding) pairs of all nodes if the ranks can meet, else of this node alone. The first rank of a node
+        checks the node; every rank checks its own GPU.
+    """
     import torch
 
     gpu = options.device != "cpu" and torch.cuda.is_available()
@@ -58,23 +67,32 @@ def examine(options: Checks, ranks: Ranks) -> list[tuple[str, Finding]]:
     host = os.environ.get("SLURMD_NODENAME", platform.node())
     mine = [(host, finding) for finding in findings]
     try:
-        found, clocks = meet(mine, ranks, gpu)
+        findings_of_all, clocks = meet(mine, ranks, gpu)
     except (RuntimeError, ValueError) as error:
         fix = (
             "the ranks must reach MASTER_ADDR at MASTER_PORT (a firewall?) and each other: name the interface with a route "
             "between the nodes in network_interface (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
         )
         return [*mine, (host, Finding("FAIL", "all-reduce", f"{_first_line(error)}; {fix}"))]
-    found.append((host, check_clocks(clocks)))
-    if len({finding.text for _, finding in found if finding.name == "versions"}) > 1:
-        found.append(
+    findings_of_all.append((host, check_clocks(clocks)))
+    if len({finding.text for _, finding in findings_of_all if finding.name == "versions"}) > 1:
+        findings_of_all.append(
             (host, Finding("FAIL", "nodes", "versions differ between nodes; give all of them one environment"))
         )
-    return found
+    return findings_of_all
 
 
 def meet(mine: list[tuple[str, Finding]], ranks: Ranks, gpu: bool) -> tuple[list[tuple[str, Finding]], list[float]]:
-    """Join all ranks, reduce, and share what each found. -> all findings, and every rank's clock at one moment."""
+    """Join all ranks, time an all-reduce, and gather the findings.
+
+    Args:
+        mine: (host, finding) pairs of this rank.
+        ranks: This process's rank.
+        gpu: Whether to use NCCL on GPUs; else gloo on CPUs.
+
+    Returns:
+        The pairs of all ranks, and each rank's clock right after a barrier (seconds since the epoch).
+    """
     from datetime import timedelta
 
     import torch
@@ -89,71 +107,72 @@ def meet(mine: list[tuple[str, Finding]], ranks: Ranks, gpu: bool) -> tuple[list
     try:
         block = torch.full((16 * MIB // 4,), float(ranks.rank + 1), device=device)
         distributed.all_reduce(block)  # the first one also makes the connections
-        right = bool((block == ranks.world * (ranks.world + 1) / 2).all())
+        correct = bool((block == ranks.world * (ranks.world + 1) / 2).all())
         distributed.barrier()
         clock, began = time.time(), time.monotonic()
         distributed.all_reduce(block)
         if gpu:
             torch.cuda.synchronize()
-        taken = time.monotonic() - began
-        told: list[Any] = [None] * ranks.world
-        distributed.all_gather_object(told, (mine, clock, right))
+        seconds = time.monotonic() - began
+        gathered: list[Any] = [None] * ranks.world
+        distributed.all_gather_object(gathered, (mine, clock, correct))
     finally:
         distributed.destroy_process_group()
-    rate = 16 / 1024 / taken
-    word = f"{backend} over {ranks.world} ranks"
-    wrong = [rank for rank, (_, _, fine) in enumerate(told) if not fine]
+    rate = 16 / 1024 / seconds
+    group = f"{backend} over {ranks.world} ranks"
+    wrong = [rank for rank, (_, _, correct) in enumerate(gathered) if not correct]
     finding = (
         Finding(
-            "FAIL", "all-reduce", f"{word}: wrong sums on ranks {wrong}; a GPU or a link is broken, leave that node out"
+            "FAIL",
+            "all-reduce",
+            f"{group}: wrong sums on ranks {wrong}; a GPU or a link is broken, leave that node out",
         )
         if wrong
-        else Finding("ok", "all-reduce", f"{word}, {rate:.2g} GiB/s for 16 MiB")
+        else Finding("ok", "all-reduce", f"{group}, {rate:.2g} GiB/s for 16 MiB")
     )
     host = mine[0][0] if mine else platform.node()
-    found = [entry for theirs, _, _ in told for entry in theirs]
-    return [*found, (host, finding), (host, Finding("ok", "together", _spell_place(ranks)))], [
-        clock for _, clock, _ in told
-    ]
+    findings = [pair for pairs, _, _ in gathered for pair in pairs]
+    findings += [(host, finding), (host, Finding("ok", "together", _format_ranks(ranks)))]
+    return findings, [clock for _, clock, _ in gathered]
 
 
-def _spell_place(ranks: Ranks) -> str:
+def _format_ranks(ranks: Ranks) -> str:
     job = os.environ.get("SLURM_JOB_ID")
     cores = len(os.sched_getaffinity(0))
-    asked = os.environ.get("SLURM_CPUS_PER_TASK")
+    requested = os.environ.get("SLURM_CPUS_PER_TASK")
     return (
         f"{ranks.world} ranks, {ranks.local_world} a node, {cores} cores each"
-        + (f" (asked for {asked})" if asked else "")
+        + (f" ({requested} requested)" if requested else "")
         + (f", job {job}" if job else "")
     )
 
 
 def check_versions() -> Finding:
-    """What is installed fits together: every requirement that one of our packages states of another is met."""
+    """Check that the installed packages fit together: every requirement that one of ours states of another is met."""
     from importlib.metadata import PackageNotFoundError, requires, version
 
     from packaging.requirements import Requirement
 
-    wrong = []
+    problems = []
     for package in PACKAGES:
         try:
-            stated = [Requirement(line) for line in requires(package) or ()]
+            requirements = [Requirement(line) for line in requires(package) or ()]
         except PackageNotFoundError:
-            wrong.append(f"{package} is not installed")
+            problems.append(f"{package} is not installed")
             continue
-        for need in stated:
+        for need in requirements:
             if need.marker and not need.marker.evaluate({"extra": ""}):
                 continue
             try:
                 if not need.specifier.contains(version(need.name), prereleases=True):
-                    wrong.append(
+                    problems.append(
                         f"{package} {version(package)} needs {need.name}{need.specifier}, not {version(need.name)}"
                     )
             except PackageNotFoundError:
-                wrong.append(f"{package} needs {need.name}, which is not installed")
-    if wrong:
+                problems.append(f"{package} needs {need.name}, which is not installed")
+    if problems:
         return Finding(
-            "FAIL", "versions", "; ".join(wrong) + "; `pip install --upgrade .` in Ligature's checkout mends them"
+            "FAIL", "versions", "; ".join(problems) + "; run `pip install --upgrade .` in Ligature's checkout"
         )
     import torch
 
@@ -163,13 +182,14 @@ def check_versions() -> Finding:
 
 
 def gpus_here() -> int:
+    """Return the number of GPUs that torch sees on this machine."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def check_gpu(device: str, ranks: Ranks) -> list[Finding]:
-    """This rank's GPU: there, free, and right in a small product."""
+    """Check that this rank's GPU is there, is free, and multiplies small matrices correctly."""
     import torch
 
     if device == "cpu":
@@ -177,61 +197,63 @@ def check_gpu(device: str, ranks: Ranks) -> list[Finding]:
     if not torch.cuda.is_available():
         if device == "cuda" or shutil.which("nvidia-smi") or os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0":
             built = torch.version.cuda or "no CUDA at all"
-            fix = f"torch is built for {built}: compare with `nvidia-smi` (driver) and ask the job for GPUs (gpus_per_node)"
+            fix = f"torch is built for {built}; compare it with the driver (`nvidia-smi`) and request GPUs for the job (gpus_per_node)"
             return [Finding("FAIL", "gpu", f"torch sees none; {fix}")]
         return [Finding("ok", "gpu", "none here; runs on CPUs")] if ranks.local_rank == 0 else []
     index = ranks.local_rank % torch.cuda.device_count()
     if ranks.local_world > torch.cuda.device_count():
-        text = f"{ranks.local_world} ranks on this node but {torch.cuda.device_count()} visible; gpus_per_node is one a rank"
+        text = f"{ranks.local_world} ranks on this node but {torch.cuda.device_count()} GPUs visible; request one a rank (gpus_per_node)"
         return [Finding("FAIL", "gpu", text)]
     free, total = torch.cuda.mem_get_info(index)
     name = f"{index}: {torch.cuda.get_device_name(index)}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
     square = torch.ones(1024, 1024, dtype=torch.bfloat16, device=f"cuda:{index}")
     if not bool((square @ square == 1024).all()):
-        return [Finding("FAIL", "gpu", f"{name}; a product came out wrong: leave this node out and tell its owners")]
+        return [Finding("FAIL", "gpu", f"{name}; a matrix product is wrong; leave this node out and tell its owners")]
     if free < 0.9 * total:
         return [Finding("warn", "gpu", f"{name}; another process holds the rest (`nvidia-smi` names it)")]
     return [Finding("ok", "gpu", name)]
 
 
 def check_machine() -> list[Finding]:
-    """Limits that loaders run into."""
+    """Check the limits that loader workers run into: shared memory and open files."""
     import resource
 
-    found = []
+    findings = []
     if Path("/dev/shm").is_dir():
         shared = shutil.disk_usage("/dev/shm")
         low = shared.free < GIB
         fix = (
-            "; loader workers hand batches over in it: give the container more (--shm-size, --ipc=host)" if low else ""
+            "; loader workers pass batches through it, so give the container more (--shm-size, --ipc=host)"
+            if low
+            else ""
         )
-        found.append(Finding("warn" if low else "ok", "shm", f"{shared.free / GIB:.1f} GiB free in /dev/shm{fix}"))
+        findings.append(Finding("warn" if low else "ok", "shm", f"{shared.free / GIB:.1f} GiB free in /dev/shm{fix}"))
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= files < 4096:
-        found.append(
-            Finding("warn", "files", f"{files} open files a process at most; `ulimit -n {min(65536, most)}` in setup")
+        findings.append(
+            Finding("warn", "files", f"a process may open {files} files; put `ulimit -n {min(65536, most)}` into setup")
         )
-    return found
+    return findings
 
 
 def check_disk(runs: Path) -> list[Finding]:
-    """Space, write speed and clock of the disk that runs are written to."""
+    """Check the space, write speed and clock of the disk that runs are written to."""
     import errno
 
-    place = runs.absolute()
-    while not place.exists():
-        place = place.parent
-    usage = shutil.disk_usage(place)
-    space = f"{usage.free / GIB:.0f} GiB free in {place}"
+    folder = runs.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    usage = shutil.disk_usage(folder)
+    space = f"{usage.free / GIB:.0f} GiB free in {folder}"
     if usage.free < 4 * GIB:
         return [
             Finding(
                 "FAIL",
                 "disk",
-                f"{space}; a checkpoint and its successor need more: free some, or choose another --runs",
+                f"{space}; a checkpoint and its successor need 4 GiB or more; free some space, or choose another --runs",
             )
         ]
-    probe = place / f".doctor-{platform.node()}-{os.getpid()}"
+    probe = folder / f".doctor-{platform.node()}-{os.getpid()}"
     try:
         block, began = os.urandom(MIB), time.monotonic()
         with open(probe, "wb") as file:
@@ -239,25 +261,26 @@ def check_disk(runs: Path) -> list[Finding]:
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-            wrote = time.time()
-            late = os.fstat(file.fileno()).st_mtime - wrote
+            now = time.time()
+            # A file server stamps the file with its own clock.
+            difference = os.fstat(file.fileno()).st_mtime - now
         speed = WRITTEN / MIB / (time.monotonic() - began)
     except OSError as error:
         fix = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another --runs"
-        return [Finding("FAIL", "disk", f"cannot write to {place} ({error.strerror}); {fix}")]
+        return [Finding("FAIL", "disk", f"cannot write to {folder} ({error.strerror}); {fix}")]
     finally:
         probe.unlink(missing_ok=True)
     slow = speed < 50
-    fix = "; checkpoints will hold the run up: choose a faster disk for --runs" if slow else ""
-    found = [Finding("warn" if slow else "ok", "disk", f"{space}, {speed:.0f} MiB/s written and synced{fix}")]
-    if abs(late) > 5:
-        text = f"the file server's clock is {late:+.0f} s from this node's; have them set by NTP"
-        found.append(Finding("warn", "clock", text))
-    return found
+    fix = "; checkpoints will delay the run, so choose a faster disk for --runs" if slow else ""
+    findings = [Finding("warn" if slow else "ok", "disk", f"{space}, {speed:.0f} MiB/s written and synced{fix}")]
+    if abs(difference) > 5:
+        text = f"the file server's clock is {difference:+.0f} s from this node's; set both by NTP"
+        findings.append(Finding("warn", "clock", text))
+    return findings
 
 
 def check_data(folder: Path) -> Finding:
-    """Every shard that the manifest promises is there, in its size, and the first and last can be read from this node."""
+    """Check that every shard of the manifest is there with its size, and that this node can read the first and last."""
     from data_tools.shards.manifest import read_manifest
 
     try:
@@ -272,19 +295,24 @@ def check_data(folder: Path) -> Finding:
         return Finding(
             "FAIL", "data", f"cannot read {error.filename}: {error.strerror}; is {folder} mounted on this node?"
         )
-    read = time.monotonic() - began
+    seconds = time.monotonic() - began
     return Finding(
         "ok",
         "data",
-        f"{folder}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, opened in {read:.2f} s",
+        f"{folder}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, opened in {seconds:.2f} s",
     )
 
 
 def check_clocks(clocks: list[float]) -> Finding:
+    """Check that the ranks' clocks agree.
+
+    Args:
+        clocks: Each rank's time, read at one moment (seconds since the epoch).
+    """
     skew = max(clocks) - min(clocks)
     if skew > 2:
         slowest = clocks.index(min(clocks))
-        text = f"clocks are up to {skew:.1f} s apart (rank {slowest} is the latest); have them set by NTP: logs and caches rely on them"
+        text = f"clocks are up to {skew:.1f} s apart (rank {slowest} is the furthest behind); set them by NTP, as logs and caches rely on them"
         return Finding("warn", "clocks", text)
     return Finding("ok", "clocks", f"within {max(skew, 0.001):.3f} s of each other")
 

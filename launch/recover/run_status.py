@@ -12,22 +12,29 @@ import time
 from pathlib import Path
 from typing import Any
 
+from launch.start.slurm import GONE, slurm
 from runtime.errors import LigatureError, RecipeError
 from runtime.files import read_json
 from runtime.metrics import read_metrics
 from runtime.progress import format_duration
 
 RECENT = 20
-"""Logged steps that the rate is a median of."""
+"""Number of logged steps whose median rate is shown."""
 ERROR = re.compile(r"^(ligature[^:]*: |srun: error: |[A-Za-z_.]*(Error|Exception)(:|$))")
 NO_ERROR = re.compile(r"stopped at step \d+|received; stopping")
-"""Lines of a run that was asked to stop and did."""
+"""Lines that look like errors, but come from a run that stopped as it was asked to."""
 
 
 def read_status(folder: Path) -> dict[str, str]:
-    """What there is to say of a run, by name."""
+    """Return what is known of a run: the name of each line, and its text.
+
+    Raises:
+        RecipeError: The folder is not a run's folder.
+    """
     if not (folder / "config.yaml").exists() and not (folder / "launch").is_dir():
-        raise RecipeError(f"{folder} is no run's folder: it has neither config.yaml nor launch/")
+        raise RecipeError(
+            f"{folder} is not a run's folder: it has neither config.yaml nor launch/; name a folder under runs/"
+        )
     lines = {"run": str(folder)}
     if job := job_line(folder):
         lines["job"] = job
@@ -41,22 +48,20 @@ def read_status(folder: Path) -> dict[str, str]:
 
 
 def job_line(folder: Path) -> str:
-    """The run's SLURM job: state, nodes, time, starts; empty where none was submitted."""
+    """Return the state of the run's SLURM job: nodes, time, starts. Empty if none was submitted."""
     record = folder / "launch" / "job.json"
     if not record.exists():
         return ""
     number = read_json(record)["job"]
     if not shutil.which("scontrol"):
         return f"{number}; no SLURM on this machine to ask"
-    from launch.start.slurm import GONE, slurm
-
     try:
-        told = slurm("scontrol", "--oneliner", "show", "job", number).splitlines()
+        answers = slurm("scontrol", "--oneliner", "show", "job", number).splitlines()
     except LigatureError as error:
         if GONE not in str(error):
             return f"{number}; {error}"
-        return f"{number} is over" + ("" if (folder / "finished.json").exists() else "; launch again to go on")
-    jobs = [dict(re.findall(r"(\w+(?::\w+)?)=(\S*)", line)) for line in told]
+        return f"{number} is over" + ("" if (folder / "finished.json").exists() else "; launch it again to resume")
+    jobs = [dict(re.findall(r"(\w+(?::\w+)?)=(\S*)", line)) for line in answers]
     if len(jobs) > 1:
         states = [job["JobState"] for job in jobs]
         return f"{number}: " + ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
@@ -70,12 +75,12 @@ def job_line(folder: Path) -> str:
         parts.append(f"on {job['NodeList']}, {job['RunTime']} of {job['TimeLimit']}")
     if job.get("Restarts", "0") != "0":
         parts.append(f"started {int(job['Restarts']) + 1} times")
-    comment = re.search(r" Comment=(held .*?)(?= [A-Z]\w+=|$)", told[0])
+    comment = re.search(r" Comment=(held .*?)(?= [A-Z]\w+=|$)", answers[0])
     return ", ".join(parts) + (f"; {comment[1]}" if comment else "")
 
 
 def progress_lines(folder: Path) -> dict[str, str]:
-    """Step, rate, time left, last checkpoint."""
+    """Return the lines on step, rate, time left and last checkpoint."""
     config = _config(folder)
     metrics = read_metrics(folder)
     step = int(max((line["step"] for line in metrics), default=0))
@@ -106,7 +111,14 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def total_steps(training: dict[str, Any], metrics: list[dict[str, float]]) -> int | None:
-    """Of the whole run: stated, or by the share of an epoch that the steps so far have taken; None before the first of them."""
+    """Return the steps of the whole run, or None if that is not known yet.
+
+    The recipe states them, or states epochs; then the share of an epoch that the logged steps have covered tells.
+
+    Args:
+        training: The recipe's `training` group.
+        metrics: Lines of `metrics.jsonl`.
+    """
     from training.config import LoopConfig
 
     if training["steps"]:
@@ -120,14 +132,15 @@ def total_steps(training: dict[str, Any], metrics: list[dict[str, float]]) -> in
 
 
 def last_error(folder: Path) -> str:
-    """The last line of the newest log that looks like an error, and where it stands."""
+    """Return the last line that looks like an error in the newest log that has one, with the log's name; else ""."""
     logs = sorted((folder / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime)
     for log in reversed(logs):
         lines = _last_lines(log)
+        # A log holds all starts of a job; only the last one counts.
         started = max((number for number, line in enumerate(lines) if line.startswith("=== ")), default=0)
-        found = [line for line in lines[started:] if ERROR.match(line) and not NO_ERROR.search(line)]
-        if found:
-            return f"{found[-1]} ({log.name})"
+        errors = [line for line in lines[started:] if ERROR.match(line) and not NO_ERROR.search(line)]
+        if errors:
+            return f"{errors[-1]} ({log.name})"
     return ""
 
 

@@ -1,4 +1,10 @@
-"""Where and how a job runs on a SLURM cluster: what a site's file (`configs/launch/`) and the command line say. Imports nothing heavy."""
+"""The options of a SLURM job, as a site's file (`configs/launch/`) and the command line state them. Nothing here imports torch.
+
+To add an option: a field of `SlurmConfig` with its docstring, which becomes its help, and the place in
+`launch/start/script.py` that renders it (`_head` for options of sbatch).
+
+Tested in tests/launch/start/test_launch_slurm.py.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +15,20 @@ from typing import Literal
 from runtime.errors import RecipeError
 
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+"""A time limit as SLURM writes it: an optional number of days, then one to three numbers."""
 
 
 @dataclass
 class ContainerConfig:
-    """The image that the ranks run in; the batch script itself runs outside, where `scontrol` is."""
+    """The container that the ranks run in. The batch script itself runs outside, where `scontrol` is."""
 
     kind: Literal["none", "pyxis", "apptainer"] = "none"
     image: str = ""
-    """A squashfs file or registry address (pyxis), a .sif file or folder (apptainer)."""
+    """pyxis: a squashfs file or a registry address. apptainer: a .sif file or a folder."""
     mounts: list[str] = field(default_factory=list)
-    """`outside:inside`, beside the run's folder and the working folder, which are mounted under their own names."""
+    """Folders to mount, as `outside:inside`. The run's folder and the working folder are always mounted, under their own names."""
     options: list[str] = field(default_factory=list)
-    """Further options of srun (pyxis) or of `apptainer exec`."""
+    """More options of srun (pyxis) or of `apptainer exec`."""
 
     def __post_init__(self) -> None:
         if (self.kind != "none") != bool(self.image):
@@ -32,49 +39,54 @@ class ContainerConfig:
 
 @dataclass
 class SlurmConfig:
-    """A job: how large, how long, where. A site's file holds what all jobs of a cluster share; the command line adds to it."""
+    """The size, time limit and environment of a job. A site's file holds what all jobs of a cluster share."""
 
     nodes: int = 1
+    """Number of nodes."""
     gpus_per_node: int = 1
-    """GPUs, and so ranks, of each node; 0 for a job on CPUs."""
+    """GPUs of each node, with one rank each. 0: a job on CPUs."""
     tasks_per_node: int | None = None
-    """Ranks of each node of a job on CPUs; none: 1. With GPUs there is one a GPU."""
+    """Ranks of each node of a job on CPUs (default 1). Leave it out with GPUs: there is one rank a GPU."""
     cpus_per_task: int | None = None
-    """Cores of each rank. With GPUs one trains and the others become loader workers; none: as many as the recipe's workers need."""
+    """Cores of each rank (default: one more than the recipe's loader workers). With GPUs one core trains and the others load."""
     memory: str | None = None
-    """Of each node (`500G`; `0` is all of it)."""
+    """Memory of each node, as in `500G`; `0` is all of it."""
     time: str | int = "24:00:00"
-    """Limit of one start, as SLURM writes it (`days-hours:minutes:seconds`); a run goes on in the next start."""
+    """Time limit of one start, as SLURM writes it: `days-hours:minutes:seconds`. A longer run resumes in the next start."""
     partition: str | None = None
+    """Partition to submit to; several names separated by commas."""
     account: str | None = None
+    """Account to charge."""
     qos: str | None = None
+    """Quality of service."""
     constraint: str | None = None
     """Features that nodes must have."""
     gpu_type: str | None = None
-    """Where a cluster has several kinds: `a100`."""
+    """Kind of GPU, on a cluster with several kinds: `a100`."""
     launcher: Literal["srun", "torchrun"] = "srun"
-    """`srun` starts one task a GPU; `torchrun` one task a node, which starts that node's ranks."""
+    """`srun` starts one task a rank. `torchrun` starts one task a node, which starts that node's ranks."""
     modules: list[str] = field(default_factory=list)
     """Environment modules to load."""
     conda: str | None = None
-    """Conda environment to activate: a name or a folder."""
+    """Conda environment to activate, by name or folder."""
     venv: str | None = None
-    """Virtual environment to activate: a folder. Without conda, venv and container the Python that launched is used."""
+    """Folder of a virtual environment to activate. Without conda, venv or container, the launching Python runs the job."""
     container: ContainerConfig = field(default_factory=ContainerConfig)
+    """The container that the ranks run in."""
     network_interface: str | None = None
-    """What NCCL and gloo talk over (`ib0`); none: they choose."""
+    """Network interface for NCCL and gloo, as in `ib0` (default: they choose)."""
     node_disk: str | None = None
-    """A folder on each node's own disk, variables allowed (`$TMPDIR`): shards are staged there as they are read, also from disks that are mounted."""
+    """Folder on each node's own disk, which may name variables (`$TMPDIR`). Shards are copied there as they are read, from mounted disks too."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables to export."""
+    """Environment variables to export."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines to run once on the first node before the ranks start."""
+    """Shell lines that run once, on the first node, before the ranks start."""
     sbatch: list[str] = field(default_factory=list)
-    """Further options of sbatch, one a line: `--exclusive`, `--mail-type=FAIL`."""
+    """More options of sbatch, one a line: `--exclusive`, `--mail-type=FAIL`."""
     stop_before: int = 120
-    """Seconds before the time limit at which a run is asked to stop; it must finish a step and write a checkpoint in them."""
+    """Seconds before the time limit at which a run is asked to stop. It must finish a step and write a checkpoint in this time."""
     max_crashes: int = 3
-    """A job that crashes is requeued so many times, and held when it crashes once more. Time limits, preemption and lost nodes do not count."""
+    """Crashes after which a job is requeued; it is held at the next one. Time limits, preemption and lost nodes are not crashes."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -102,7 +114,7 @@ class SlurmConfig:
             raise RecipeError("container.image brings its own Python; leave conda and venv out")
         if self.seconds <= self.stop_before + 30:
             raise RecipeError(
-                f"time {self.time} leaves nothing before stop_before {self.stop_before} s; give the job more time"
+                f"time {self.time} leaves nothing before stop_before ({self.stop_before} s); give the job more time"
             )
         for line in self.sbatch:
             if not line.startswith("-"):
@@ -110,22 +122,27 @@ class SlurmConfig:
 
     @property
     def ranks_per_node(self) -> int:
+        """Ranks of each node."""
         return self.gpus_per_node or self.tasks_per_node or 1
 
     @property
     def world(self) -> int:
+        """World size."""
         return self.nodes * self.ranks_per_node
 
     @property
     def seconds(self) -> int:
-        """The time limit; SLURM reads `minutes`, `minutes:seconds`, `hours:minutes:seconds`, `days-hours[:minutes[:seconds]]`."""
-        found = TIME.fullmatch(str(self.time))
-        if not found:
+        """The time limit in seconds.
+
+        SLURM reads `minutes`, `minutes:seconds`, `hours:minutes:seconds` and `days-hours[:minutes[:seconds]]`.
+        """
+        match = TIME.fullmatch(str(self.time))
+        if not match:
             raise RecipeError(
                 f"time is {self.time!r}; write it as SLURM does: 24:00:00, 90 (minutes) or 2-12 (days-hours)"
             )
-        days, first, second, third = (int(part) if part else None for part in found.groups())
-        assert first is not None
+        days, first, second, third = (int(part) if part else None for part in match.groups())
+        assert first is not None  # the pattern has at least this number
         if days is not None or third is not None:
             return (days or 0) * 86400 + first * 3600 + (second or 0) * 60 + (third or 0)
         return first * 60 + (second or 0)
@@ -133,11 +150,11 @@ class SlurmConfig:
 
 @dataclass
 class LaunchOptions(SlurmConfig):
-    """Submit a stage to SLURM: `ligature launch slurm STAGE [the stage's own options] [these]`; a site's file by --site."""
+    """Options of `ligature launch slurm`: a job's, and those of this one launch."""
 
     array: str | None = None
-    """A job array: a file with one task's further options a line (ablations), or, for `shard`, a number of slices."""
+    """Submit a job array. The value is a file with one task's further options a line or, for `shard`, a number of slices."""
     dry_run: bool = False
-    """Print the batch script; write and submit nothing."""
+    """Print the batch script, but write and submit nothing."""
     resume_with_changes: bool = False
-    """Go on with a run's folder although the recipe has changed; the changes are shown."""
+    """Resume a run although its recipe has changed; the changes are printed."""

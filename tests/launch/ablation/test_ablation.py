@@ -12,7 +12,7 @@ from scipy import stats
 
 from launch.ablation.codeword_information import corrected, information
 from launch.ablation.config import AblateRecipe, Comparison
-from launch.ablation.run import check_records, options, read_results, run_arms
+from launch.ablation.run import check_records, format_options, read_results, run_arms
 from launch.ablation.table import differences, paired, values_of, verdict
 from launch.ablation.workers import Workers
 from launch.cli import main
@@ -159,7 +159,7 @@ def test_shipped_ablations_are_recipes_whose_arms_are_recipes():
     assert all(all(one.arms.values()) for one in shipped.comparisons.values()), "a prediction is written for every arm"
     *_, shared = shipped.conditions.values()
     for changes in shipped.arms.values():
-        read_stage("pretrain", ["--config", shipped.base, *options(shared | changes)])
+        read_stage("pretrain", ["--config", shipped.base, *format_options(shared | changes)])
 
 
 def test_an_arm_with_an_unknown_key_stops_before_anything_runs(tmp_path, capsys):

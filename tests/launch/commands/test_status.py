@@ -63,4 +63,4 @@ def test_without_slurm_the_job_is_named(run, capsys, monkeypatch):
 
 def test_a_folder_that_is_no_run_is_one_line(tmp_path, capsys):
     assert main(["status", str(tmp_path)]) == 2
-    assert "is no run's folder" in (said := capsys.readouterr().err) and said.count("\n") == 1
+    assert "is not a run's folder" in (said := capsys.readouterr().err) and said.count("\n") == 1
