@@ -1,4 +1,4 @@
-"""`ligature import`: convert a published checkpoint into one of ours. (`import` itself is a keyword of Python.)
+"""`ligature import`: convert a published checkpoint into one of ours. The module has another name: `import` is a keyword.
 
 Tested in tests/pretrain/weights/test_albef.py.
 """

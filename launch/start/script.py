@@ -1,4 +1,9 @@
-"""The batch script of a job, as text to be read: what it asks of SLURM, the environment, the ranks, and what happens when they end."""
+"""The batch script of a job: the options of sbatch, the environment, the ranks, and what happens when they end.
+
+The script is written to be read: it stays in the run's folder, and its comments explain it to whoever opens it there.
+
+Tested in tests/launch/start/test_launch_slurm.py.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +14,22 @@ from launch.start.job import Job
 from runtime.errors import Interrupted, RecipeError, RunHeld, Superseded
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""Signals that torchrun passes on to its ranks."""
 
 
 def render(job: Job) -> str:
-    """The whole script."""
-    parts = [_head(job), _environment(job), _tasks(job), MEETING, _ranks(job), SUPERVISION.format(**_codes())]
+    """Return the whole script."""
+    parts = [_head(job), _environment(job), _tasks(job), MEETING, _ranks(job), SUPERVISION.format(**_exit_codes())]
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
-def _codes() -> dict[str, int]:
+def _exit_codes() -> dict[str, int]:
     kinds = (RecipeError, RunHeld, Superseded, Interrupted)
     return {kind.__name__: kind.exit_code for kind in kinds}
 
 
 def _head(job: Job) -> str:
+    """Return the `#SBATCH` lines. A site option that sbatch takes is rendered here."""
     config, folder = job.config, job.tasks[0].folder
     torchrun = config.launcher == "torchrun"
     cores = config.cpus_per_task or 1
@@ -44,25 +51,24 @@ def _head(job: Job) -> str:
         "account": config.account,
         "qos": config.qos,
         "constraint": config.constraint,
-        # Sent to this script alone, which passes it on: srun's tasks of every launcher and container get it then.
+        # To the script alone (B:), which passes it on: so the tasks of every launcher and container get it.
         "signal": f"B:USR1@{config.stop_before}",
     }
-    lines = [f"#SBATCH --{name}={_spell(value)}" for name, value in options.items() if value is not None]
+    lines = [f"#SBATCH --{name}={_quote_option(value)}" for name, value in options.items() if value is not None]
     lines += ["#SBATCH --requeue", *(f"#SBATCH {line}" for line in config.sbatch)]
     return "\n".join(["#!/bin/bash", "# Written by `ligature launch slurm`; launch again rather than edit it.", *lines])
 
 
-def _spell(value: object) -> str:
-    """An option's value; sbatch reads quotes as a shell does."""
+def _quote_option(value: object) -> str:
+    """Return an option's value, in double quotes if it has unusual characters; sbatch reads quotes as a shell does."""
     text = str(value)
-    return (
-        text
-        if all(letter.isalnum() or letter in "-_./:%@+=,^~&|[]*" for letter in text)
-        else '"' + text.replace('"', '\\"') + '"'
-    )
+    if all(letter.isalnum() or letter in "-_./:%@+=,^~&|[]*" for letter in text):
+        return text
+    return '"' + text.replace('"', '\\"') + '"'
 
 
 def _environment(job: Job) -> str:
+    """Return the lines that set up modules, Python environment and variables."""
     config = job.config
     lines = ["# --- environment"]
     if config.modules:
@@ -75,16 +81,17 @@ def _environment(job: Job) -> str:
     if config.network_interface:
         variables |= dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), config.network_interface)
     lines += [f"export {name}={shlex.quote(value)}" for name, value in (variables | config.environment).items()]
-    # Only now: the scripts above trip over variables that are not set.
+    # `set -u` comes last: scripts of modules and conda use variables that are not set.
     return "\n".join([*lines, *config.setup, "set -u -o pipefail"])
 
 
 def _shell_path(path: str) -> str:
-    """Quoted, but for a leading ~, which the shell is to expand."""
+    """Return a path in quotes, except for a leading ~, which the shell expands."""
     return "~/" + shlex.quote(path[2:]) if path.startswith("~/") else shlex.quote(path)
 
 
 def _tasks(job: Job) -> str:
+    """Return the lines that name the task's folder and command; an array has a list of each."""
     lines = ["# --- what to run"]
     if len(job.tasks) > 1:
         lines += ["folders=(", *(f"  {shlex.quote(str(task.folder))}" for task in job.tasks), ")"]
@@ -104,7 +111,7 @@ def _tasks(job: Job) -> str:
 
 
 MEETING = r"""
-# --- where the ranks meet: the first node by its name, or, where names do not resolve, by its address; a port of this start's own
+# --- where the ranks meet: the first node, by its name or, where names do not resolve, by its address; each start has its own port
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 start=${SLURM_RESTART_COUNT:-0}
@@ -122,40 +129,40 @@ rm -f "$exits"
 """
 
 RANK = r"""
-# --- a rank: its place, its node's log, and its exit code written down (the first that failed is the reason, the others follow from it)
+# --- a rank: its variables, its node's log, and its exit code on file (the first failure is the reason, later ones follow from it)
 rank=$(cat <<'END'
-PLACE
+VARIABLES
 exec >> "$folder/logs/${SLURM_ARRAY_TASK_ID:+$SLURM_ARRAY_TASK_ID-}$SLURMD_NODENAME.log" 2>&1
 [ "$LOCAL_RANK" = 0 ] && echo "=== $(date +%FT%T) job $job start $start on $SLURMD_NODENAME: $command"
 process= asked=
-hand_on() { # where processes are tracked by cgroups SLURM signals this shell alone, not what it has started
+hand_on() { # where SLURM tracks processes by cgroups, it signals this shell alone, not what the shell has started
   asked=$1
   [ -z "$process" ] || kill -s "$1" "$process" 2> /dev/null
 }
 for signal in TERM USR1 INT; do trap "hand_on $signal" "$signal"; done
 trap : HUP
-# Its process number and then its exit code come through a pipe: `wait` of bash 5.2 loses the code of what runs in the background where
-# a trap was running as it ended.
-exec {told}< <(
+# The process id and then the exit code come through a pipe: `wait` of bash 5.2 loses the code of a background process that ends
+# while a trap runs.
+exec {pipe}< <(
   trap : TERM USR1 INT HUP
   (echo "$BASHPID"; eval "exec $ligature $command" >&2)
   echo $?
 )
-read -r process <&"$told"
+read -r process <&"$pipe"
 [ -z "$asked" ] || kill -s "$asked" "$process"
-read -r code <&"$told" || code=137
+read -r code <&"$pipe" || code=137
 echo "$code rank $RANK on $SLURMD_NODENAME" >> "$exits"
 exit "$code"
 END
 )
 """
 
-PLACE = (
+VARIABLES = (
     """export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$ranks_per_node"""
 )
 
 NODE = r"""
-# --- a node: torchrun starts its ranks, and passes on the signals that ask them to stop
+# --- a node: torchrun starts its ranks and passes on the signals that ask them to stop
 node=$(cat <<'END'
 exec {}
 END
@@ -165,6 +172,7 @@ export rank
 
 
 def _ranks(job: Job) -> str:
+    """Return the definition of a rank, and the command line (`ranks`) that starts all of them."""
     config, container = job.config, job.config.container
     srun = ["srun", "--export=ALL", "--kill-on-bad-exit=1", f"--cpus-per-task={_cores_of_a_task(config)}"]
     inside: list[str] = []
@@ -178,59 +186,62 @@ def _ranks(job: Job) -> str:
         binds = [f"--bind={mount}" for mount in mounts + container.mounts]
         inside = ["apptainer", "exec", *(["--nv"] if config.gpus_per_node else []), *binds]
         inside += [f"--pwd={job.working_folder}", *container.options, container.image]
-    # torchrun tells its ranks their places by itself.
-    text = RANK.replace("PLACE\n", "" if config.launcher == "torchrun" else f"{PLACE}\n")
-    what = '"$rank"'
+    # torchrun sets its ranks' variables by itself.
+    text = RANK.replace("VARIABLES\n", "" if config.launcher == "torchrun" else f"{VARIABLES}\n")
+    program = '"$rank"'
     if config.launcher == "torchrun":
         torchrun = ["python", "-m", "torch.distributed.run", f"--nnodes={config.nodes}", "--node-rank=$SLURM_NODEID"]
         torchrun += [f"--nproc-per-node={config.ranks_per_node}", "--master-addr=$MASTER_ADDR"]
         torchrun += ["--master-port=$MASTER_PORT"]
-        # As long as SLURM lets them: it kills what overstays by itself.
+        # A day, so that torchrun never kills ranks that are saving: SLURM ends what takes too long.
         torchrun += [f"--signals-to-handle={SIGNALS}", "--shutdown-timeout=86400", '--no-python bash -c "$rank"']
         if job.ligature != "ligature":
             torchrun[0] = job.ligature.split(" -m ")[0]
         text += NODE.format(" ".join(torchrun))
-        what = '"$node"'
+        program = '"$node"'
     lines = "\n".join(f"  {word}" for word in map(shlex.quote, [*srun, *inside]))
-    return text + f"\nranks=(\n{lines}\n  bash -c {what}\n)\n"
+    return text + f"\nranks=(\n{lines}\n  bash -c {program}\n)\n"
 
 
 def _cores_of_a_task(config: SlurmConfig) -> int:
-    """SLURM since 22.05 does not tell srun by itself, and all loader workers share one core then."""
+    """Return the cores of one task of srun.
+
+    Since SLURM 22.05 srun does not take the number over from sbatch. Without it all loader workers share one core.
+    """
     return (config.cpus_per_task or 1) * (config.ranks_per_node if config.launcher == "torchrun" else 1)
 
 
 SUPERVISION = r"""
-# --- stop when asked, go on in the next start
+# --- stop when asked, resume in the next start
 say() {{ echo "$(date +%FT%T) job $job start $start: $*" | tee -a "$events"; }}
 
-ours() {{ # whether this start of the job is SLURM's last word: it was not cancelled, requeued, or started elsewhere meanwhile
-  told=
+ours() {{ # whether SLURM still counts on this start: the job was not cancelled, requeued, or started elsewhere meanwhile
+  state=
   for _ in {{1..60}}; do
-    told=" $(scontrol --oneliner show job "$job") " && break
-    sleep 30 # the controller is away
+    state=" $(scontrol --oneliner show job "$job") " && break
+    sleep 30 # the controller does not answer
   done
-  [[ $told =~ " JobState=RUNNING "|" Reason=TimeLimit " && $told == *" Restarts=$start "* ]]
+  [[ $state =~ " JobState=RUNNING "|" Reason=TimeLimit " && $state == *" Restarts=$start "* ]]
 }}
 
-requeued= over= told=
+requeued= over= state=
 requeue() {{
   requeued=yes
-  say "$1; requeued, goes on from its last checkpoint"
+  say "$1; requeued, resumes from its last checkpoint"
   scontrol requeue "$job" || say "cannot be requeued here; launch it again"
 }}
 
 step= asked=
 near_the_limit() {{
-  [ -n "$resumes" ] || return # it has until then to finish
+  [ -n "$resumes" ] || return # the stage may use the remaining time to finish
   asked="the time limit is near"
   say "asked to stop: $asked"
   [ -z "$step" ] || kill -USR1 "$step" # srun hands it to the ranks
 }}
-ending() {{ # SLURM has sent the ranks SIGTERM as well, and SIGKILL follows: whoever has not saved by then goes on from further back
-  if ours && [[ $told == *" Reason=TimeLimit "* ]] && [ -z "$resumes" ]; then
+ending() {{ # SLURM has sent SIGTERM to the ranks too, and SIGKILL follows: a rank that has not saved by then resumes from an older checkpoint
+  if ours && [[ $state == *" Reason=TimeLimit "* ]] && [ -z "$resumes" ]; then
     over=yes
-    say "failed, not requeued: the time limit came, and this stage would begin anew; launch it again with a longer --time"
+    say "failed, not requeued: the time limit came, and this stage would start anew; launch it again with a longer --time"
   elif ours; then requeue "ended by the time limit before the ranks had stopped"; else say "being ended by SLURM (cancelled, requeued or preempted)"; fi
 }}
 trap near_the_limit USR1
@@ -243,26 +254,26 @@ step=$!
 while true; do
   wait "$step"
   code=$?
-  kill -0 "$step" 2> /dev/null || break # it has ended: `wait` was not merely interrupted by a signal
+  kill -0 "$step" 2> /dev/null || break # srun has ended; else a signal interrupted `wait`
 done
-wait "$step" 2> /dev/null # where it ended while a signal interrupted `wait`, its own code is still to be had
+wait "$step" 2> /dev/null # if srun ended while a signal interrupted `wait`, its own code is still available
 last=$?
 first_exit=$(grep -m 1 -v '^0 ' "$exits" 2> /dev/null) # `137 rank 3 on n2`
 finished=$(grep -c '^0 ' "$exits" 2> /dev/null)
 why=${{first_exit%% *}}
 case $last in
-  127) ;; # `wait` had told it already
-  -1 | 255) [ "$finished" = "$world" ] && code=0 || code=${{why:-$code}} ;; # bash 5.2 loses it where a trap was running: the ranks tell
+  127) ;; # the loop has its code already
+  -1 | 255) [ "$finished" = "$world" ] && code=0 || code=${{why:-$code}} ;; # bash 5.2 loses it if a trap was running: the codes of the ranks decide
   *) code=$last ;;
 esac
 why=${{why:-$code}}
 
 last_error() {{ # of this start, in the log of the node whose rank ended first
-  awk '/^=== / {{ found = "" }} /^(ligature[^:]*|srun: error): / || /^[A-Za-z_.]*(Error|Exception)(:|$)/ {{ found = $0 }} END {{ print found }}' \
+  awk '/^=== / {{ line = "" }} /^(ligature[^:]*|srun: error): / || /^[A-Za-z_.]*(Error|Exception)(:|$)/ {{ line = $0 }} END {{ print line }}' \
     "$folder"/logs/*"${{first_exit##* }}.log" | tail -n 1 | cut -c 1-300
 }}
 
-if [ "$code" = 0 ] && [ "$finished" = "$world" ]; then # srun says 0 as well when it loses a node
+if [ "$code" = 0 ] && [ "$finished" = "$world" ]; then # srun ends with 0 as well when it loses a node
   say "finished"
   exit 0
 fi
@@ -273,7 +284,7 @@ if [ -n "$requeued" ] || ! ours; then
 fi
 [ "$why" != 0 ] || why="0, though not every rank has finished"
 case $why in
-  {Interrupted} | 138 | 143) # saved, or a signal came before there was anything to save
+  {Interrupted} | 138 | 143) # saved, or ended by a signal before there was anything to save
     requeue "stopped: ${{asked:-asked by a signal (preemption)}}"
     exit {Interrupted} ;;
   {RecipeError}) say "failed, not requeued: $(last_error)"; exit "$code" ;;
@@ -290,7 +301,7 @@ if [ "$crashes" -le "$max_crashes" ]; then
   requeue "$crash (crash $crashes of $max_crashes)"
 else
   say "$crash"
-  say "held after crash $crashes; mend it, then: scontrol release $job"
+  say "held after crash $crashes; fix the cause, then: scontrol release $job"
   scontrol update JobId="$job" Comment="held after crash $crashes: $crash"
   scontrol requeuehold "$job"
 fi
