@@ -136,7 +136,7 @@ def test_recipes_that_cannot_be_compared_are_refused(tmp_path):
         recipe(tmp_path, comparisons={"try": Comparison("c", {"a": ""})})
     with pytest.raises(RecipeError, match="comparison try names 'c'"):
         recipe(tmp_path, comparisons=expected(c=""))
-    with pytest.raises(RecipeError, match="comparison try has no arms to hold against 'a'"):
+    with pytest.raises(RecipeError, match="comparison try has no arms to compare with 'a'"):
         recipe(tmp_path, comparisons={"try": Comparison("a", {})})
     with pytest.raises(RecipeError, match="conditions is not set"):
         recipe(tmp_path, conditions={})
