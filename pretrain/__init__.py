@@ -1,4 +1,4 @@
-"""Third floor: model, objectives, teacher, engine, loop. `from pretrain import load_model`."""
+"""Pretraining: the model, its objectives, teacher and engine. `from pretrain import load_model` loads a model."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ _HOMES = {"load_model": "pretrain.weights.load", "ImageTextModel": "pretrain.wei
 
 
 def __getattr__(name: str) -> Any:
-    """Load on first use (PEP 562), so that importing the package does not import torch."""
+    """Load a name on first use (PEP 562), so that importing the package does not import torch."""
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""A collection of images and captions -> features, each encoded once, the work shared by the ranks."""
+"""Encode a collection of images and captions into features. The ranks share the work and all get the result."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from runtime.ranks import Ranks, gather_rows
 
 @dataclass
 class Encodings:
-    """On the CPU, in the collection's order, whole on every rank."""
+    """A collection's features: on the CPU, in the collection's order, whole on every rank."""
 
     image: Tensor
     """(images, feature_dim) unit-norm float32"""
     text: Tensor
     """(captions, feature_dim) unit-norm float32"""
     image_tokens: Tensor | None = None
-    """(images, 1 + patches, image width), kept where a fusion head will read them"""
+    """(images, 1 + patches, image width), kept only for a fusion head to read"""
     text_states: Tensor | None = None
-    """(captions, caption_tokens, text width), likewise; zero behind each caption's end"""
+    """(captions, caption_tokens, text width), kept only for a fusion head to read; zero after each caption's end"""
     text_mask: Tensor | None = None
-    """(captions, caption_tokens) bool"""
+    """(captions, caption_tokens) bool, True where a token is"""
 
 
 @torch.no_grad()
@@ -42,7 +42,18 @@ def encode_collection(
     keep_tokens: bool = False,
     silent: bool = True,
 ) -> Encodings:
-    """Encode all images and all captions in evaluation mode; each rank takes a run of whole batches."""
+    """Encode every image and every caption once, in evaluation mode. A collective: each rank takes a range of whole batches.
+
+    Args:
+        model: the model, on the device to compute on. Its training mode is left as it was.
+        tokenizer: the model's tokenizer.
+        collection: images and captions.
+        ranks: this process among those that share the work.
+        batch_size: images, or captions, in one forward pass.
+        workers: processes that decode images.
+        keep_tokens: also keep the encoders' states, which a fusion head reads.
+        silent: show no progress.
+    """
     training, device = model.training, next(model.parameters()).device
     model.eval()
     images, captions = len(collection), collection.captions
@@ -61,9 +72,10 @@ def encode_collection(
             states = model.text_encoder(ids.to(device), mask.to(device))
             text_parts.append(model.text_features(states))
             if keep_tokens:
-                room = (0, 0, 0, tokenizer.caption_tokens - ids.shape[1])
-                state_parts.append(torch.nn.functional.pad(states.cpu() * mask[..., None], room))
-                mask_parts.append(torch.nn.functional.pad(mask, room[2:]))
+                # A batch is as long as its longest caption; padded to one length, batches can be joined.
+                padding = (0, 0, 0, tokenizer.caption_tokens - ids.shape[1])
+                state_parts.append(torch.nn.functional.pad(states.cpu() * mask[..., None], padding))
+                mask_parts.append(torch.nn.functional.pad(mask, padding[2:]))
             bar.advance(len(ids) * ranks.world)
     model.train(training)
     dim, width, image_width = model.config.feature_dim, model.text_encoder.width, model.image_encoder.width
@@ -71,21 +83,23 @@ def encode_collection(
     text = gather_shares(text_parts, len(captions), batch_size, (dim,), device)
     if not keep_tokens:
         return Encodings(image, text)
-    patches = model.image_encoder.tokens
+    masks = [mask.float() for mask in mask_parts]  # float32, as the rows of an empty share are
+    length = tokenizer.caption_tokens
     return Encodings(
         image,
         text,
-        gather_shares(token_parts, images, batch_size, (patches, image_width), device),
-        gather_shares(state_parts, len(captions), batch_size, (tokenizer.caption_tokens, width), device),
-        gather_shares(
-            [part.float() for part in mask_parts], len(captions), batch_size, (tokenizer.caption_tokens,), device
-        ).bool(),
+        gather_shares(token_parts, images, batch_size, (model.image_encoder.tokens, image_width), device),
+        gather_shares(state_parts, len(captions), batch_size, (length, width), device),
+        gather_shares(masks, len(captions), batch_size, (length,), device).bool(),
     )
 
 
 def rank_share(count: int, batch_size: int, ranks: Ranks) -> range:
-    """This rank's run of `count` items, in whole batches: a batch then holds the same items whatever the number of ranks, and
-    so gives the same bits. The last ranks may have less to do, or nothing."""
+    """Return this rank's range of `count` items, in whole batches.
+
+    A batch then holds the same items at any world size, and so gives the same bits. The last ranks may get fewer items
+    than the others, or none.
+    """
     batches = -(-count // batch_size)
     each = -(-batches // ranks.world) * batch_size
     return range(min(ranks.rank * each, count), min((ranks.rank + 1) * each, count))
@@ -94,11 +108,23 @@ def rank_share(count: int, batch_size: int, ranks: Ranks) -> range:
 def gather_shares(
     parts: list[Tensor], count: int, batch_size: int, shape: tuple[int, ...], device: torch.device
 ) -> Tensor:
-    """The ranks' runs joined, on the CPU. Runs are padded to one length for the exchange."""
+    """Join the rows that the ranks computed for their `rank_share`. A collective.
+
+    Args:
+        parts: this rank's rows, batch by batch; empty if its share is empty.
+        count: rows of all ranks together.
+        batch_size: the batch size that the shares were made with.
+        shape: shape of one row.
+        device: where the ranks exchange tensors.
+
+    Returns:
+        (count, *shape), on the CPU.
+    """
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     own = torch.cat(parts) if parts else torch.zeros(0, *shape)
     if world == 1:
         return own.cpu()
     own = own.to(device)
+    # Every rank must bring as many rows as rank 0, whose share is the longest.
     padding = own.new_zeros(len(rank_share(count, batch_size, Ranks(0, world))) - len(own), *shape)
     return gather_rows(torch.cat([own, padding]))[:count].cpu()

@@ -1,1 +1,1 @@
-"""The loop that pretraining and fine-tuning share: steps, skipped steps, resuming, checkpoints. No DeepSpeed here."""
+"""Training: the loop that pretraining and fine-tuning share, with sick steps, resuming and profiling. It knows no model."""

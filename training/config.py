@@ -1,4 +1,7 @@
-"""Recipe keys that pretraining and fine-tuning share: the optimizer, the loop, skipped steps. Imports nothing heavy."""
+"""Recipe keys that pretraining and fine-tuning share: the optimizer, the loop and sick steps. Imports no torch.
+
+Tested in tests/pretrain/test_albef_recipe.py.
+"""
 
 from __future__ import annotations
 
@@ -12,93 +15,117 @@ from runtime.recipe import free
 
 @dataclass
 class OptimizerConfig:
-    """AdamW, linear warm-up, then a cosine."""
+    """AdamW with a linear warm-up and half a cosine after it."""
 
     lr: float = 1e-4
+    """Highest learning rate, reached at the end of the warm-up."""
     min_lr: float = 1e-5
+    """Learning rate at the end of the cosine."""
     schedule: Literal["step", "epoch"] = "step"
-    """`step`: the rate changes with every step. `epoch`: ALBEF's, whose warm-up climbs in 20 stairs within the first epoch, and
-    whose cosine changes from one epoch to the next."""
+    """`step` changes the learning rate with every step. `epoch` is ALBEF's schedule: 20 stairs of warm-up within the first
+    epoch, then a cosine that changes once an epoch."""
     warmup_lr: float = 0.0
-    """Where the warm-up begins."""
+    """Learning rate at the start of the warm-up."""
     warmup_steps: int = 2000
+    """Training steps of the warm-up."""
     weight_decay: float = 0.02
+    """AdamW's weight decay of matrices. Biases, norms and the temperature have none."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's decay rates of the first and the second moment."""
     clip_norm: float = 0.0
-    """Gradients are scaled down to this norm; 0 leaves them."""
+    """Gradients with a larger norm are scaled down to this one. 0 leaves them as they are."""
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise RecipeError(f"optimizer.betas is {self.betas}; AdamW has two, each at least 0 and below 1")
+            raise RecipeError(f"optimizer.betas is {self.betas}; give two numbers, each at least 0 and below 1")
 
     def lr_at(self, step: int, steps: int, epoch: float = 0.0, epochs: float = 1.0) -> float:
-        """The rate of a step of a run of `steps`; `schedule: epoch` goes by the epochs consumed, of all `epochs`.
+        """Return the learning rate of a step.
 
-        Warm-up begins at `warmup_lr` (by step: one step above it), and half a cosine ends at `min_lr`.
+        Args:
+            step: training steps taken before this one.
+            steps: training steps of the whole run.
+            epoch: epochs consumed before this step; only `schedule: epoch` reads it.
+            epochs: epochs of the whole run; only `schedule: epoch` reads it.
         """
         if self.schedule == "epoch":
             if epoch >= 1:
                 return self._cosine(min(1.0, int(epoch) / epochs))
+            # ALBEF tells its scheduler every 100th of 2,000 warm-up iterations, which makes 20 stairs.
             stair = min(20, step * 20 // max(1, self.warmup_steps))
             return self.warmup_lr + (self.lr - self.warmup_lr) * stair / 20
-        if step < self.warmup_steps:
+        if step < self.warmup_steps:  # the first step is one above `warmup_lr`: at 0 it would be lost
             return self.warmup_lr + (self.lr - self.warmup_lr) * (step + 1) / self.warmup_steps
         return self._cosine((step - self.warmup_steps) / max(1, steps - self.warmup_steps))
 
     def _cosine(self, share: float) -> float:
+        """Return the rate after a share (0 to 1) of the cosine."""
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 @dataclass
 class SickStepConfig:
-    """When a step is skipped on all ranks, and what follows many such steps; `training/sick_steps.py`."""
+    """When all ranks skip a step, and what happens after many skipped steps (`training/sick_steps.py`)."""
 
     norm_factor: float = 10.0
-    """A gradient norm so many times the median of the last `window` applied ones is sick; 0 leaves only what is not finite."""
+    """A step is sick when its gradient norm exceeds this many times the median of the last `window` applied steps. 0 skips
+    only losses and gradients that are not finite."""
     window: int = 128
-    """Steps of history; it judges from a quarter of them on."""
+    """Applied steps that the median is taken over. Norms are judged once a quarter of them is filled."""
     in_a_row: int = 8
-    """Sick steps in a row after which skipping is given up. Where all of them are large gradients at a loss no higher than before,
-    such gradients are the usual from then on."""
+    """Sick steps in a row after which the run stops skipping. If all of them have large gradients at a loss no higher than
+    before, large gradients count as usual from then on."""
     then: Literal["go_back", "stop"] = "go_back"
-    """`go_back` restores the last checkpoint before them and goes on with the data after them; `stop` ends the run."""
+    """What follows `in_a_row` sick steps. `go_back` restores the last checkpoint before them and continues with the data after
+    them; `stop` ends the run."""
     returns: int = 3
-    """Times to go back without a new checkpoint in between, before the run stops after all."""
+    """How often the run may go back without a new checkpoint in between. After that it stops."""
 
     def __post_init__(self) -> None:
         for name in ("window", "in_a_row", "returns"):
             if (value := getattr(self, name)) < 1:
                 raise RecipeError(f"training.sick_steps.{name} is {value}; it must be 1 or more")
         if self.norm_factor and self.norm_factor <= 1:
-            raise RecipeError(f"training.sick_steps.norm_factor is {self.norm_factor}; it is above 1, or 0 for none")
+            raise RecipeError(
+                f"training.sick_steps.norm_factor is {self.norm_factor}; it must be above 1, or 0 to judge no norm"
+            )
 
 
 @dataclass
 class LoopConfig:
-    """How long a loop runs, on what, and how often it looks up."""
+    """How long a loop runs, on which device, and how often it logs, validates and saves."""
 
     global_batch: int = 512
-    """Samples a step over all ranks."""
+    """Samples of one training step over all ranks."""
     epochs: float = 30.0
+    """Epochs of the whole run."""
     steps: int | None = None
-    """Number of steps; stated, it overrides `epochs`."""
+    """Training steps of the whole run. When it is set, `epochs` is not used."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    """Number format of the computation. The optimizer always updates float32 weights."""
     seed: int = 0
+    """Seed of all random draws."""
     device: Literal["auto", "cpu", "cuda"] = free("auto")
+    """`auto` takes a GPU if there is one, else the CPU."""
     log_every: int = free(10)
+    """Training steps between two log lines."""
     validate_every: int = 1000
-    """Steps between two measurements of R@K on `data.validation`."""
+    """Training steps between two measurements of R@K on `data.validation`."""
     checkpoint_every: int = 1000
+    """Training steps between two checkpoints."""
     keep_last: int = free(2)
-    """Newest checkpoints to keep; the best by validation is kept beside them."""
+    """How many of the newest checkpoints to keep. The best one by validation is kept beside them."""
     milestone_every: int | None = free(None)
-    """Checkpoints of steps that are multiples of this are kept for good; a multiple of `checkpoint_every`."""
+    """Keep a checkpoint for good when its step is a multiple of this. It must be a multiple of `checkpoint_every`."""
     checkpoint_activations: bool = free(False)
-    """Compute each layer's activations again in the backward pass instead of keeping them: room for larger batches and images."""
+    """Compute each layer's activations again in the backward pass instead of keeping them. This makes room for larger batches
+    and images."""
     sick_steps: SickStepConfig = field(default_factory=SickStepConfig)
+    """When a step is skipped, and what follows many skipped steps."""
     rank_timeout: float = free(600.0)
-    """Seconds without progress after which a rank counts as hung and the run stops, naming it; more than the longest validation,
-    compilation or part of the start takes (taking over from a process that vanished without a word is a minute of it). A rank that died is noticed within a twentieth of it, and 30 seconds at most."""
+    """Seconds without progress after which a rank counts as hung and the run stops, naming it. It must exceed the longest
+    validation, compilation or part of the start; taking over from a process that vanished takes a minute. A rank that died is
+    noticed within a twentieth of it, and within 30 seconds at most."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -117,12 +144,12 @@ class LoopConfig:
                 f"training.milestone_every is {self.milestone_every}; it must be a multiple of training.checkpoint_every {self.checkpoint_every}"
             )
         if self.rank_timeout <= 0:
-            raise RecipeError(f"training.rank_timeout is {self.rank_timeout}; it is a number of seconds above 0")
+            raise RecipeError(f"training.rank_timeout is {self.rank_timeout}; it must be a number of seconds above 0")
         if self.epochs <= 0 or self.seed < 0:
             raise RecipeError(
-                f"training.epochs is {self.epochs}, training.seed {self.seed}; epochs are above 0, a seed 0 or more"
+                f"training.epochs is {self.epochs}, training.seed {self.seed}; epochs must be above 0 and the seed 0 or more"
             )
 
     def total_steps(self, samples: int) -> int:
-        """Steps of the whole run over a data set of so many samples."""
+        """Return the training steps of the whole run over a dataset of `samples` samples."""
         return self.steps or math.ceil(self.epochs * samples / self.global_batch)

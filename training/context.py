@@ -1,4 +1,7 @@
-"""What one rank needs wherever it is in a run: the run's folder, its ranks, its device and its watchdog."""
+"""What one rank needs wherever it is in a run: the run's folder, its ranks, its device and its watchdog.
+
+Tested in tests/end_to_end/test_interrupt.py.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
 """Sick steps: a loss or gradient that is not finite, or a gradient far outside its history, must not reach the weights.
 
-Every rank judges by the same two numbers (the loss summed over ranks, the global gradient norm), so all skip alike: the
-optimizer, the teacher and the queue stay as they were, and Adam's own count of steps with them. The data go on, and so does the
-learning rate, both of which are functions of the step. After `in_a_row` sick steps it is not the samples: the weights, which have not
-moved meanwhile, are where gradients are large. If the loss is no higher there than before, they are on a steeper slope, as when a
-young model leaves its plateau, and large is the new usual. Otherwise they are not to be trusted any more: the run goes back to the
-last checkpoint before them and on with the data after them (Chowdhery et al. 2022, PaLM, section 5.1), or stops.
+Every rank judges by the same two numbers: the loss summed over ranks, and the global gradient norm. So all ranks skip the
+same steps. A skipped step leaves the optimizer, the teacher, the queue and Adam's own step count as they were. The data and
+the learning rate move on, because both are functions of the step.
+
+After `in_a_row` sick steps the samples are not to blame. The weights have not moved meanwhile, so gradients are large where
+they are. If the loss there is no higher than before, the weights are on a steeper slope, as when a young model leaves its
+plateau. Large gradients then count as usual. Otherwise the weights are not trusted any more. The run goes back to the last
+checkpoint before the sick steps and continues with the data after them (Chowdhery et al. 2022, PaLM, section 5.1), or stops.
 """
 
 from __future__ import annotations
@@ -24,30 +26,36 @@ from runtime.ranks import Ranks, gather_values
 from training.config import SickStepConfig
 
 ENOUGH = 4
-"""History begins to judge when it is filled to one part in so many."""
+"""Norms are judged once 1/ENOUGH of the window is filled."""
 
 
 class SickSteps:
-    """Judges steps, counts the skipped ones, and says when there are too many."""
+    """Judges steps, counts the skipped ones, and tells when there are too many."""
 
     def __init__(self, config: SickStepConfig) -> None:
         self.config = config
         self.norms: deque[float] = deque(maxlen=config.window)
         self.losses: deque[float] = deque(maxlen=config.window)
         self.streak: list[tuple[float, float]] = []
-        """Loss and norm of each of the last steps, if they were sick."""
+        """(loss, gradient norm) of each sick step since the last one that was applied."""
         self.skipped = 0
-        """Steps skipped since the run began, as far as the weights remember."""
+        """Steps skipped in the history of the present weights. Going back to a checkpoint restores its count."""
         self.returns = 0
-        """Times the run went back since the last checkpoint that followed a healthy step."""
+        """Times the run went back since it last saved a checkpoint."""
         self.reason = ""
-        """Why the step judged last was skipped; empty where it was not."""
+        """Why the last step was skipped; empty if it was applied."""
         self.steeper = ""
-        """Why the step judged last was applied although its gradient was large; empty where it was not."""
+        """Why the last step was applied in spite of its large gradient; empty otherwise."""
         self.judged: tuple[float, float] = (0.0, 0.0)
+        """(loss, gradient norm) of the last step."""
 
     def admits(self, loss: float, norm: float) -> bool:
-        """Whether a step may be applied, by its loss and gradient norm over all ranks (before clipping). Called once a step."""
+        """Return whether a step may be applied. Call it once a step.
+
+        Args:
+            loss: the step's mean loss over all ranks.
+            norm: the global gradient norm, before clipping.
+        """
         self.judged = loss, norm
         self.reason = self._complaint(loss, norm)
         self.steeper = ""
@@ -67,13 +75,17 @@ class SickSteps:
         return not self.reason
 
     def _is_steeper(self) -> bool:
-        """Whether the last steps had large gradients all, of losses no higher than those before (their median than the highest)."""
+        """Return whether a full row of sick steps is a steeper slope: all finite, and the loss no higher than before.
+
+        The row's median loss is compared with the highest loss of the history.
+        """
         finite = all(map(math.isfinite, chain.from_iterable(self.streak)))
         if not (self.exhausted and finite and self.losses):
             return False
         return statistics.median(loss for loss, _ in self.streak) <= max(self.losses)
 
     def _complaint(self, loss: float, norm: float) -> str:
+        """Return what is wrong with a step; empty if nothing is."""
         if not math.isfinite(loss):
             return "the loss is not finite"
         if not math.isfinite(norm):
@@ -85,8 +97,16 @@ class SickSteps:
         return ""
 
     def record(self, step: int, own_loss: float, keys: list[str], ranks: Ranks, log: Path) -> None:
-        """Write a skipped step down, with every rank's loss and sample keys, and say it. A collective."""
-        told = gather_values((own_loss, keys))
+        """Append a skipped step to the log, and report it on the first rank's stderr. A collective.
+
+        Args:
+            step: training steps taken, this one included.
+            own_loss: this rank's loss.
+            keys: this rank's sample keys.
+            ranks: this process among the processes of the run.
+            log: path of `sick_steps.jsonl`.
+        """
+        losses_and_keys = gather_values((own_loss, keys))
         if not ranks.first:
             return
         loss, norm = self.judged
@@ -96,36 +116,46 @@ class SickSteps:
             "loss": _number(loss),
             "gradient_norm": _number(norm),
             "in_a_row": self.in_a_row,
-            "ranks": [{"loss": _number(own), "keys": theirs} for own, theirs in told],
+            "ranks": [{"loss": _number(own), "keys": theirs} for own, theirs in losses_and_keys],
         }
         try:
             with open(log, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
             where = f"its samples are in {log}"
-        except OSError as error:  # a full disk is the checkpoint's business; what is skipped must be known all the same
+        except OSError as error:  # a full disk must not stop the run here; the skipped step is reported all the same
             where = f"{log} cannot be written ({error.strerror}); rank 0 read {', '.join(keys[:8])} …"
         print(f"ligature: skipped step {step}: {self.reason} ({self.in_a_row} in a row); {where}", file=sys.stderr)
 
     @property
     def in_a_row(self) -> int:
+        """Sick steps since the last step that was applied."""
         return len(self.streak)
 
     @property
     def exhausted(self) -> bool:
-        """Whether so many steps in a row were sick that skipping does not help."""
+        """Whether so many steps in a row were sick that skipping no longer helps."""
         return self.in_a_row >= self.config.in_a_row
 
     def count_return(self, step: int, log: Path) -> int:
-        """Count a return to the last good checkpoint. -> the last step that was not sick.
+        """Count a return to the last good checkpoint, and report it on stderr.
 
-        Raises SickRun where the recipe wants to stop, or returning did not help."""
-        told = f"{self.in_a_row} steps in a row were sick, up to step {step} ({self.reason}); see {log}"
+        Args:
+            step: training steps taken, the sick ones included.
+            log: path of `sick_steps.jsonl`, for the messages.
+
+        Returns:
+            The last step before the row of sick ones.
+
+        Raises:
+            SickRun: the recipe says to stop, or the run has gone back `returns` times already.
+        """
+        message = f"{self.in_a_row} steps in a row were sick, up to step {step} ({self.reason}); see {log}"
         if self.config.then == "stop":
-            raise SickRun(f"{told}; lower optimizer.lr, set optimizer.clip_norm, or look at the samples")
+            raise SickRun(f"{message}; lower optimizer.lr, set optimizer.clip_norm, or look at the samples")
         if self.returns >= self.config.returns:
-            raise SickRun(f"{told}; going back to the last good checkpoint did not help {self.returns} times")
+            raise SickRun(f"{message}; going back to the last good checkpoint did not help {self.returns} times")
         print(
-            f"ligature: {told}; going back to the last checkpoint before them, and on with the data after them",
+            f"ligature: {message}; going back to the last checkpoint before them, and on with the data after them",
             file=sys.stderr,
         )
         healthy = step - self.in_a_row
@@ -134,13 +164,16 @@ class SickSteps:
         return healthy
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able: a resumed run judges as the undisturbed one would."""
+        """Return the history as JSON values, so that a resumed run judges as the undisturbed one would."""
         streak = [[_number(loss), _number(norm)] for loss, norm in self.streak]
         return {"norms": list(self.norms), "losses": list(self.losses), "skipped": self.skipped, "streak": streak}
 
     def load(self, state: dict[str, Any] | None) -> None:
-        """Go on from a checkpoint (none: one made before steps were judged; without losses: before those were kept). How often the
-        run went back is no part of it: that is why it is loaded."""
+        """Restore the history of a checkpoint. `returns` is kept: it counts how often this very method took the run back.
+
+        Args:
+            state: a `state_dict`. Old checkpoints have none, or one without losses; what is missing starts empty.
+        """
         fresh: dict[str, Any] = SickSteps(self.config).state_dict()
         state = fresh | (state or {})
         self.norms = deque(state["norms"], maxlen=self.config.window)

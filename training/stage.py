@@ -1,4 +1,7 @@
-"""What a stage brings to the training loop, and what the loop itself remembers between steps."""
+"""What a stage brings to the training loop, and what the loop itself remembers between steps.
+
+Tested in tests/end_to_end/test_killed.py.
+"""
 
 from __future__ import annotations
 

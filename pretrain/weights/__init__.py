@@ -1,1 +1,1 @@
-"""Weights in and out: starting weights, published checkpoints, our own, exports."""
+"""Weights in and out: starting weights, published checkpoints, our own checkpoints, exports."""

@@ -1,9 +1,11 @@
-"""ALBEF's published checkpoints (salesforce/ALBEF, `.pth`) -> a checkpoint of ours to pretrain, fine-tune or evaluate.
+"""Import ALBEF's published checkpoints (salesforce/ALBEF, `.pth`) as our own, to pretrain, fine-tune or evaluate.
 
-Their names become ours: the ViT is timm's already (fused query, key and value); BERT's first layers are the text encoder,
-those with cross-attention the fusion encoder; query, key and value are joined; the decoder of the MLM head is tied to the word
-embeddings. The momentum teacher (`*_m`) and the queues come along. Checkpoints fine-tuned for retrieval, whose text encoder
-has no `bert.` in its names and no MLM head, are read as well.
+- The ViT has timm's names already (fused query, key and value).
+- BERT's first layers become the text encoder, and those with cross-attention the fusion encoder.
+- Query, key and value are joined. The decoder of the MLM head is tied to the word embeddings.
+- The momentum teacher (`*_m`) and the queues are imported too.
+
+Checkpoints fine-tuned for retrieval are read as well. Their text encoder has no `bert.` in its names, and no MLM head.
 """
 
 from __future__ import annotations
@@ -28,21 +30,31 @@ from runtime.errors import CheckpointError
 from runtime.files import read_json
 
 HEADS = {"vision_proj": "image_projection", "text_proj": "text_projection", "itm_head": "matching_head"}
+"""ALBEF's names of the projections and the matching head, and ours."""
 NOT_WEIGHTS = ("image_queue", "text_queue", "queue_ptr", "idx_queue", "ptr_queue", "temp")
+"""Tensors that are no weights of a module: the queues, their pointers and the temperature."""
+
+CROSS_ATTENTION = {"self.query": "query", "output.dense": "output", "output.LayerNorm": "norm"}
+"""ALBEF's names within a cross-attention, and ours. Its key and value are joined into `key_value`."""
 
 
 @dataclasses.dataclass
 class Albef:
-    """What an ALBEF checkpoint holds, under our names."""
+    """The content of an ALBEF checkpoint, under our names."""
 
     config: ModelConfig
     student: dict[str, Tensor]
-    """Without the temperature's parameter, which is a function of `temperature`."""
+    """Weights by name, without the temperature's parameter, which is a function of `temperature`."""
     teacher: dict[str, Tensor]
+    """The momentum model's weights by name; empty if the checkpoint has none."""
     queue: dict[str, Tensor] | None
+    """The state of `FeatureQueue`, if the checkpoint has queues."""
     temperature: float
+    """Divides the contrastive logits."""
     vocabulary: int
+    """Tokens of its tokenizer."""
     unused: list[str]
+    """Names of the tensors that were not read."""
 
 
 def import_albef(
@@ -55,13 +67,25 @@ def import_albef(
     training: str = "pretrained",
     image_heads: int | None = None,
 ) -> list[str]:
-    """Write `checkpoint` as a folder of ours. -> lines that report what was and was not used.
+    """Write an ALBEF checkpoint as a checkpoint folder of ours.
 
-    tokenizer: folder or name; bert_config: ALBEF's `config_bert.json`, for the number of heads (else one for 64 of width);
-    image_size: pixels a side to interpolate position embeddings to; training: what score records say of the model; image_heads: of
-    the image encoder, whose heads are else as wide as the text's.
-    Raises CheckpointError where the file is no ALBEF checkpoint, does not fit tokenizer or configuration, or is fine-tuned and
-    `training` does not say so.
+    Args:
+        checkpoint: ALBEF's `.pth` file.
+        out: the folder to write; it must not exist.
+        tokenizer: folder or Hugging Face name of the tokenizer it was trained with.
+        bert_config: ALBEF's `config_bert.json`, for the number of text heads. Default: the file of that name beside
+            `checkpoint`, else one head for each 64 of width.
+        image_size: pixels a side to interpolate position embeddings to. Default: the checkpoint's own.
+        caption_tokens: tokens that a caption is cut to.
+        training: what score records say of the model, `pretrained` or `fine-tuned-on X`.
+        image_heads: heads of the image encoder. Default: heads as wide as the text's.
+
+    Returns:
+        Lines that report what was and was not used.
+
+    Raises:
+        CheckpointError: the file is no ALBEF checkpoint, does not fit the tokenizer or the configuration, or is fine-tuned
+            although `training` says `pretrained`.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists; choose another folder, or remove it")
@@ -70,42 +94,51 @@ def import_albef(
         raise CheckpointError(
             f"--caption-tokens {caption_tokens} is more than the {albef.config.text.positions} positions of {checkpoint}"
         )
-    words = load_tokenizer(tokenizer, caption_tokens).drop_punctuation()
-    if words.vocabulary != albef.vocabulary:
+    text_tokenizer = load_tokenizer(tokenizer, caption_tokens).drop_punctuation()
+    if text_tokenizer.vocabulary != albef.vocabulary:
         raise CheckpointError(
-            f"{checkpoint} has {albef.vocabulary} words and the tokenizer {tokenizer} {words.vocabulary}; "
+            f"{checkpoint} has {albef.vocabulary} words and the tokenizer {tokenizer} has {text_tokenizer.vocabulary}; "
             "give the tokenizer it was trained with (--tokenizer)"
         )
     if training == "pretrained" and not any(name.startswith("masked_language_head.") for name in albef.student):
         raise CheckpointError(
-            f"{checkpoint} has no head for masked words, as ALBEF's checkpoints fine-tuned for retrieval have none; say on what with "
+            f"{checkpoint} has no head for masked words, so it looks fine-tuned for retrieval; say on which dataset with "
             "--fine-tuned-on, or its scores would pass for zero-shot"
         )
     if image_size is not None:
         resize(albef, image_size)
-    model, fresh = make_model(albef)
-    write(out, model, albef, words, training)
-    found = [part for part, there in (("teacher", albef.teacher), ("queue", albef.queue)) if there]
+    model, random = build_model(albef)
+    write(out, model, albef, text_tokenizer, training)
+    extras = [name for name, content in (("teacher", albef.teacher), ("queue", albef.queue)) if content]
     return [
-        f"{len(albef.student)} tensors and the temperature {albef.temperature:.4f} from {checkpoint}; with them: {', '.join(found) or 'no teacher, no queue'}",
-        f"random, because it has none: {', '.join(fresh) or 'nothing'}",
+        f"{len(albef.student)} tensors and the temperature {albef.temperature:.4f} from {checkpoint}; with them: {', '.join(extras) or 'no teacher, no queue'}",
+        f"random, because it has none: {', '.join(random) or 'nothing'}",
         f"not used of it: {', '.join(albef.unused) or 'nothing'}",
         f"{out}: image {albef.config.image.image_size} px, {albef.config.image.heads} heads, text {albef.config.text.layers} + {albef.config.fusion.layers} layers, {caption_tokens} tokens a caption",
     ]
 
 
 def read_albef(checkpoint: Path, bert_config: Path | None = None, image_heads: int | None = None) -> Albef:
-    """Read the file, safely (no code in it is run), and find its sizes from the tensors' shapes."""
+    """Read an ALBEF file, and find the model's sizes from its tensors' shapes. No code in the file is run.
+
+    Args:
+        checkpoint: ALBEF's `.pth` file.
+        bert_config: see `import_albef`.
+        image_heads: see `import_albef`.
+
+    Raises:
+        CheckpointError: the file is no ALBEF checkpoint.
+    """
     theirs = _load(checkpoint)
-    # `module.` is left by DDP; retrieval checkpoints say `text_encoder.encoder` where others say `text_encoder.bert.encoder`.
+    # DDP leaves a `module.` prefix. Retrieval checkpoints have `text_encoder.encoder`, others `text_encoder.bert.encoder`.
     theirs = {_plain_name(name): tensor for name, tensor in theirs.items()}
     beside = Path(checkpoint).with_name("config_bert.json")
     bert = read_json(bert_config or beside) if bert_config or beside.is_file() else {}
     config = _find_sizes(theirs, bert, image_heads, checkpoint)
-    student, unused = our_names(
+    student, unused = translate_names(
         {name: tensor for name, tensor in theirs.items() if not _of_teacher(name)}, config.text.layers
     )
-    teacher, _ = our_names(
+    teacher, _ = translate_names(
         {re.sub(r"^(\w+?)_m\.", r"\1.", name): tensor for name, tensor in theirs.items() if _of_teacher(name)},
         config.text.layers,
     )
@@ -115,10 +148,11 @@ def read_albef(checkpoint: Path, bert_config: Path | None = None, image_heads: i
         queue = {
             "image": theirs["image_queue"].T.contiguous(),
             "text": theirs["text_queue"].T.contiguous(),
-            "image_ids": torch.full((length,), -1),  # ALBEF's pretraining queue does not say which images these were
+            "image_ids": torch.full((length,), -1),  # ALBEF's pretraining queue does not keep image ids
             "counters": torch.tensor([int(theirs["queue_ptr"]) if "queue_ptr" in theirs else 0, length]),
         }
-    # ALBEF clamps before a step, not after it, and not at all in fine-tuning: its last value may lie at a bound or beyond.
+    # ALBEF clamps the temperature before a step, not after it, and in fine-tuning never. Its last value may lie beyond a
+    # bound, where our parameter, a sigmoid between the bounds, has no value.
     stored = float(theirs["temp"]) if "temp" in theirs else 0.07
     temperature = min(max(stored, 1.001 * Temperature.low), Temperature.high / 1.001)
     return Albef(
@@ -132,8 +166,13 @@ def read_albef(checkpoint: Path, bert_config: Path | None = None, image_heads: i
     )
 
 
-def our_names(theirs: dict[str, Tensor], text_layers: int) -> tuple[dict[str, Tensor], list[str]]:
-    """ALBEF's tensors (weights, or gradients of them) under our names, and the names that have no place here."""
+def translate_names(theirs: dict[str, Tensor], text_layers: int) -> tuple[dict[str, Tensor], list[str]]:
+    """Return ALBEF's tensors under our names, and the names that our model has no use for.
+
+    Args:
+        theirs: weights, or gradients of them, by ALBEF's name without the teacher's `_m`.
+        text_layers: how many first BERT layers are the text encoder.
+    """
     ours: dict[str, Tensor] = {}
     text: dict[str, Tensor] = {}
     unused = []
@@ -161,18 +200,18 @@ def our_names(theirs: dict[str, Tensor], text_layers: int) -> tuple[dict[str, Te
             value = text[name.replace("self.key", "self.value")]
             ours[f"{home}.key_value.{kind}"] = torch.cat([tensor, value])
         elif part != "self.value":
-            ours[
-                f"{home}.{ {'self.query': 'query', 'output.dense': 'output', 'output.LayerNorm': 'norm'}[part] }.{kind}"
-            ] = tensor
+            ours[f"{home}.{CROSS_ATTENTION[part]}.{kind}"] = tensor
     return ours, unused
 
 
 def resize(albef: Albef, image_size: int) -> None:
-    """Interpolate position embeddings; the class token's stays."""
+    """Interpolate the position embeddings to an image of `image_size` pixels a side. The class token's embedding stays."""
     patch = albef.config.image.patch
     assert patch is not None
     if image_size < patch or image_size % patch:
-        raise CheckpointError(f"--image-size {image_size} is no multiple of the patch of {patch} pixels")
+        raise CheckpointError(
+            f"--image-size {image_size} is no multiple of the patch of {patch} pixels; choose one that is"
+        )
     name, side = "image_encoder.vit.pos_embed", image_size // patch
     for weights in (albef.student, albef.teacher):
         if name in weights:
@@ -180,27 +219,28 @@ def resize(albef: Albef, image_size: int) -> None:
     albef.config.image.image_size = image_size
 
 
-def make_model(albef: Albef) -> tuple[AlignmentModel, list[str]]:
-    """-> the student, and the names of what the checkpoint does not have."""
+def build_model(albef: Albef) -> tuple[AlignmentModel, list[str]]:
+    """Return the student, and the names of its parameters that the checkpoint does not have and that stay random."""
     albef.config.temperature = albef.temperature
     model = AlignmentModel(albef.config, albef.vocabulary)
     own = dict(model.named_parameters())
     for name, weight in albef.student.items():
         if name not in own or own[name].shape != weight.shape:
-            wanted = f"{tuple(own[name].shape)} is wanted" if name in own else "there is no such part"
-            raise CheckpointError(f"an ALBEF tensor does not fit: {name} is {tuple(weight.shape)}, {wanted}")
+            expected = f"the model has {tuple(own[name].shape)}" if name in own else "the model has no such part"
+            raise CheckpointError(f"an ALBEF tensor does not fit: {name} is {tuple(weight.shape)}, {expected}")
         own[name].data.copy_(weight)
     return model, [name for name in own if name not in albef.student and name != "temperature.logit"]
 
 
-def write(out: Path, model: AlignmentModel, albef: Albef, words: CaptionTokenizer, training: str) -> None:
+def write(out: Path, model: AlignmentModel, albef: Albef, tokenizer: CaptionTokenizer, training: str) -> None:
+    """Write the student, and the teacher and queue if there are any, as a checkpoint folder."""
     tensors: dict[str, dict[str, Tensor]] = {"model": dict(model.named_parameters())}
     if albef.teacher:
         tensors["teacher"] = albef.teacher
     if albef.queue:
         tensors["queue"] = albef.queue
-    about = describe_model(albef.config, words.caption_tokens, training)
-    write_checkpoint(out, tensors, {"model": about}, words.save)
+    description = describe_model(albef.config, tokenizer.caption_tokens, training)
+    write_checkpoint(out, tensors, {"model": description}, tokenizer.save)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -208,7 +248,7 @@ def _load(path: Path) -> dict[str, Tensor]:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"no file {path}") from None
-    except Exception as error:  # a file that is something else fails in many ways (KeyError among them)
+    except Exception as error:  # a file of another kind fails in many ways, KeyError among them
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"{path} is not a checkpoint that loads safely, with tensors alone ({reason})") from error
     weights = content.get("model", content) if isinstance(content, dict) else None
@@ -229,7 +269,10 @@ def _of_teacher(name: str) -> bool:
 def _find_sizes(
     theirs: dict[str, Tensor], bert: dict[str, Any], image_heads: int | None, checkpoint: Path
 ) -> ModelConfig:
-    """Sizes from shapes. Heads leave no trace in them: BERT's configuration tells, else there is one for 64 of width."""
+    """Return the model's sizes, from the shapes of its tensors.
+
+    No shape shows the number of heads. BERT's configuration has it; without one there is a head for each 64 of width.
+    """
     try:
         patches = theirs["visual_encoder.patch_embed.proj.weight"]
         width, patch = patches.shape[0], patches.shape[-1]
@@ -242,12 +285,13 @@ def _find_sizes(
         raise CheckpointError(f"{checkpoint} is no ALBEF checkpoint: it has no {error.args[0]}") from None
     blocks = _count(theirs, r"visual_encoder\.blocks\.(\d+)\.")
     layers = _count(theirs, r"text_encoder\.bert\.encoder\.layer\.(\d+)\.")
-    crossing = [
+    # The first layer with cross-attention is the fusion encoder's first.
+    cross_attention_layers = [
         int(match[1])
         for name in theirs
         if (match := re.match(r"text_encoder\.bert\.encoder\.layer\.(\d+)\.crossattention", name))
     ]
-    first = min(crossing, default=layers)
+    first = min(cross_attention_layers, default=layers)
     text_width = words.shape[1]
     heads = int(bert.get("num_attention_heads", max(1, text_width // 64)))
     head_width = text_width // heads
@@ -266,4 +310,5 @@ def _find_sizes(
 
 
 def _count(names: dict[str, Tensor], pattern: str) -> int:
+    """Return how many numbered layers there are: one more than the highest number that `pattern` captures."""
     return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)

@@ -1,4 +1,4 @@
-"""A fresh run that begins where another model ended: a run of ours, an export, an imported ALBEF."""
+"""Begin a new run from another model: one of our runs, an export, or an imported ALBEF checkpoint."""
 
 from __future__ import annotations
 
@@ -14,26 +14,35 @@ from runtime.checkpoint import read_tensors
 from runtime.errors import CheckpointError
 
 ENCODERS = ("image_encoder.", "text_encoder.")
-"""What must be there whole; heads, fusion layers and codebook may be new, or left behind."""
+"""Parts that both models must have whole. Heads, fusion layers and codebook may be new, or be left behind."""
 
 
 def begin_from(source: Path, model: AlignmentModel) -> tuple[list[str], dict[str, Tensor] | None]:
-    """Copy the weights of `source` into `model`, position embeddings interpolated to its resolution.
+    """Copy the weights of `source` into `model`; position embeddings are interpolated to the resolution of `model`.
 
-    -> lines that report what was and was not used, and the averages of the teacher, where `source` has one. Its queue stays
-    behind: a new run's images have other numbers. Raises CheckpointError where sizes differ or `source` is fine-tuned.
+    The queue of `source` stays behind: a new run numbers its images anew.
+
+    Args:
+        source: a run's folder or a checkpoint's.
+        model: the new run's model.
+
+    Returns:
+        Lines that report what was and was not used, and the teacher's weights by name if `source` has a teacher.
+
+    Raises:
+        CheckpointError: the models' sizes differ, or `source` is fine-tuned.
     """
     start = load_model(source)
     if start.training != "pretrained":
         raise CheckpointError(
-            f"checkpoint: {start.folder} is {start.training}, so what is pretrained from it would not be scored zero-shot; give one "
-            "that is pretrained alone"
+            f"checkpoint: {start.folder} is {start.training}, so a model pretrained from it would not be scored zero-shot; give a "
+            "checkpoint that is only pretrained"
         )
     teacher = None
     if (start.folder / "teacher.safetensors").is_file():
         averaged = copy.deepcopy(start.network)
         averages = read_tensors(start.folder, "teacher")
-        averaged.load_state_dict(averages, strict=False)  # it has no matching head, temperature and codebook
+        averaged.load_state_dict(averages, strict=False)  # a teacher has no matching head, temperature or codebook
         averaged = at_resolution(averaged, model.config.image.image_size)
         teacher = {name: weight.data for name, weight in averaged.named_parameters() if name in averages}
     network = at_resolution(start.network, model.config.image.image_size)
@@ -51,29 +60,32 @@ def begin_from(source: Path, model: AlignmentModel) -> tuple[list[str], dict[str
 
 
 def _check(model: AlignmentModel, network: AlignmentModel, folder: Path) -> None:
-    """Raise CheckpointError where the recipe's model is not of the folder's kind and sizes."""
-    mine, theirs = _kind(model), _kind(network)
-    for name in sorted(mine.keys() | theirs.keys()):
-        one, other = (kind.get(name, "missing") for kind in (mine, theirs))
-        if one != other and ("missing" not in (one, other) or name.startswith(ENCODERS)):
+    """Raise CheckpointError if the recipe's model differs from the folder's in kind or sizes."""
+    ours, theirs = _properties(model), _properties(network)
+    for name in sorted(ours.keys() | theirs.keys()):
+        own, other = ours.get(name, "missing"), theirs.get(name, "missing")
+        if own != other and ("missing" not in (own, other) or name.startswith(ENCODERS)):
             raise CheckpointError(
-                f"checkpoint: {name} is {other} in {folder} and {one} in the recipe; give the recipe the sizes in its model.json"
+                f"checkpoint: {name} is {other} in {folder} and {own} in the recipe; give the recipe the sizes in its model.json"
             )
 
 
-def _kind(model: AlignmentModel) -> dict[str, object]:
-    """What must agree where both have it: the weights' shapes, and what leaves no trace in names and shapes."""
+def _properties(model: AlignmentModel) -> dict[str, object]:
+    """Return what must agree wherever both models have it: the shapes of weights, and settings that no shape shows."""
     config = model.config
-    kind: dict[str, object] = {name: list(weight.shape) for name, weight in model.named_parameters()}
-    kind["attention heads of image and text"] = [model.image_encoder.vit.blocks[0].attn.num_heads, config.text.heads]
+    properties: dict[str, object] = {name: list(weight.shape) for name, weight in model.named_parameters()}
+    properties["attention heads of image and text"] = [
+        model.image_encoder.vit.blocks[0].attn.num_heads,
+        config.text.heads,
+    ]
     if config.fusion.layers:
-        kind["fusion.kind"] = config.fusion.kind
+        properties["fusion.kind"] = config.fusion.kind
     if config.levels:
-        kind["levels"] = config.levels
-    return kind
+        properties["levels"] = config.levels
+    return properties
 
 
 def _parts(names: set[str]) -> str:
-    """How many tensors of which part: `codebook (1), fusion_encoder (26)`."""
+    """Return how many tensors there are of each part, as in `codebook (1), fusion_encoder (26)`."""
     counted = Counter(name.split(".")[0] for name in sorted(names))
     return ", ".join(f"{part} ({count})" for part, count in counted.items()) or "nothing"

@@ -1,4 +1,7 @@
-"""A checkpoint -> a plain safetensors folder: weights, `model.json`, tokenizer; no optimizer, teacher, queue or schedule."""
+"""Export a checkpoint as a plain safetensors folder: weights, `model.json` and tokenizer, and nothing of its training.
+
+Tested in tests/pretrain/weights/test_albef.py.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,27 @@ from runtime.files import read_json
 
 
 def export(source: Path, out: Path) -> str:
-    """Write the model of a run or checkpoint to `out`, which `load_model`, fine-tuning and evaluation read. -> a line about it."""
+    """Write the model of a run or checkpoint to a folder that `load_model`, fine-tuning and evaluation read.
+
+    Optimizer, teacher, queue and schedule stay behind.
+
+    Args:
+        source: a run's folder or a checkpoint's.
+        out: the folder to write; it must not exist.
+
+    Returns:
+        A line that reports what was written.
+
+    Raises:
+        CheckpointError: `out` exists, or `source` is no whole checkpoint.
+    """
     if out.exists():
         raise CheckpointError(f"{out} exists; choose another folder, or remove it")
     model = load_model(source)
-    told = read_json(model.folder / "model.json")
-    about = describe_model(model.network.config, model.tokenizer.caption_tokens, model.training)
-    about |= {name: told[name] for name in ("fusion_tuned",) if name in told}
-    write_checkpoint(out, {"model": dict(model.network.named_parameters())}, {"model": about}, model.tokenizer.save)
+    description = read_json(model.folder / "model.json")
+    exported = describe_model(model.network.config, model.tokenizer.caption_tokens, model.training)
+    if "fusion_tuned" in description:  # it tells whether fine-tuning trained the fusion encoder
+        exported["fusion_tuned"] = description["fusion_tuned"]
+    write_checkpoint(out, {"model": dict(model.network.named_parameters())}, {"model": exported}, model.tokenizer.save)
     millions = sum(parameter.numel() for parameter in model.network.parameters()) / 1e6
     return f"{out}: {millions:.1f} M parameters of {model.folder}, {model.training}"

@@ -1,4 +1,7 @@
-"""A folder -> a model that encodes images and texts: `from pretrain import load_model`."""
+"""Load a model that encodes images and texts from a folder: `from pretrain import load_model`.
+
+Tested in tests/pretrain/weights/test_albef.py.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ Texts = Sequence[str]
 
 
 class ImageTextModel:
-    """An alignment model with its tokenizer and its transform, in evaluation mode."""
+    """An alignment model in evaluation mode, with its tokenizer and its image transform."""
 
     def __init__(
         self, network: AlignmentModel, tokenizer: CaptionTokenizer, folder: Path, training: str, device: torch.device
@@ -33,35 +36,54 @@ class ImageTextModel:
         self.network = network.eval().requires_grad_(False).to(device)
         self.tokenizer, self.device, self.folder = tokenizer, device, folder
         self.training = training
-        """`pretrained` or `fine-tuned-on X`, as score records say it."""
+        """`pretrained` or `fine-tuned-on X`, as in score records."""
         self.transform = EvaluationTransform(network.config.image.image_size)
-        """A PIL image -> (3, size, size) uint8."""
+        """Turns a PIL image into (3, size, size) uint8."""
 
     @property
     def hash(self) -> str:
-        """Names the checkpoint's content in score records."""
+        """The hash that names the checkpoint's content in score records."""
         return checkpoint_hash(self.folder)
 
     def encode_image(self, images: Images) -> Tensor:
-        """images: (batch, 3, size, size) uint8, or PIL images -> unit-norm features (batch, feature_dim)."""
+        """Return the images' unit-norm features.
+
+        Args:
+            images: (batch, 3, size, size) uint8, or PIL images.
+
+        Returns:
+            (batch, feature_dim)
+        """
         self._need_features()
         return self.network.image_features(self.network.image_encoder(self._pixels(images)))
 
     def encode_text(self, texts: Texts) -> Tensor:
-        """texts: strings -> unit-norm features (batch, feature_dim)."""
+        """Return the texts' unit-norm features, (batch, feature_dim)."""
         self._need_features()
         ids, mask = self.tokenizer(list(texts))
         return self.network.text_features(self.network.text_encoder(ids.to(self.device), mask.to(self.device)))
 
     def match(self, images: Images, texts: Texts) -> Tensor:
-        """The probability that image i and text i belong together, by the fusion encoder: (batch,)."""
+        """Return the probability that image i and text i belong together, by the fusion encoder.
+
+        Args:
+            images: (batch, 3, size, size) uint8, or PIL images.
+            texts: as many strings.
+
+        Returns:
+            (batch,)
+
+        Raises:
+            CheckpointError: the model has no fusion encoder.
+        """
         if not self.network.config.fusion.layers:
             raise CheckpointError(
                 f"{self.folder} has no fusion encoder, so no matching probability; use encode_image and encode_text"
             )
         ids, mask = (part.to(self.device) for part in self.tokenizer(list(texts)))
-        read = self.network.fusion_encoder.prepare_images(self.network.image_encoder(self._pixels(images)))
-        return torch.softmax(self.network.match(self.network.text_encoder(ids, mask), mask, read), -1)[:, 1]
+        prepared = self.network.fusion_encoder.prepare_images(self.network.image_encoder(self._pixels(images)))
+        logits = self.network.match(self.network.text_encoder(ids, mask), mask, prepared)
+        return torch.softmax(logits, -1)[:, 1]
 
     def _need_features(self) -> None:
         if not self.network.config.text.layers:
@@ -76,11 +98,18 @@ class ImageTextModel:
 
 
 def find_checkpoint(source: str | Path) -> Path:
-    """A run's folder (its best checkpoint, else its latest), a checkpoint's, or an exported model's -> the folder to load."""
+    """Return the folder to load a model from.
+
+    Args:
+        source: a run's folder, a checkpoint's, or an exported model's. Of a run it is the best checkpoint, else the latest.
+
+    Raises:
+        CheckpointError: there is no model in `source`.
+    """
     source = Path(source)
     for name in ("best", "latest"):
-        if found := resolve_pointer(source / "checkpoints", name):
-            return found
+        if checkpoint := resolve_pointer(source / "checkpoints", name):
+            return checkpoint
     if (source / "model.json").is_file():
         return source
     reason = (
@@ -94,29 +123,39 @@ def find_checkpoint(source: str | Path) -> Path:
 
 
 def load_model(source: str | Path, device: str | torch.device = "cpu", image_size: int | None = None) -> ImageTextModel:
-    """Load a model from a run folder or a checkpoint, every file verified by its hash. Imports no DeepSpeed.
+    """Load a model from a run folder or a checkpoint. Every file is verified by its hash. DeepSpeed is not imported.
 
-    image_size: pixels a side, where another resolution is wanted than the model's own. Raises CheckpointError where the folder is
-    incomplete, altered or of another shape.
+    Args:
+        source: a run's folder, a checkpoint's, or an exported model's.
+        device: where to put the model.
+        image_size: pixels a side, to read images at another resolution than the model's own.
+
+    Raises:
+        CheckpointError: the folder is incomplete or altered, or its weights do not fit its description.
     """
     folder = find_checkpoint(source)
     verify_checkpoint(folder)
-    about = read_json(folder / "model.json")
-    if (head := about.get("head", "dual")) != "dual":
+    description = read_json(folder / "model.json")
+    if (head := description.get("head", "dual")) != "dual":
         raise CheckpointError(
             f"{folder} holds a {head} head, not an alignment model; `ligature evaluate` scores it, and fine-tuning starts from "
-            "the checkpoint that it came from"
+            "the checkpoint it was tuned from"
         )
-    tokenizer = load_tokenizer(folder, about["caption_tokens"])
-    network = AlignmentModel(build_config(ModelConfig, about["model"]), tokenizer.vocabulary)
+    tokenizer = load_tokenizer(folder, description["caption_tokens"])
+    network = AlignmentModel(build_config(ModelConfig, description["model"]), tokenizer.vocabulary)
     load_weights(network, read_tensors(folder, "model"), folder)
     if image_size:
         network = at_resolution(network, image_size)
-    return ImageTextModel(network, tokenizer, folder, about["training"], torch.device(device))
+    return ImageTextModel(network, tokenizer, folder, description["training"], torch.device(device))
 
 
 def at_resolution(network: AlignmentModel, image_size: int) -> AlignmentModel:
-    """The same model for images of another size, its position embeddings interpolated (bicubic, as ALBEF)."""
+    """Return the model for images of another size, with position embeddings interpolated (bicubic, as ALBEF does).
+
+    Args:
+        network: the model. Unless it has the size already, it is changed on the way: use the returned one.
+        image_size: pixels a side.
+    """
     if image_size == network.config.image.image_size:
         return network
     image = dataclasses.replace(network.config.image, image_size=image_size)
@@ -129,12 +168,21 @@ def at_resolution(network: AlignmentModel, image_size: int) -> AlignmentModel:
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
-    """Copy weights by name; a missing, extra or misshapen one is a CheckpointError that names it."""
+    """Copy a checkpoint's weights into a module by name; see `copy_weights`."""
     copy_weights(network.state_dict(), weights, folder)
 
 
 def copy_weights(own: dict[str, Tensor], weights: dict[str, Tensor], folder: Path) -> None:
-    """Copy `weights` of a checkpoint's folder into tensors of the same names."""
+    """Copy a checkpoint's weights into tensors of the same names.
+
+    Args:
+        own: the tensors to fill.
+        weights: the tensors of the checkpoint.
+        folder: the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: a weight is missing, extra or of another shape; the message names it.
+    """
     for name in sorted(own.keys() ^ weights.keys()):
         raise CheckpointError(
             f"{folder} does not fit its own model.json: {name} is {'missing' if name in own else 'not of this model'}"
@@ -146,5 +194,5 @@ def copy_weights(own: dict[str, Tensor], weights: dict[str, Tensor], folder: Pat
 
 
 def describe_model(model: Any, caption_tokens: int, training: str) -> dict[str, Any]:
-    """The `model.json` from which `load_model` rebuilds a model."""
+    """Return the content of `model.json`, from which `load_model` rebuilds a model."""
     return {"model": dataclasses.asdict(model), "caption_tokens": caption_tokens, "training": training}

@@ -1,4 +1,4 @@
-"""Weights that a fresh run begins from: timm's for the image encoder, a BERT's for text and fusion encoder. Never silently random."""
+"""Starting weights of a new run: timm's for the image encoder, a BERT's for text and fusion encoder. Never silently random."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from runtime.errors import CheckpointError
 
 
 def load_starting_weights(model: AlignmentModel) -> list[str]:
-    """Load what the recipe's `weights` keys ask for. -> lines that report what was and was not used."""
+    """Load the weights that the recipe's `weights` keys name, and return lines that report what was and was not used."""
     config, report = model.config, []
     if config.image.weights != "none":
         unused = _load_image(model, config.image)
@@ -34,11 +34,11 @@ def load_starting_weights(model: AlignmentModel) -> list[str]:
 
 
 CLASSIFIER = ("head.", "head_dist.", "fc_norm.", "pre_logits.")
-"""What timm's files hold beside the encoder."""
+"""Names in timm's files that belong to a classifier, not to the encoder."""
 
 
 def _load_image(model: AlignmentModel, config: ImageEncoderConfig) -> list[str]:
-    """-> names that were not used."""
+    """Load the image encoder's weights, and return the names that were not used."""
     source, vit, unused = config.weights, model.image_encoder.vit, list[str]()
     if source != "timm" and not Path(source).is_file():
         raise CheckpointError(
@@ -55,13 +55,16 @@ def _load_image(model: AlignmentModel, config: ImageEncoderConfig) -> list[str]:
             )
         else:
             stored = load_state_dict(source)
-            weights = checkpoint_filter_fn(dict(stored), vit)  # of some files it takes keys out
-        # Other sizes of image and patch are interpolated: patch embeddings by timm, position embeddings as ALBEF does, not smoothed.
+            weights = checkpoint_filter_fn(
+                dict(stored), vit
+            )  # a copy of the dict: this function removes keys of some files
+        # For other sizes of image and patch timm interpolates the patch embeddings. Position embeddings are interpolated
+        # without antialiasing, as ALBEF does.
         if "pos_embed" in weights:
             weights["pos_embed"] = checkpoint_filter_fn(stored, vit, antialias=False)["pos_embed"]
         unused = sorted(name for name in weights if name.startswith(CLASSIFIER))
         vit.load_state_dict({name: weight for name, weight in weights.items() if name not in unused})
-    except Exception as error:  # a download, or a file of another shape, fails in many ways: all of them stop the run
+    except Exception as error:  # downloads and files of another shape fail in many ways, and each must stop the run
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"model.image.weights: cannot load `{source}` into {config.architecture} ({reason}); without network, give a file"
@@ -69,7 +72,7 @@ def _load_image(model: AlignmentModel, config: ImageEncoderConfig) -> list[str]:
     return unused
 
 
-# BERT's names -> ours, for one layer and for the rest.
+# BERT's names and ours, within a layer and elsewhere.
 LAYER = {
     "attention.output.dense": "self_attention.output",
     "attention.output.LayerNorm": "self_attention.norm",
@@ -89,8 +92,12 @@ OTHER = {
 
 
 def from_bert(weights: dict[str, Tensor], text_layers: int) -> dict[str, Tensor]:
-    """BERT's weights under our names: its first `text_layers` layers for the text encoder, those after them for the fusion
-    encoder; query, key and value joined. Names that have no place here keep theirs."""
+    """Return BERT's weights under our names, with query, key and value joined. Names unknown to our model stay as they are.
+
+    Args:
+        weights: BERT's tensors by name.
+        text_layers: how many first layers become the text encoder; the layers after them become the fusion encoder.
+    """
     ours: dict[str, Tensor] = {}
     for name, weight in weights.items():
         stem, kind = name.rsplit(".", 1)
@@ -119,7 +126,7 @@ def from_bert(weights: dict[str, Tensor], text_layers: int) -> dict[str, Tensor]
 
 
 def _read_bert(config: TextEncoderConfig, key: str) -> dict[str, Tensor]:
-    """The BERT that `config.weights` names, under our names. `key` is the recipe's, for errors."""
+    """Return the weights of the BERT that `config.weights` names, under our names. `key` is the recipe key, for errors."""
     from transformers import BertForMaskedLM
 
     try:
@@ -132,36 +139,46 @@ def _read_bert(config: TextEncoderConfig, key: str) -> dict[str, Tensor]:
     return from_bert(bert.state_dict(), config.layers)
 
 
-def _copy_bert(mine: Mapping[str, Tensor], theirs: dict[str, Tensor], config: TextEncoderConfig, key: str) -> list[str]:
-    """Copy what has a place of its name. -> the names that were used."""
-    used = [name for name in theirs if name in mine]
+def _copy_bert(ours: Mapping[str, Tensor], theirs: dict[str, Tensor], config: TextEncoderConfig, key: str) -> list[str]:
+    """Copy the tensors that `ours` has under the same name, and return their names."""
+    used = [name for name in theirs if name in ours]
     for name in used:
-        if theirs[name].shape != mine[name].shape:
+        if theirs[name].shape != ours[name].shape:
             raise CheckpointError(
-                f"{key}.weights: {name} is {tuple(theirs[name].shape)} in {config.weights} and {tuple(mine[name].shape)} in the "
-                f"recipe; set {key} to its sizes and the tokenizer to its tokenizer"
+                f"{key}.weights: {name} is {tuple(theirs[name].shape)} in {config.weights} and {tuple(ours[name].shape)} in the "
+                f"recipe; set {key} to that BERT's sizes and data.tokenizer to its tokenizer"
             )
-        mine[name].data.copy_(theirs[name])
+        ours[name].data.copy_(theirs[name])
     return used
 
 
 def load_bert_encoder(encoder: TextEncoder, config: TextEncoderConfig, key: str) -> None:
-    """Start a text encoder alone from a BERT, which must have every tensor of it. Raises CheckpointError."""
-    mine = {f"text_encoder.{name}": parameter for name, parameter in encoder.named_parameters()}
-    used = _copy_bert(mine, _read_bert(config, key), config, key)
-    if missing := sorted(mine.keys() - set(used)):
+    """Load a BERT into a text encoder that stands alone.
+
+    Args:
+        encoder: the text encoder to fill.
+        config: its recipe; `config.weights` names the BERT.
+        key: the recipe key of `config`, for errors.
+
+    Raises:
+        CheckpointError: the BERT cannot be read, lacks a tensor of the encoder, or has other sizes.
+    """
+    ours = {f"text_encoder.{name}": parameter for name, parameter in encoder.named_parameters()}
+    used = _copy_bert(ours, _read_bert(config, key), config, key)
+    if missing := sorted(ours.keys() - set(used)):
         raise CheckpointError(
             f"{key}.weights: {config.weights} lacks {missing[0]}; is {key}.layers {config.layers} right?"
         )
 
 
 def _load_bert(model: AlignmentModel, config: TextEncoderConfig) -> list[str]:
-    theirs, mine = _read_bert(config, "model.text"), dict(model.named_parameters())
-    used = _copy_bert(mine, theirs, config, "model.text")
-    text_side = [name for name in mine if name.startswith(("text_encoder", "fusion_encoder", "masked_language_head"))]
+    """Load the text encoder, the fusion encoder and the word head from a BERT, and return lines that report on it."""
+    theirs, ours = _read_bert(config, "model.text"), dict(model.named_parameters())
+    used = _copy_bert(ours, theirs, config, "model.text")
+    text_side = [name for name in ours if name.startswith(("text_encoder", "fusion_encoder", "masked_language_head"))]
     fresh = [name for name in text_side if name not in used]
-    unused = [name for name in theirs if name not in mine]
+    unused = [name for name in theirs if name not in ours]
     return [
-        f"text side: {len(used)} tensors started from {config.weights}, {len(fresh)} are random (cross-attention and what that BERT lacks)",
+        f"text side: {len(used)} tensors started from {config.weights}, {len(fresh)} are random (cross-attention, and others that this BERT lacks)",
         f"not used of it: {', '.join(unused) or 'nothing'}",
     ]

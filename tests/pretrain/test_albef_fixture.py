@@ -19,7 +19,7 @@ from pretrain.objectives.matching import draw_negatives
 from pretrain.objectives.state import Keys, MaskedText, MicroBatch, StudentState
 from pretrain.teacher import Teacher
 from pretrain.weights.albef import Albef as Read
-from pretrain.weights.albef import make_model, our_names, read_albef
+from pretrain.weights.albef import build_model, read_albef, translate_names
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -61,7 +61,7 @@ def albef(shared) -> Albef:
     )
     read = read_albef(folder / "checkpoint.pth")
     assert not read.unused
-    model, fresh = make_model(read)
+    model, fresh = build_model(read)
     assert not fresh
     text = TextBatch(inputs["input_ids"], inputs["attention_mask"].bool())
     return Albef(sizes, checkpoint, inputs, expected, gradients, read, model.eval(), text)
@@ -183,7 +183,7 @@ def test_losses_and_the_gradient_of_every_parameter(albef, name, figure):
         if key.startswith(f"{name}/")
     }
     of_temperature = theirs.pop("temp", None)
-    wanted, _ = our_names(theirs, albef.sizes["fusion_layer"])
+    wanted, _ = translate_names(theirs, albef.sizes["fusion_layer"])
     parameters = dict(albef.model.named_parameters())
     gradients = dict(
         zip(parameters, torch.autograd.grad(found, list(parameters.values()), allow_unused=True), strict=True)

@@ -227,7 +227,9 @@ def test_a_retrieval_checkpoint_without_mlm_head_and_teacher_is_read_and_says_so
         if "_m." not in name and ".cls." not in name and "queue" not in name
     }
     torch.save(kept, path)
-    with pytest.raises(CheckpointError, match="has no head for masked words.*say on what with --fine-tuned-on"):
+    with pytest.raises(
+        CheckpointError, match="has no head for masked words.*say on which dataset with --fine-tuned-on"
+    ):
         import_albef(path, tmp_path / "out", str(tmp_path), caption_tokens=10)
     report = import_albef(path, tmp_path / "out", str(tmp_path), caption_tokens=10, training="fine-tuned-on coco")
     assert "no teacher, no queue" in report[0] and "masked_language_head.dense.weight" in report[1]
@@ -240,7 +242,7 @@ def test_what_does_not_belong_is_told_and_what_does_not_fit_is_refused(tmp_path)
     assert read_albef(path).unused == ["stray"]
     (tmp_path / "vocab").mkdir()
     (tmp_path / "vocab" / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one"]))
-    with pytest.raises(CheckpointError, match="has 24 words and the tokenizer .* 6"):
+    with pytest.raises(CheckpointError, match="has 24 words and the tokenizer .* has 6"):
         import_albef(path, tmp_path / "out", str(tmp_path / "vocab"))
     assert not (tmp_path / "out").exists()
     (tmp_path / "config_bert.json").write_text(json.dumps({"num_attention_heads": 8}))
