@@ -8,6 +8,7 @@ To add one:
    turns the objective off. Make 0 the default, so that existing recipes keep their meaning.
 3. Add one line to `OBJECTIVES` below.
 4. Add a test: copy `tests/pretrain/objectives/test_levels.py`, and state in `tests/pretrain/test_task.py` which parameters the loss reaches.
+5. If it is expensive, count its arithmetic in `pretrain/budget.py`, so that `ligature plan` knows what it costs.
 
 An objective has no parameters of its own. If it needs more of the teacher than `MicroBatch` offers, its file makes that, and
 `PretrainTask.prepare` calls it (`mask_captions` of `masked_language.py` is the example).
