@@ -76,7 +76,7 @@ def test_two_jobs_share_a_node_and_each_rank_has_its_cores(cluster, ligature, dr
     ligature.wait(lambda: all(log.exists() and "clocks" in log.read_text() for log in logs), "both doctors")
     told = [log.read_text() for log in logs]
     for text in told:
-        assert "gloo over 2 ranks" in text and "2 ranks, 2 a node" in text and "(asked for 2)" in text
+        assert "gloo over 2 ranks" in text and "2 ranks, 2 a node" in text and "(2 requested)" in text
         assert text.count("=== ") == 1
     assert "FAIL" not in told[0] and "no shard folder" in told[1]
     events = [ligature.folder / f"runs/doctor-{number}/launch/events.log" for number in range(2)]
