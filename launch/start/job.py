@@ -1,4 +1,7 @@
-"""A job as it will be submitted to SLURM: its tasks, their folders and commands, and the cores they need."""
+"""A job as it will be submitted to SLURM: its tasks, their folders and commands, and the cores they need.
+
+Tested in tests/launch/start/test_launch_slurm.py.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,9 @@ class Job:
     threads: int
     """Threads of each rank for arithmetic on CPUs."""
     config: SlurmConfig
+    """Options of the job, with the cores filled in."""
     working_folder: Path
+    """Folder that the ranks run in: the one it is launched from."""
     ligature: str
     """How the ranks call `ligature`, as shell words."""
     resumes: bool

@@ -124,7 +124,7 @@ def slurm(*command: str, text: str | None = None) -> str:
 
 @contextmanager
 def hold_folders(folders: list[Path]) -> Iterator[None]:
-    """Hold the locks of the folders while a job is submitted. A failure removes the folders that this made.
+    """Hold the locks of the folders while a job is submitted. A failure removes the folders that were created.
 
     Raises:
         LigatureError: Another command is launching one of the folders, or SLURM has a job of it already.
