@@ -40,9 +40,9 @@ def exchanged_on_this_rank(folder, captions, images, pairs):
     numbers = torch.arange(len(ids))
     batch = MicroBatch(images, TextBatch(ids, mask), numbers, numbers, torch.zeros(len(ids), 2), None, 0.0)
     state = StudentState(network, batch, network.image_encoder(images), network.text_encoder(ids, mask))
-    told = ExchangedWords(pairs, model.tokenizer)(state)
-    told["exchanged"].backward()
-    return told["exchanged"].detach(), told["exchanged_right"].detach(), next(head.parameters()).grad
+    figures = ExchangedWords(pairs, model.tokenizer)(state)
+    figures["exchanged"].backward()
+    return figures["exchanged"].detach(), figures["exchanged_right"].detach(), next(head.parameters()).grad
 
 
 def fusion_on_this_rank(model, encodings, lists):

@@ -26,12 +26,12 @@ def network() -> AlignmentModel:
     image = ImageEncoderConfig("vit_tiny_patch16_224", image_size=32, patch=16, width=32, depth=2, heads=2)
     text = TextEncoderConfig(width=32, layers=2, heads=2, feed_forward=64, dropout=0.0, positions=40)
     torch.manual_seed(0)
-    made = AlignmentModel(ModelConfig(image, text, FusionEncoderConfig(layers=0), feature_dim=16, codewords=0), 90)
+    built = AlignmentModel(ModelConfig(image, text, FusionEncoderConfig(layers=0), feature_dim=16, codewords=0), 90)
     with torch.no_grad():
-        for parameter in made.parameters():  # BERT's start makes all states nearly alike
+        for parameter in built.parameters():  # BERT's start makes all states nearly alike
             if parameter.ndim > 1:
                 parameter.mul_(4)
-    return made
+    return built
 
 
 def model(**settings) -> HatModel:
@@ -43,11 +43,11 @@ def model(**settings) -> HatModel:
 
 def task() -> HatTask:
     """HAT's task without a checkpoint's folder."""
-    made = HatTask.__new__(HatTask)
-    torch.nn.Module.__init__(made)
-    made.recipe = FinetuneRecipe(checkpoint="none", dataset="none", head="hat", hat=HatConfig(frozen_epochs=0.0))
-    made.model, made.tokenizer = model(), tiny_images.tokenizer()
-    return made
+    built = HatTask.__new__(HatTask)
+    torch.nn.Module.__init__(built)
+    built.recipe = FinetuneRecipe(checkpoint="none", dataset="none", head="hat", hat=HatConfig(frozen_epochs=0.0))
+    built.model, built.tokenizer = model(), tiny_images.tokenizer()
+    return built
 
 
 def scores(count: int, each: int, listed: np.ndarray | None = None) -> np.ndarray:
@@ -63,7 +63,7 @@ def loss_and_gradients(
     ranks = ranks_from_environment()
     rows = slice(ranks.rank * len(ids) // ranks.world, (ranks.rank + 1) * len(ids) // ranks.world)
     words = int(mask[rows].sum(1).max())
-    made, nothing = task().eval(), torch.empty(0)
+    built, nothing = task().eval(), torch.empty(0)
     batch = MicroBatch(
         pixels[rows],
         TextBatch(ids[rows, :words], mask[rows, :words]),
@@ -73,7 +73,7 @@ def loss_and_gradients(
         Keys(nothing, nothing, nothing),
         0.0,
     )
-    loss, _ = made(batch)
+    loss, _ = built(batch)
     loss.backward()
-    named = made.named_parameters()
+    named = built.named_parameters()
     return loss.detach(), {name: parameter.grad for name, parameter in named if parameter.grad is not None}

@@ -56,18 +56,18 @@ def test_embeddings_and_their_matrix_score_the_same_in_every_format(drawn, embed
     np.save(tmp_path / "matrix.npy", scores)
     save_file({"scores": scores}, tmp_path / "matrix.safetensors")
     np.savez(tmp_path / "alone.npz", scores=scores, caption_image=np.repeat(np.arange(24), 5))
-    found = []
+    actual = []
     for name in ("embeddings.npz", "matrix.npy", "matrix.safetensors", "alone.npz"):
         data = [] if name.startswith("alone") else ["--data", str(drawn / "test")]
         assert own(tmp_path / name, tmp_path / "scores.json", *data) == 0
-        found.append(read_record(tmp_path / "scores.json"))
+        actual.append(read_record(tmp_path / "scores.json"))
     right = (scores.T.argmax(1) == np.repeat(np.arange(24), 5)).mean() * 100
-    for record in found:
+    for record in actual:
         assert record["text_to_image"]["R@1"] == pytest.approx(right)
-        assert record["image_to_text"] == found[0]["image_to_text"]
+        assert record["image_to_text"] == actual[0]["image_to_text"]
         assert record["training"] == "unknown"
-    assert (found[0]["head"], found[1]["head"]) == ("own embeddings", "own scores")
-    assert found[0]["captions_per_image"] == "all"
+    assert (actual[0]["head"], actual[1]["head"]) == ("own embeddings", "own scores")
+    assert actual[0]["captions_per_image"] == "all"
 
 
 def test_a_caption_file_stands_in_for_shards(drawn, embeddings, tmp_path):

@@ -92,14 +92,14 @@ def test_activations_computed_again_train_the_same_model(head, pretrained, drawn
 
     monkeypatch.setattr(activations, "checkpoint", counted)
     more = {"dual": [], "hat": [*small.HAT, "--hat.frozen_epochs", "0"], "vldeformer": ["--head", "vldeformer"]}[head]
-    found = []
+    actual = []
     for kept in ("false", "true"):
         command = small.finetune(pretrained, drawn, tmp_path / kept, *more, steps=2)
         assert main([*command, "--training.checkpoint_activations", kept]) == 0
-        found.append(read_tensors(find_checkpoint(tmp_path / kept / "finetune"), "model"))
+        actual.append(read_tensors(find_checkpoint(tmp_path / kept / "finetune"), "model"))
         assert bool(again) == (kept == "true")
-    for name, one in found[0].items():
-        torch.testing.assert_close(one, found[1][name], atol=1e-6, rtol=1e-5)
+    for name, one in actual[0].items():
+        torch.testing.assert_close(one, actual[1][name], atol=1e-6, rtol=1e-5)
 
 
 def test_another_resolution_keeps_all_weights_but_the_positions(pretrained):

@@ -68,10 +68,10 @@ def test_the_arms_measure_what_the_model_scores(single, drawn):
     with torch.no_grad():
         scores = matched.score(campaign.look(matched, pictures), words)
         for row, picture in enumerate(pictures):
-            wanted = model.match([picture, picture], words)
-            torch.testing.assert_close(torch.sigmoid(scores[row]), wanted, atol=1e-5, rtol=1e-4)
-        wanted = embedded.encoder.encode_image(pictures) @ embedded.encoder.encode_text(words).T
-        torch.testing.assert_close(embedded.score(campaign.look(embedded, pictures), words), wanted)
+            expected = model.match([picture, picture], words)
+            torch.testing.assert_close(torch.sigmoid(scores[row]), expected, atol=1e-5, rtol=1e-4)
+        expected = embedded.encoder.encode_image(pictures) @ embedded.encoder.encode_text(words).T
+        torch.testing.assert_close(embedded.score(campaign.look(embedded, pictures), words), expected)
 
 
 def test_a_small_campaign_from_drawing_to_the_plot_and_again(tmp_path, capfd):

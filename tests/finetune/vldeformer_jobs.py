@@ -16,11 +16,11 @@ def network(kind: str, image_width: int = 32, text_layers: int = 1) -> Alignment
     image = ImageEncoderConfig("vit_tiny_patch16_224", image_size=32, patch=8, width=image_width, depth=1, heads=2)
     text = TextEncoderConfig(width=32, layers=text_layers, heads=2, feed_forward=64, dropout=0.0, positions=16)
     torch.manual_seed(0)
-    made = AlignmentModel(ModelConfig(image, text, FusionEncoderConfig(kind, 2), feature_dim=16, codewords=0), 85)
+    built = AlignmentModel(ModelConfig(image, text, FusionEncoderConfig(kind, 2), feature_dim=16, codewords=0), 85)
     with torch.no_grad():
-        for parameter in made.parameters():  # BERT's start makes all states nearly alike
+        for parameter in built.parameters():  # BERT's start makes all states nearly alike
             parameter.mul_(4) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn(parameter.shape))
-    return made.double().eval()
+    return built.double().eval()
 
 
 def decomposed(kind: str, pooling: str = "mean", **sizes) -> Decomposed:

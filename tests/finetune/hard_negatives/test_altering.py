@@ -99,9 +99,9 @@ INFLECTED = [
 ]
 
 
-@pytest.mark.parametrize(("word", "kind", "base", "instead", "wanted"), INFLECTED)
-def test_a_replacement_takes_the_words_inflection(wordnet, word, kind, base, instead, wanted):
-    assert wordnet.inflect(instead, word, Entry(kind, base)) == wanted
+@pytest.mark.parametrize(("word", "kind", "base", "instead", "expected"), INFLECTED)
+def test_a_replacement_takes_the_words_inflection(wordnet, word, kind, base, instead, expected):
+    assert wordnet.inflect(instead, word, Entry(kind, base)) == expected
 
 
 def test_the_built_in_lexicon_knows_the_words_of_captions():
@@ -140,7 +140,7 @@ def altered(tokenizer, lexicon, draws, picks, caption, **settings):
 
 
 @pytest.mark.parametrize(
-    ("caption", "draws", "picks", "wanted"),
+    ("caption", "draws", "picks", "expected"),
     [
         (CAPTIONS[0], 0.0, 0.0, "a small circle sits right of two large circles"),
         (CAPTIONS[0], 0.0, 0.4, "a small star sits right of two large stars"),
@@ -151,8 +151,8 @@ def altered(tokenizer, lexicon, draws, picks, caption, **settings):
     ],
     ids=["nouns and antonyms", "another pick", "articles agree", "plural", "verbs keep -ing", "at least one word"],
 )
-def test_a_caption_is_altered_word_by_word(wordnet, tokenizer, caption, draws, picks, wanted):
-    assert altered(tokenizer, wordnet, draws, picks, caption) == (wanted, True)
+def test_a_caption_is_altered_word_by_word(wordnet, tokenizer, caption, draws, picks, expected):
+    assert altered(tokenizer, wordnet, draws, picks, caption) == (expected, True)
 
 
 def test_a_caption_without_such_words_stays_and_is_counted(wordnet, tokenizer):

@@ -48,7 +48,7 @@ def test_the_loss_is_of_the_two_matching_logits_by_pairs_of_one(model):
     network, (ids, mask) = model.network.eval(), model.tokenizer(captions)
     batch = MicroBatch(images, TextBatch(ids, mask), torch.arange(3), torch.arange(3), torch.zeros(3, 2), None, 0.0)
     state = StudentState(network, batch, network.image_encoder(images), network.text_encoder(ids, mask))
-    told = ExchangedWords(PAIRS, model.tokenizer)(state)
+    figures = ExchangedWords(PAIRS, model.tokenizer)(state)
 
     def logit(image, caption):
         words, there = model.tokenizer([caption])
@@ -59,8 +59,8 @@ def test_the_loss_is_of_the_two_matching_logits_by_pairs_of_one(model):
 
     margins = [logit(number, captions[number]) - logit(number, altered[number]) for number in (0, 2)]
     expected = sum(math.log1p(math.exp(-margin)) for margin in margins) / 2
-    assert told["exchanged"].item() == pytest.approx(expected, abs=1e-5)
-    assert told["exchanged_right"].item() == sum(margin > 0 for margin in margins) / 2
+    assert figures["exchanged"].item() == pytest.approx(expected, abs=1e-5)
+    assert figures["exchanged_right"].item() == sum(margin > 0 for margin in margins) / 2
     assert abs(margins[0]) > 1e-4  # an exchanged word is seen
 
 

@@ -24,8 +24,8 @@ def test_it_is_the_symmetric_cross_entropy_with_all_captions_of_an_image_as_posi
             positives = [column for column in range(8) if ids[column] == ids[row]]
             log_softmax = scores[row] - torch.logsumexp(scores[row], 0)
             expected -= sum(log_softmax[column] for column in positives) / len(positives) / 16
-    found = dual_loss(image, text, ids, torch.tensor([0.1], dtype=torch.float64))
-    assert torch.allclose(found, expected, rtol=1e-12)
+    actual = dual_loss(image, text, ids, torch.tensor([0.1], dtype=torch.float64))
+    assert torch.allclose(actual, expected, rtol=1e-12)
 
 
 def test_two_ranks_have_the_loss_and_the_gradients_of_one_process(batch, gloo_pool):

@@ -41,14 +41,14 @@ def encodings(model):
 
 def test_a_pair_scores_what_the_model_gives_it_alone(model, encodings):
     image, text = torch.tensor([2, 0, 2, 1]), torch.tensor([0, 8, 5, 1])
-    found = match_pairs(model, encodings, image, text, CPU)
+    actual = match_pairs(model, encodings, image, text, CPU)
     for number in range(4):
         mask = encodings.text_mask[text[number]][None]
         with torch.no_grad():
             read = model.fusion_encoder.prepare_images(encodings.image_tokens[image[number]][None])
             fused = model.fusion_encoder(encodings.text_states[text[number]][None], mask, read)
             logits = model.matching_logits(fused)[0]
-        assert found[number].item() == pytest.approx((logits[1] - logits[0]).item(), abs=1e-5)
+        assert actual[number].item() == pytest.approx((logits[1] - logits[0]).item(), abs=1e-5)
 
 
 def in_new_order(model, encodings, similarity, size):
@@ -73,19 +73,19 @@ def test_a_pair_is_scored_once_and_so_many_at_a_time_whatever_the_lists(model, e
         return match_pairs(model, encodings, image, text, device)
 
     monkeypatch.setattr(fusion, "PAIRS", 4)
-    wanted = in_new_order(model, encodings, similarity, 100)
+    expected = in_new_order(model, encodings, similarity, 100)
     monkeypatch.setattr(fusion, "match_pairs", scored)
-    found = in_new_order(model, encodings, similarity, 100)
+    actual = in_new_order(model, encodings, similarity, 100)
     assert [len(pairs) for pairs in seen] == [4] * 6 + [3] and len({pair for pairs in seen for pair in pairs}) == 27
-    assert all(np.array_equal(*both) for both in zip(wanted, found, strict=True))
+    assert all(np.array_equal(*both) for both in zip(expected, actual, strict=True))
 
 
 def test_two_ranks_come_to_the_bits_of_one(model, encodings, gloo_pool, lone_process):
     similarity = (encodings.image @ encodings.text.T).numpy()
     lists = make_shortlists(similarity, 4, np.zeros(3, dtype=int), np.repeat(np.arange(3), 3))
     (alone,) = lone_process.run(dual_jobs.fusion_on_this_rank, model, encodings, lists)
-    for found in gloo_pool.run(dual_jobs.fusion_on_this_rank, model, encodings, lists):
-        assert all(np.array_equal(*both) for both in zip(alone, found, strict=True))
+    for actual in gloo_pool.run(dual_jobs.fusion_on_this_rank, model, encodings, lists):
+        assert all(np.array_equal(*both) for both in zip(alone, actual, strict=True))
 
 
 def test_what_is_not_on_the_shortlist_keeps_its_order_below_it(model, encodings):

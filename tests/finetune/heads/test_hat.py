@@ -52,28 +52,28 @@ def test_a_collection_scores_what_its_pairs_score_alone(direction):
         tiny_images.tokenizer(),
         tiny_images.Pictures(5, 3),
     )
-    found = hat_scores(model.eval(), tokenizer, pictures, Workload(Ranks(), torch.device("cpu"), 2))
-    assert found.shape == (5, 15)
+    actual = hat_scores(model.eval(), tokenizer, pictures, Workload(Ranks(), torch.device("cpu"), 2))
+    assert actual.shape == (5, 15)
     transform = EvaluationTransform(32)
     for image, caption in ((0, 0), (4, 14), (2, 7), (3, 1)):
         ids, mask = tokenizer([pictures.captions[caption]])
         with torch.no_grad():
             regions = model.image_levels(transform(pictures.pictures[image])[None])
             alone = model.score(regions, model.text_levels(ids, mask), mask)
-        assert found[image, caption] == pytest.approx(alone.item(), abs=1e-5)
+        assert actual[image, caption] == pytest.approx(alone.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("count", [5, 1])
 def test_two_ranks_score_what_one_does_bit_for_bit(gloo_pool, lone_process, count):
-    wanted = np.random.default_rng(0).random((count, 3 * count)) < 0.5
-    for chosen in (None, wanted):
+    expected = np.random.default_rng(0).random((count, 3 * count)) < 0.5
+    for chosen in (None, expected):
         (alone,) = lone_process.run(hat_jobs.scores, count, 3, chosen)
         for together in gloo_pool.run(hat_jobs.scores, count, 3, chosen):
             assert np.array_equal(alone, together)
         if chosen is None:
             whole = alone
-    assert not alone[~wanted].any()
-    np.testing.assert_allclose(alone[wanted], whole[wanted], atol=1e-5)
+    assert not alone[~expected].any()
+    np.testing.assert_allclose(alone[expected], whole[expected], atol=1e-5)
 
 
 def test_without_attention_the_mean_tokens_are_compared():
@@ -81,10 +81,10 @@ def test_without_attention_the_mean_tokens_are_compared():
     ids, mask = tiny_images.tokenizer()(["w1 w2 w3"])
     with torch.no_grad():
         regions, words = model.image_levels(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), model.text_levels(ids, mask)
-        wanted = sum(
+        expected = sum(
             torch.nn.functional.cosine_similarity(r.mean(1), w.mean(1)) for r, w in zip(regions, words, strict=True)
         )
-        assert model.score(regions, words, mask).item() == pytest.approx(wanted.item(), abs=1e-6)
+        assert model.score(regions, words, mask).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 # --- loss ---------------------------------------------------------------------------------------------------------
@@ -92,26 +92,26 @@ def test_without_attention_the_mean_tokens_are_compared():
 
 def test_the_triplet_loss_takes_the_mean_of_all_negatives_where_it_is_asked_to():
     scores, ids = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 0, 2])
-    wanted = 0.0
+    expected = 0.0
     for pair in range(4):
         others = [other for other in range(4) if ids[other] != ids[pair]]
         for shorts in (
             [max(0.0, float(0.2 - scores[pair, pair] + scores[pair, other])) for other in others],
             [max(0.0, float(0.2 - scores[pair, pair] + scores[other, pair])) for other in others],
         ):
-            wanted += sum(shorts) / len(others) / 4
-    assert triplet_loss(scores, ids, ids, 0.2, hardest=False).item() == pytest.approx(wanted, rel=1e-5)
+            expected += sum(shorts) / len(others) / 4
+    assert triplet_loss(scores, ids, ids, 0.2, hardest=False).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_triplet_loss_takes_the_hardest_negative_and_never_a_caption_of_the_same_image():
     torch.manual_seed(0)
     scores, ids = torch.randn(6, 6), torch.tensor([3, 1, 3, 2, 5, 1])
-    wanted = 0.0
+    expected = 0.0
     for i in range(6):
         others = [j for j in range(6) if ids[j] != ids[i]]
-        wanted += max(0.0, 0.2 - scores[i, i] + max(scores[i, j] for j in others))
-        wanted += max(0.0, 0.2 - scores[i, i] + max(scores[j, i] for j in others))
-    assert triplet_loss(scores, ids, ids, 0.2).item() == pytest.approx(float(wanted) / 6, rel=1e-6)
+        expected += max(0.0, 0.2 - scores[i, i] + max(scores[i, j] for j in others))
+        expected += max(0.0, 0.2 - scores[i, i] + max(scores[j, i] for j in others))
+    assert triplet_loss(scores, ids, ids, 0.2).item() == pytest.approx(float(expected) / 6, rel=1e-6)
 
 
 def test_a_batch_of_one_image_has_no_loss_and_a_gradient_of_zero():
@@ -153,8 +153,8 @@ def test_a_backbones_stages_are_its_levels(image, widths, regions):
     config = HatConfig(encoders="backbones", image=image, text=BERT, caption_tokens=16, frozen_epochs=0, tokenizer="x")
     encoders = BackboneEncoders(config, 90, start=False).train()
     assert encoders.image_widths == widths
-    found = encoders.image_levels(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), [4, 2, 4])
-    assert [tuple(level.shape) for level in found] == [(2, regions[k], widths[k]) for k in (3, 1, 3)]
+    actual = encoders.image_levels(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), [4, 2, 4])
+    assert [tuple(level.shape) for level in actual] == [(2, regions[k], widths[k]) for k in (3, 1, 3)]
     assert not any(type(module).__name__.startswith("BatchNorm") and module.training for module in encoders.modules())
 
 
@@ -275,8 +275,8 @@ def test_records_of_all_pairs_of_a_shortlist_and_of_an_ensemble(pretrained, draw
     assert "a right answer is on" in capfd.readouterr().out
     dual = small.evaluate(pretrained, drawn, tmp_path / "dual.json")
     assert main(dual) == 0
-    found = read_record(tmp_path / "dual.json")["text_to_image"]
-    assert short["shortlist"]["recall"]["text_to_image"] == pytest.approx(found["R@5"], abs=12)
+    actual = read_record(tmp_path / "dual.json")["text_to_image"]
+    assert short["shortlist"]["recall"]["text_to_image"] == pytest.approx(actual["R@5"], abs=12)
 
 
 def test_a_hat_checkpoint_is_no_alignment_model_and_the_other_way(pretrained, drawn, runs, tmp_path, capfd):
@@ -300,8 +300,8 @@ def test_heat_maps_are_the_attention_of_the_score(drawn, runs, tmp_path, capfd):
         regions = hat.model.image_levels(EvaluationTransform(32)(image)[None])[1][0]
         words = hat.model.text_levels(ids, mask)[1][0]
         similarity = torch.nn.functional.leaky_relu(regions @ words.T, 0.1)
-        wanted = torch.softmax(9 * similarity / similarity.norm(dim=0, keepdim=True), 1).T[1:-1]
-    np.testing.assert_allclose(maps[1].reshape(-1, 16), wanted.numpy(), atol=1e-5)
+        expected = torch.softmax(9 * similarity / similarity.norm(dim=0, keepdim=True), 1).T[1:-1]
+    np.testing.assert_allclose(maps[1].reshape(-1, 16), expected.numpy(), atol=1e-5)
     picture = next((drawn / "source" / "images").glob("test_*.png"))
     assert (
         main(["heatmap", str(runs / "finetune"), str(picture), "a red circle", "--out", str(tmp_path / "map.png")]) == 0

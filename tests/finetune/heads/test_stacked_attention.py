@@ -34,8 +34,8 @@ def written_out(regions, words, count, direction, sharpness=9.0):
 def test_every_variant_of_the_fixture(fixture):
     regions, words, mask, expected = fixture
     for name, wanted in expected.items():
-        found = pair_scores(regions, words, mask, **settings(name))
-        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        actual = pair_scores(regions, words, mask, **settings(name))
+        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
     assert len(expected) == 40
 
 
@@ -50,9 +50,9 @@ def test_an_image_alone_a_word_alone_and_what_stands_behind_a_caption(fixture, d
     )
     one = torch.zeros_like(mask)
     one[:, 0] = True
-    found = pair_scores(regions, words, one, direction)
+    actual = pair_scores(regions, words, one, direction)
     for image in range(len(regions)):
-        assert found[image, 2].item() == pytest.approx(
+        assert actual[image, 2].item() == pytest.approx(
             written_out(regions[image], words[2], 1, direction).item(), abs=1e-5
         )
 
@@ -66,8 +66,8 @@ def test_values_and_gradients_are_the_written_out_formula(direction, count):
     mask = torch.arange(6)[None] < torch.tensor(lengths)[:, None]
     weights = torch.randn(2, 3)
     leaves = [tensor.clone().requires_grad_() for tensor in (regions, words)]
-    found = pair_scores(*leaves, mask, direction)
-    (found * weights).sum().backward()
+    actual = pair_scores(*leaves, mask, direction)
+    (actual * weights).sum().backward()
     exact = [tensor.clone().requires_grad_() for tensor in (regions, words)]
     wanted = torch.stack(
         [
@@ -76,7 +76,7 @@ def test_values_and_gradients_are_the_written_out_formula(direction, count):
         ]
     )
     (wanted * weights).sum().backward()
-    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual.double(), wanted, atol=1e-5, rtol=0)
     for mine, theirs in zip(leaves, exact, strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-3)
     assert not leaves[1].grad[1, 1:].any(), "what stands behind a caption gets no gradient"
@@ -95,11 +95,11 @@ def test_tokens_of_zero_give_a_score_and_a_gradient():
 
 def test_the_mean_pooled_cosine(fixture):
     regions, words, mask, _ = fixture
-    found = mean_scores(regions, words, mask)
+    actual = mean_scores(regions, words, mask)
     for caption in range(len(words)):
         mean = words[caption][mask[caption]].mean(0)
         wanted = torch.nn.functional.cosine_similarity(regions.mean(1), mean[None], dim=-1)
-        torch.testing.assert_close(found[:, caption], wanted, atol=1e-6, rtol=0)
+        torch.testing.assert_close(actual[:, caption], wanted, atol=1e-6, rtol=0)
 
 
 def test_attention_for_pictures_is_a_distribution_over_its_context(fixture):

@@ -50,11 +50,11 @@ def test_decomposed_is_the_joint_model_under_a_block_diagonal_mask(monkeypatch, 
     plain = bert_layers.attend
     with monkeypatch.context() as patch:
         patch.setattr(bert_layers, "attend", lambda q, k, v, allowed, drop: plain(q, k, v, allowed & block, drop))
-        wanted = fusion.run_layers(joined, both)
+        expected = fusion.run_layers(joined, both)
     parts = vldeformer_jobs.decomposed("single_stream", text_layers=text_layers)
     text, image = parts.text_states(ids, mask), parts.image_states(pixels)
-    assert (text - wanted[:, :words]).abs()[mask].max() < 1e-6
-    assert (image - wanted[:, words:]).abs().max() < 1e-6
+    assert (text - expected[:, :words]).abs()[mask].max() < 1e-6
+    assert (image - expected[:, words:]).abs().max() < 1e-6
     assert (text - fusion.run_layers(joined, both)[:, :words]).abs()[mask].max() > 1e-2, "together they see each other"
 
 
@@ -65,12 +65,12 @@ def test_of_cross_attention_layers_everything_else_runs():
     states, tokens = model.text_encoder(ids, mask), model.image_encoder(pixels)
     whole = torch.ones(tokens.shape[:2], dtype=torch.bool)
     for layer in model.fusion_encoder.layers:
-        found = []
+        actual = []
         for side, seen in ((states, mask), (tokens, whole)):
             attended = layer.self_attention(side, seen)
             widened = torch.nn.functional.gelu(layer.intermediate(attended))
-            found.append(layer.norm(attended + layer.output(widened)))
-        states, tokens = found
+            actual.append(layer.norm(attended + layer.output(widened)))
+        states, tokens = actual
     torch.testing.assert_close(parts.text_states(ids, mask)[mask], states[mask])
     torch.testing.assert_close(parts.image_states(pixels), tokens)
     assert not any("cross_attention" in name for name, _ in parts.named_parameters())
@@ -84,13 +84,13 @@ def test_of_cross_attention_layers_everything_else_runs():
 def test_pads_never_count(kind, pooling):
     parts = vldeformer_jobs.decomposed(kind, pooling)
     _, ids, mask = inputs()
-    found = parts.encode_text(ids, mask)
+    actual = parts.encode_text(ids, mask)
     wider, longer = torch.nn.functional.pad(ids, (0, 3), value=9), torch.nn.functional.pad(mask, (0, 3))
     rubbish = torch.where(longer, wider, 11)
-    torch.testing.assert_close(parts.encode_text(rubbish, longer), found, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(parts.encode_text(rubbish, longer), actual, atol=1e-9, rtol=1e-9)
     for row, length in enumerate(mask.sum(1).tolist()):
         alone = parts.encode_text(ids[row, None, :length], mask[row, None, :length])
-        torch.testing.assert_close(alone[0], found[row], atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(alone[0], actual[row], atol=1e-9, rtol=1e-9)
 
 
 def test_an_embedding_is_the_tanh_of_the_mean_token_and_compares_by_cosine():
@@ -99,8 +99,8 @@ def test_an_embedding_is_the_tanh_of_the_mean_token_and_compares_by_cosine():
     states = parts.text_states(ids, mask)
     text = torch.stack([torch.tanh(row[own].mean(0)) for row, own in zip(states, mask, strict=True)])
     image = torch.tanh(parts.image_states(pixels).mean(1))
-    wanted = cosine_similarity(text[:, None], image[None], dim=-1)
-    torch.testing.assert_close(parts.encode_text(ids, mask) @ parts.encode_image(pixels).T, wanted)
+    expected = cosine_similarity(text[:, None], image[None], dim=-1)
+    torch.testing.assert_close(parts.encode_text(ids, mask) @ parts.encode_image(pixels).T, expected)
     parts.pooling = "cls"
     torch.testing.assert_close(parts.encode_text(ids, mask), normalize(torch.tanh(states[:, 0]), dim=-1))
 
@@ -143,17 +143,17 @@ def test_the_loss_is_the_papers_by_hand_for_three_pairs(ids, usable_image, usabl
     sides = [torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(4)]
     same = [[one == other for other in ids] for one in ids]
     lists = [side.tolist() for side in sides]
-    wanted = by_hand(*lists[:2], *(lists[2:] if hard else (None, None)), usable_image, usable_text, same, 0.05)
+    expected = by_hand(*lists[:2], *(lists[2:] if hard else (None, None)), usable_image, usable_text, same, 0.05)
     unit = [normalize(side, dim=-1) for side in sides]
     more = (unit[2], unit[3], torch.tensor(usable_image), torch.tensor(usable_text)) if hard else ()
-    found = contrastive_loss(unit[0], unit[1], torch.tensor(ids), 0.05, Altered(*more))
-    assert found.item() == pytest.approx(wanted, rel=1e-10)
+    actual = contrastive_loss(unit[0], unit[1], torch.tensor(ids), 0.05, Altered(*more))
+    assert actual.item() == pytest.approx(expected, rel=1e-10)
     if hard:
         donors = [ids[1], ids[2], ids[0]]
         shown = [[one == donor for donor in donors] for one in ids]
-        wanted = by_hand(*lists, usable_image, usable_text, same, 0.05, shown)
-        found = contrastive_loss(unit[0], unit[1], torch.tensor(ids), 0.05, Altered(*more, torch.tensor(donors)))
-        assert found.item() == pytest.approx(wanted, rel=1e-10)
+        expected = by_hand(*lists, usable_image, usable_text, same, 0.05, shown)
+        actual = contrastive_loss(unit[0], unit[1], torch.tensor(ids), 0.05, Altered(*more, torch.tensor(donors)))
+        assert actual.item() == pytest.approx(expected, rel=1e-10)
 
 
 def test_pairwise_cosine_draws_pairs_together_and_others_apart():
@@ -162,8 +162,8 @@ def test_pairwise_cosine_draws_pairs_together_and_others_apart():
     cosine = (text @ image.T).tolist()
     pairs = sum(1 - cosine[i][i] for i in range(3)) / 3
     others = [max(0.0, cosine[i][j]) for i in range(3) for j in range(3) if (i, j) not in ((0, 2), (2, 0)) and i != j]
-    found = cosine_loss(image, text, torch.tensor([4, 1, 4]))
-    assert found.item() == pytest.approx(pairs + sum(others) / 4, rel=1e-12)
+    actual = cosine_loss(image, text, torch.tensor([4, 1, 4]))
+    assert actual.item() == pytest.approx(pairs + sum(others) / 4, rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["contrastive", "cosine"])
@@ -174,8 +174,8 @@ def test_two_ranks_have_the_loss_and_the_gradients_of_one_process(gloo_pool, kin
     loss, gradients = vldeformer_jobs.loss_and_gradients(kind, sides, ids, usable)
     parts = gloo_pool.run(vldeformer_jobs.on_this_rank, kind, sides, ids, usable)
     assert sum(part[0] for part in parts).item() / 2 == pytest.approx(loss.item(), rel=1e-12)
-    for number, wanted in enumerate(gradients):
-        torch.testing.assert_close(torch.cat([part[1][number] for part in parts]) / 2, wanted)
+    for number, expected in enumerate(gradients):
+        torch.testing.assert_close(torch.cat([part[1][number] for part in parts]) / 2, expected)
 
 
 NEGATIVES = ["--head", "vldeformer", "--vldeformer.negatives.lexicon", "built-in"]
@@ -203,9 +203,9 @@ def test_it_is_trained_saved_scored_and_loaded(single, run, drawn, tmp_path, cap
     collection = open_collection(drawn / "test", None)
     pictures = [collection[number] for number in range(3)]
     scores = np.load(tmp_path / "tuned.scores.npz")["scores"]
-    found = loaded.encode_image(pictures) @ loaded.encode_text(collection.captions[:7]).T
-    np.testing.assert_allclose(found.numpy(), scores[:3, :7], atol=1e-5)
-    assert found.abs().max() < 1 and loaded.hash == tuned["checkpoint"]
+    actual = loaded.encode_image(pictures) @ loaded.encode_text(collection.captions[:7]).T
+    np.testing.assert_allclose(actual.numpy(), scores[:3, :7], atol=1e-5)
+    assert actual.abs().max() < 1 and loaded.hash == tuned["checkpoint"]
 
 
 def back_to_step_2(run):
@@ -263,8 +263,8 @@ def test_it_is_indexed_and_asked_as_a_dual_head_is(run, drawn, tmp_path, capsys)
     assert main(["index", "--checkpoint", str(run), *where]) == 0
     encoder, index = load_encoder(run), Index(tmp_path / "index")
     collection = open_collection(drawn / "test", None)
-    wanted = encoder.encode_image(torch.stack([encoder.transform(collection[number]) for number in range(24)]))
-    np.testing.assert_allclose(np.asarray(index.vectors[:24]), wanted.numpy(), atol=1e-5)
+    expected = encoder.encode_image(torch.stack([encoder.transform(collection[number]) for number in range(24)]))
+    np.testing.assert_allclose(np.asarray(index.vectors[:24]), expected.numpy(), atol=1e-5)
     assert main(["search", "--index", str(tmp_path / "index"), "a red circle", "--top", "3"]) == 0
     assert "a red circle" in capsys.readouterr().out
 
