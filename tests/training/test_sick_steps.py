@@ -1,4 +1,4 @@
-"""Which steps are sick, and what follows many of them; whole runs are in tests/end_to_end/test_faults.py."""
+"""Which steps are sick, and what follows many of them. Whole runs are in tests/end_to_end/test_faults.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def after(norms: list[float], **config) -> SickSteps:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_never_applied(bad):
+def test_a_step_that_is_not_finite_is_never_applied(bad):
     sick = after([])
     assert not sick.admits(bad, 1.0) and "loss" in sick.reason
     assert not sick.admits(1.0, bad) and "gradient" in sick.reason
@@ -45,7 +45,7 @@ def test_history_forgets():
     assert sick.admits(1.0, 60.0)
 
 
-def test_large_gradients_that_stay_at_a_loss_no_higher_are_the_usual_from_then_on():
+def test_lasting_large_gradients_at_a_loss_no_higher_become_the_usual():
     """A run that leaves its plateau: its norm rises within a few steps, and its loss does not."""
     sick = after([1.0] * 8, in_a_row=3)
     assert [sick.admits(loss, 20.0 + number) for number, loss in enumerate((0.9, 1.1, 1.0))] == [False, False, True]
@@ -65,7 +65,7 @@ def test_large_gradients_of_weights_gone_astray_are_not(streak):
     assert not any(sick.admits(*step) for step in streak) and sick.exhausted and not sick.steeper
 
 
-def test_a_streak_is_judged_alike_across_a_resume():
+def test_a_resumed_run_remembers_its_row_of_sick_steps():
     whole = after([1.0] * 8, in_a_row=3)
     for step in [(1.0, 20.0), (1.0, 21.0)]:
         whole.admits(*step)
@@ -74,7 +74,7 @@ def test_a_streak_is_judged_alike_across_a_resume():
     assert other.in_a_row == 2 and other.admits(1.0, 22.0) and other.steeper
 
 
-def test_the_state_is_json_and_a_loaded_one_judges_alike():
+def test_the_state_survives_json_and_judges_alike():
     sick = after([1.0, 3.0, 2.0])
     sick.admits(math.nan, 1.0)
     other = SickSteps(sick.config)
@@ -82,7 +82,7 @@ def test_the_state_is_json_and_a_loaded_one_judges_alike():
     assert other.state_dict() == sick.state_dict() and not other.admits(1.0, 26.0)
 
 
-def test_going_back_is_counted_and_ends():
+def test_a_run_goes_back_only_so_often():
     sick = after([1.0] * 8, in_a_row=2, returns=1)
     for _ in range(2):
         sick.admits(math.nan, 1.0)
@@ -105,7 +105,7 @@ def test_a_log_that_cannot_be_written_still_names_the_samples(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("key", ["window", "in_a_row", "returns"])
-def test_a_recipe_of_no_sense_is_refused(key):
+def test_a_recipe_with_a_zero_is_refused(key):
     with pytest.raises(RecipeError, match=key):
         SickStepConfig(**{key: 0})
 
@@ -113,12 +113,12 @@ def test_a_recipe_of_no_sense_is_refused(key):
 @pytest.mark.parametrize(
     ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16")]
 )
-def test_a_refused_step_changes_nothing_and_the_next_is_as_if_it_had_not_been(gloo_pool, stage, precision):
-    """A NaN on one rank, and a gradient that is refused for its size: weights, moments and Adam's count stay on both ranks."""
-    for told in gloo_pool.run(sick_jobs.refuse_and_go_on, stage, precision):
-        assert told["asked"] == [(False, True), (True, True)], (
+def test_a_refused_step_changes_nothing_and_leaves_the_next_undisturbed(gloo_pool, stage, precision):
+    """After a NaN on one rank, and after a gradient refused for its size, both ranks keep weights, moments and Adam's count."""
+    for result in gloo_pool.run(sick_jobs.refuse_and_go_on, stage, precision):
+        assert result["asked"] == [(False, True), (True, True)], (
             "a NaN's norm is not finite; both refusals are asked for once"
         )
-        assert told["applied"] == [True, False, False, True]
-        assert told["unchanged"], "a refused step left a mark"
-        assert told["as undisturbed"], "the step after it differs from an undisturbed run's"
+        assert result["applied"] == [True, False, False, True]
+        assert result["unchanged"], "a refused step left a mark"
+        assert result["as undisturbed"], "the step after it differs from an undisturbed run's"

@@ -92,7 +92,7 @@ def imported(tmp_path_factory) -> Path:
     return folder / "out"
 
 
-def test_sizes_of_another_checkpoint_are_found(imported):
+def test_the_sizes_are_read_from_the_tensors(imported):
     config = load_model(imported).network.config
     assert (config.image.image_size, config.image.width, config.image.depth, config.image.heads) == (32, 64, 2, 1)
     assert (config.text.width, config.text.layers, config.text.heads, config.text.feed_forward) == (128, 3, 2, 384)
@@ -115,7 +115,7 @@ def test_it_encodes_matches_and_holds_teacher_and_queue(imported):
     assert len(inputs.keys.image_ids) == 16
 
 
-def test_pretraining_goes_on_from_it(imported, drawn, tmp_path):
+def test_pretraining_continues_from_the_import(imported, drawn, tmp_path):
     """At rate 0 and momentum 1 what a step saves is what the run began from; the codebook alone is new."""
     sizes = [
         f"--model.{key}={value}"
@@ -145,7 +145,7 @@ def test_pretraining_goes_on_from_it(imported, drawn, tmp_path):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_the_joined_matrices_are_theirs_side_by_side(tmp_path):
+def test_joined_matrices_are_albefs_side_by_side(tmp_path):
     path = published(tmp_path)
     theirs, ours = torch.load(path, weights_only=True)["model"], read_albef(path)
     layer = "text_encoder.bert.encoder.layer.3.crossattention.self"
@@ -176,7 +176,7 @@ def test_position_embeddings_are_interpolated_to_another_resolution(tmp_path):
             import_albef(path, tmp_path / "other", str(tmp_path), image_size=size, caption_tokens=10)
 
 
-def test_position_embeddings_are_interpolated_alike_by_whoever_does_it(imported, tmp_path):
+def test_import_loading_and_starting_interpolate_positions_alike(imported, tmp_path):
     """At import, where a model is loaded at another size, and where a run begins from a file of the image encoder's weights."""
     path = published(tmp_path)
     import_albef(path, tmp_path / "out", str(tmp_path), image_size=64, caption_tokens=10)
@@ -195,7 +195,7 @@ def test_position_embeddings_are_interpolated_alike_by_whoever_does_it(imported,
 @pytest.mark.parametrize(
     ("stated", "asked", "heads"), [({}, None, (1, 2)), ({"num_attention_heads": 4}, None, (2, 4)), ({}, 4, (4, 2))]
 )
-def test_heads_of_the_image_encoder_are_as_wide_as_the_texts_unless_told(tmp_path, stated, asked, heads):
+def test_image_heads_are_as_wide_as_text_heads_unless_stated(tmp_path, stated, asked, heads):
     path = published(tmp_path)
     (tmp_path / "config_bert.json").write_text(json.dumps(stated))
     config = read_albef(path, image_heads=asked).config
@@ -218,7 +218,7 @@ def test_captions_are_read_without_punctuation_and_fit_the_positions(imported, t
         import_albef(published(tmp_path), tmp_path / "out", str(tmp_path), caption_tokens=41)
 
 
-def test_a_retrieval_checkpoint_without_mlm_head_and_teacher_is_read_and_says_so(tmp_path):
+def test_a_retrieval_checkpoint_without_mlm_head_and_teacher_is_read(tmp_path):
     path = published(tmp_path)
     weights = torch.load(path, weights_only=True)["model"]
     kept = {
@@ -237,7 +237,7 @@ def test_a_retrieval_checkpoint_without_mlm_head_and_teacher_is_read_and_says_so
     assert not (tmp_path / "out" / "teacher.safetensors").exists()
 
 
-def test_what_does_not_belong_is_told_and_what_does_not_fit_is_refused(tmp_path):
+def test_stray_tensors_are_reported_and_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
     path = published(tmp_path, stray=torch.zeros(1))
     assert read_albef(path).unused == ["stray"]
     (tmp_path / "vocab").mkdir()

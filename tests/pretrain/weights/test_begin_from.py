@@ -51,12 +51,12 @@ def test_weights_are_the_students_and_averages_the_teachers(tmp_path):
     ]
 
 
-def test_without_a_teacher_the_student_is_it(tmp_path):
+def test_without_a_teacher_the_student_takes_its_place(tmp_path):
     report, teacher = begin_from(saved(tmp_path / "source", teacher=False), fresh())
     assert teacher is None and report[0].endswith("the teacher begins as the student: it has none")
 
 
-def test_what_is_new_stays_random_and_what_has_no_place_is_left_and_both_are_told(tmp_path):
+def test_new_parts_stay_random_unused_parts_are_left_and_both_are_reported(tmp_path):
     model = fresh(model__codewords=0, objectives__codebook__weight=0.0, model__levels=[[1, 1]])
     before = copy.deepcopy(model)
     report, teacher = begin_from(saved(tmp_path / "source"), model)
@@ -77,7 +77,7 @@ def test_positions_are_interpolated_in_both(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"model__text__width": 64}, r"is \[\d+.*\] in .* and \[\d+.*\] in the recipe"),
         ({"model__image__depth": 3}, r"image_encoder.vit.blocks.2\S+ is missing in .* and \[32\] in the recipe"),
@@ -89,13 +89,13 @@ def test_positions_are_interpolated_in_both(tmp_path):
         ),
     ],
 )
-def test_other_sizes_are_one_clear_line(tmp_path, changes, told):
-    with pytest.raises(CheckpointError, match=told) as caught:
+def test_other_sizes_are_refused_in_one_line(tmp_path, changes, message):
+    with pytest.raises(CheckpointError, match=message) as caught:
         begin_from(saved(tmp_path / "source"), fresh(**changes))
     assert "\n" not in str(caught.value) and str(caught.value).endswith("model.json")
 
 
-def test_a_fine_tuned_model_is_refused(tmp_path):
+def test_a_fine_tuned_source_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="is fine-tuned-on shapes, so"):
         begin_from(saved(tmp_path / "source", training="fine-tuned-on shapes"), fresh())
 
@@ -171,7 +171,7 @@ def test_a_run_whose_checkpoints_are_all_broken_does_not_begin_anew(first, tmp_p
     assert (tmp_path / "first" / "metrics.jsonl").read_bytes() == logged and all(path.exists() for path in broken)
 
 
-def test_a_run_that_has_begun_needs_its_source_no_more(first, tmp_path, capfd):
+def test_a_resumed_run_no_longer_needs_its_source(first, tmp_path, capfd):
     source, command = first
     shutil.copytree(source, tmp_path / "source")
     again = [*command, "--runs", str(tmp_path), "--name", "second", "--checkpoint", str(tmp_path / "source")]
@@ -189,7 +189,7 @@ def test_level_projections_are_of_their_levels(tmp_path):
         begin_from(source, fresh(model__levels=[[1, 2]]))
 
 
-def test_a_checkpoint_that_is_not_there_is_one_clear_line(drawn, tmp_path, capfd):
+def test_a_missing_checkpoint_is_refused_in_one_line(drawn, tmp_path, capfd):
     asked = ["--data.train", str(drawn / "train"), "--runs", str(tmp_path), "--training.device", "cpu"]
     assert main(["pretrain", *asked, "--checkpoint", str(tmp_path / "nowhere")]) == 1
     assert "nowhere is neither a run nor a checkpoint: no such folder" in capfd.readouterr().err

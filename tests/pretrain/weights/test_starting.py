@@ -1,4 +1,4 @@
-"""Starting weights: BERT's layers are BERT's, what was used is told, and nothing is silently random."""
+"""Starting weights: BERT's layers are BERT's, the report says what was used, and nothing is silently random."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_the_report_says_what_was_and_was_not_used(bert_folder):
     assert unused.startswith("not used of it: ")
 
 
-def test_layers_that_have_no_place_are_named_as_not_used(bert_folder):
+def test_layers_without_a_counterpart_are_reported_as_not_used(bert_folder):
     model = text_model(bert_folder, 2)
     model.fusion_encoder.layers = model.fusion_encoder.layers[:1]
     _, unused = load_starting_weights(model)
@@ -100,7 +100,7 @@ def test_a_model_without_starting_weights_reports_nothing():
     assert load_starting_weights(tiny.model()) == []
 
 
-def test_a_missing_folder_or_name_is_one_clear_line(tmp_path, monkeypatch):
+def test_a_missing_folder_or_name_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for weights in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(CheckpointError, match="model.text.weights: cannot load a BERT from") as caught:
@@ -108,7 +108,7 @@ def test_a_missing_folder_or_name_is_one_clear_line(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value) and str(weights) in str(caught.value)
 
 
-def test_a_broken_file_is_one_clear_line(bert_folder, tmp_path):
+def test_a_broken_file_is_refused_in_one_line(bert_folder, tmp_path):
     for file in bert_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"not a safetensors file")
@@ -156,7 +156,7 @@ def test_position_embeddings_of_another_resolution_are_interpolated(tmp_path):
 
 
 @pytest.mark.parametrize("case", ["missing", "another width", "not a checkpoint", "half of it"])
-def test_an_image_file_that_does_not_fit_is_one_clear_line(tmp_path, case):
+def test_an_image_file_that_does_not_fit_is_refused_in_one_line(tmp_path, case):
     path = tmp_path / "vit.safetensors"
     if case == "another width":
         save_file(vit_like(embed_dim=48).state_dict(), path)
@@ -170,7 +170,7 @@ def test_an_image_file_that_does_not_fit_is_one_clear_line(tmp_path, case):
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
-def test_timms_weights_that_cannot_be_had_are_one_clear_line(monkeypatch):
+def test_timm_weights_that_cannot_be_downloaded_are_refused_in_one_line(monkeypatch):
     def no_network(*arguments, **named):
         raise OSError("no network\nat all")
 
