@@ -1,4 +1,4 @@
-"""First floor: sources -> shards -> stream -> batches. `from data_tools import ShardStream`."""
+"""The data floor: sources become shards, shards a stream, and the stream batches. `from data_tools import ShardStream`."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ _HOMES = {"ShardStream": "data_tools.stream.shard_stream", "Collection": "data_t
 
 
 def __getattr__(name: str) -> Any:
-    """Load on first use (PEP 562), so that importing the package does not import torch."""
+    """Load a public class on its first use (PEP 562), so that importing the package does not import torch."""
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Captions -> token ids: a WordPiece vocabulary trained on the captions, or a tokenizer that exists already."""
+"""Turn captions into token ids, with a WordPiece vocabulary trained on the captions or with an existing tokenizer."""
 
 from __future__ import annotations
 
@@ -14,14 +14,24 @@ from runtime.errors import CheckpointError, DataError
 from runtime.files import write_text
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+"""BERT's special tokens. A trained vocabulary numbers them from 0 in this order."""
 ALPHABET = 1000
-"""Letters that a trained vocabulary has at most; rarer ones are [UNK]."""
+"""Most letters that a trained vocabulary has. Rarer letters become [UNK]."""
 
 
 class CaptionTokenizer:
-    """A `tokenizers` pipeline with BERT's special tokens, cut to `caption_tokens`."""
+    """A `tokenizers` pipeline with BERT's special tokens, which cuts captions to `caption_tokens`."""
 
     def __init__(self, pipeline: Tokenizer, caption_tokens: int) -> None:
+        """Check the pipeline's special tokens, and set its truncation.
+
+        Args:
+            pipeline: The tokenizer; it is changed.
+            caption_tokens: Most tokens of a caption, [CLS] and [SEP] included.
+
+        Raises:
+            DataError: The pipeline lacks a special token, or [PAD] is not 0.
+        """
         ids = pipeline.get_vocab()
         missing = [token for token in SPECIAL if token not in ids]
         if missing:
@@ -35,26 +45,30 @@ class CaptionTokenizer:
 
     @property
     def vocabulary(self) -> int:
-        """Number of tokens, specials and added ones included."""
+        """Number of tokens, special and added ones included."""
         return self.pipeline.get_vocab_size()
 
     def encode(self, captions: list[str]) -> list[list[int]]:
-        """Token ids of each caption, [CLS] first and [SEP] last, not padded."""
+        """Return the token ids of each caption, [CLS] first and [SEP] last, without padding."""
         return [encoding.ids for encoding in self.pipeline.encode_batch(captions)]
 
     def count_truncated(self, captions: list[str]) -> int:
-        """How many captions are longer than `caption_tokens`, so that their end is not read."""
+        """Return how many captions are longer than `caption_tokens`, so that their ends are cut off."""
         return sum(bool(encoding.overflowing) for encoding in self.pipeline.encode_batch(captions))
 
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """-> ids (captions, longest) int64, padded with 0, and mask (captions, longest) bool, True where a token is."""
+        """Return ids (captions, longest) int64, padded with 0, and mask (captions, longest) bool, True at tokens."""
         return pad_tokens(self.encode(captions))
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of token ids, without special tokens."""
         return self.pipeline.decode(list(ids))
 
     def drop_punctuation(self) -> CaptionTokenizer:
-        """Reads captions from now on as ALBEF's `pre_caption` leaves them; its cut to 30 words is that to `caption_tokens` here."""
+        """Read captions from now on as ALBEF's `pre_caption` leaves them, and return this tokenizer.
+
+        ALBEF also cuts captions to 30 words. Here the cut to `caption_tokens` takes its place.
+        """
         self.pipeline.normalizer = _strip_punctuation(self.pipeline.normalizer)
         return self
 
@@ -63,17 +77,18 @@ class CaptionTokenizer:
         write_text(Path(folder) / "tokenizer.json", self.pipeline.to_str())
 
 
-def _strip_punctuation(then: normalizers.Normalizer | None) -> normalizers.Normalizer:
-    first = [
+def _strip_punctuation(following: normalizers.Normalizer | None) -> normalizers.Normalizer:
+    """Return a normalizer that strips punctuation before the one that follows."""
+    steps = [
         normalizers.Replace(Regex(r"[,.'!?\"()*#:;~]"), ""),
         normalizers.Replace(Regex("[-/]"), " "),
         normalizers.Replace(Regex("(?i)<person>"), "person"),
     ]
-    return normalizers.Sequence(first if then is None else [*first, then])
+    return normalizers.Sequence(steps if following is None else [*steps, following])
 
 
 def pad_tokens(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Lists of ids -> ids (rows, longest) int64, padded with 0, and their mask (rows, longest) bool."""
+    """Pad rows of ids to the longest. Return ids (rows, longest) int64, padded with 0, and mask (rows, longest) bool."""
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
     return ids, torch.arange(ids.shape[1])[None] < lengths[:, None]
@@ -82,8 +97,16 @@ def pad_tokens(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 def train_tokenizer(
     captions: Iterable[str], vocabulary: int, caption_tokens: int, punctuation: bool = True
 ) -> CaptionTokenizer:
-    """Learn a lower-case WordPiece vocabulary of at most `vocabulary` tokens, BERT's special tokens first, then single
-    letters. The same captions give the same vocabulary. punctuation: off, it is neither learned nor read (`drop_punctuation`)."""
+    """Learn a lower-case WordPiece vocabulary: BERT's special tokens first, then single letters, then pieces.
+
+    The same captions give the same vocabulary, in whatever order they come.
+
+    Args:
+        captions: The training captions.
+        vocabulary: Most tokens to learn, special tokens included.
+        caption_tokens: Most tokens of a caption, [CLS] and [SEP] included.
+        punctuation: Whether punctuation is learned and read. Off is as after `drop_punctuation`.
+    """
     captions = list(captions)
     pipeline = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     pipeline.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -92,27 +115,28 @@ def train_tokenizer(
     pipeline.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     pipeline.decoder = decoders.WordPiece()
 
-    # The library numbers inner letters (##a) in the order of a hash map, another one each time, and breaks ties between
-    # merges by those numbers. So the letters are collected first, without merges, and then given their numbers.
-    counted: Counter[str] = Counter()
+    # The library numbers inner letters (##a) in the order of a hash map, which differs from run to run, and breaks ties between
+    # merges by those numbers. A first training without merges therefore collects the letters, and a second one fixes their order.
+    letter_counts: Counter[str] = Counter()
     for start in range(0, len(captions), 10_000):
-        counted.update(pipeline.normalizer.normalize_str(" ".join(captions[start : start + 10_000])))
-    frequent = sorted(counted, key=lambda letter: (-counted[letter], letter))
+        letter_counts.update(pipeline.normalizer.normalize_str(" ".join(captions[start : start + 10_000])))
+    frequent = sorted(letter_counts, key=lambda letter: (-letter_counts[letter], letter))
     letters = [letter for letter in frequent if not letter.isspace()][:ALPHABET]
 
-    def learn(size: int, first: list[str]) -> list[str]:
+    def learn(size: int, first_tokens: list[str]) -> list[str]:
+        """Train the pipeline, and return its tokens in the order of their ids."""
         trainer = trainers.WordPieceTrainer(
-            vocab_size=size, special_tokens=first, min_frequency=2, show_progress=False,
+            vocab_size=size, special_tokens=first_tokens, min_frequency=2, show_progress=False,
             initial_alphabet=letters, limit_alphabet=len(letters),
         )  # fmt: skip
         pipeline.train_from_iterator(captions, trainer)
-        numbers = pipeline.get_vocab()
-        return sorted(numbers, key=numbers.__getitem__)
+        ids = pipeline.get_vocab()
+        return sorted(ids, key=ids.__getitem__)
 
-    numbered = [*SPECIAL, *sorted(set(learn(0, list(SPECIAL))) - set(SPECIAL))]
-    words = learn(vocabulary, numbered)
-    # Made anew: to the trained one, letters would be special tokens as well.
-    clean = Tokenizer(models.WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    first_tokens = [*SPECIAL, *sorted(set(learn(0, list(SPECIAL))) - set(SPECIAL))]
+    tokens = learn(vocabulary, first_tokens)
+    # A new pipeline: the trained one takes the letters for special tokens as well.
+    clean = Tokenizer(models.WordPiece({token: number for number, token in enumerate(tokens)}, unk_token="[UNK]"))
     clean.normalizer, clean.pre_tokenizer, clean.decoder = pipeline.normalizer, pipeline.pre_tokenizer, pipeline.decoder
     clean.add_special_tokens(list(SPECIAL))
     cls, sep = ((token, SPECIAL.index(token)) for token in ("[CLS]", "[SEP]"))
@@ -121,7 +145,15 @@ def train_tokenizer(
 
 
 def load_tokenizer(source: str | Path, caption_tokens: int) -> CaptionTokenizer:
-    """A folder with `tokenizer.json` or `vocab.txt`, or a name on the Hugging Face hub (downloaded or cached)."""
+    """Load a tokenizer.
+
+    Args:
+        source: A folder with `tokenizer.json` or `vocab.txt`, or a name on the Hugging Face hub (downloaded or cached).
+        caption_tokens: Most tokens of a caption, [CLS] and [SEP] included.
+
+    Raises:
+        CheckpointError: There is no such tokenizer, or it cannot be read.
+    """
     folder = Path(source)
     if (folder / "tokenizer.json").is_file():
         try:
@@ -132,21 +164,21 @@ def load_tokenizer(source: str | Path, caption_tokens: int) -> CaptionTokenizer:
     if not folder.exists() and (
         folder.is_absolute() or folder.parent not in (Path(), folder) and folder.parent.is_dir()
     ):
-        # A path, not a name: nobody should wait for the hub to say that it does not know it.
+        # This is a path, not a name. Asking the hub for it would cost the user most of a minute.
         raise CheckpointError(
-            f"no tokenizer folder {folder}; give a folder with tokenizer.json or vocab.txt, or `train`"
+            f"no tokenizer folder {folder}; give a folder with tokenizer.json or vocab.txt, or `train` to learn one"
         )
     if folder.exists() and not (folder / "vocab.txt").is_file():
-        raise CheckpointError(f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.txt")
+        raise CheckpointError(f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.txt; give another folder")
     from transformers import AutoTokenizer, BertTokenizerFast  # type: ignore[attr-defined]  # in 5.x an alias made at run time
 
     try:
-        known = (
+        pretrained = (
             BertTokenizerFast(str(folder / "vocab.txt"))
             if folder.exists()
             else AutoTokenizer.from_pretrained(str(source))
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"no tokenizer `{source}` ({reason}); give a folder, or `train`") from error
-    return CaptionTokenizer(known.backend_tokenizer, caption_tokens)
+        raise CheckpointError(f"no tokenizer `{source}` ({reason}); give a folder, or `train` to learn one") from error
+    return CaptionTokenizer(pretrained.backend_tokenizer, caption_tokens)

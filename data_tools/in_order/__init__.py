@@ -1,1 +1,1 @@
-"""Collections read once, in their own order, for scoring and for search."""
+"""Read images once and in order: collections for scoring, galleries for indexing."""

@@ -1,6 +1,7 @@
-"""Images to be indexed, by number: a shard folder, a folder of images of any nesting, or an uncompressed tar of images.
+"""Read the images that a search index is made of: a shard folder, a folder of any nesting, or an uncompressed tar.
 
-Unlike a `Collection`, whose scores would change, a gallery goes on at an image that cannot be read: it is listed with its reason.
+A gallery goes on at an image that cannot be read, and lists it with its reason. A `Collection` stops there, since its scores
+would change.
 """
 
 from __future__ import annotations
@@ -27,25 +28,30 @@ from data_tools.workers import open_loader
 from runtime.errors import DataError
 
 SUFFIXES = ("jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
-"""Of files that are taken for images; what is in them is found out by reading them."""
+"""Extensions of the files that are taken for images. Reading them shows whether they are."""
 
 
 @dataclass
 class GalleryBatch:
+    """A batch of images, some of which may be unreadable."""
+
     numbers: list[int]
-    """Of the images that could be read."""
+    """Numbers of the images that were read."""
     pixels: Tensor | None
-    """(len(numbers), 3, size, size) uint8; None where no image of the batch could be read"""
+    """(len(numbers), 3, size, size) uint8, None where no image of the batch was read."""
     broken: list[tuple[int, str]] = field(default_factory=list)
-    """Number and reason of the others."""
+    """Number of each other image, and the reason why it was not read."""
 
 
 class Gallery(Dataset):
-    """Images by number. `kind` and `place` say what was opened."""
+    """Images by number."""
 
     kind: str
-    place: str
+    """What was opened: shards, folder or tar."""
+    path: str
+    """Path or address that was opened."""
     transform: Callable | None = None
+    """Turns a decoded image into (3, size, size) uint8; `batches` sets it."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -53,26 +59,26 @@ class Gallery(Dataset):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """The same for the same images in the same order, as far as can be told without reading them."""
+        """Hex sha256 that is equal for the same images in the same order. No image is read for it."""
 
     @abstractmethod
     def name(self, number: int) -> str:
-        """What a person finds the image by: its key in a shard folder, its path under the folder or in the tar."""
+        """Return an image's key in a shard folder, or its path under the folder or in the tar."""
 
     def captions(self, number: int) -> list[str]:
-        """Its captions, where it has any that can be read."""
+        """Return an image's captions, an empty list where it has none that can be read."""
         return []
 
     @abstractmethod
     def read(self, number: int) -> bytes:
-        """The encoded image. Raises OSError, ValueError or DataError."""
+        """Return the encoded image. Raises OSError, ValueError or DataError where it cannot be read."""
 
     def image(self, number: int) -> Any:
-        """The decoded image, RGB and upright. Raises OSError, ValueError or DataError."""
+        """Return the decoded image, RGB and upright. Raises OSError, ValueError or DataError where it cannot be read."""
         return upright(open_image(self.read(number), SOURCE_FORMATS))
 
     def __getitem__(self, number: int) -> tuple[int, Tensor | str]:
-        """The number, and the transformed image or why there is none."""
+        """Return the number, and the transformed image or the reason why there is none."""
         assert self.transform is not None, "batches() sets it"
         try:
             return number, self.transform(self.image(number))
@@ -81,17 +87,23 @@ class Gallery(Dataset):
             return number, " ".join(reason.split())
 
     def batches(self, transform: Callable, numbers: range, batch_size: int, workers: int) -> Iterator[GalleryBatch]:
-        """These images in their order, `batch_size` numbers at a time: which batch an image is in depends on its number alone."""
+        """Yield batches of images in order, `batch_size` numbers at a time. An image's number alone decides its batch.
+
+        Args:
+            transform: Turns a decoded image into (3, size, size) uint8.
+            numbers: Numbers of the images.
+            batch_size: Numbers a batch; the last one may have fewer.
+            workers: Loader processes; 0: this process reads.
+        """
         self.transform = transform
         yield from open_loader(Subset(self, numbers), _collate, workers, batch_size=batch_size)
 
 
-def _collate(read: list[tuple[int, Tensor | str]]) -> GalleryBatch:
-    good = [(number, found) for number, found in read if not isinstance(found, str)]
-    pixels = torch.stack([found for _, found in good]) if good else None
-    return GalleryBatch(
-        [number for number, _ in good], pixels, [(number, told) for number, told in read if isinstance(told, str)]
-    )
+def _collate(results: list[tuple[int, Tensor | str]]) -> GalleryBatch:
+    images = [(number, image) for number, image in results if not isinstance(image, str)]
+    pixels = torch.stack([image for _, image in images]) if images else None
+    broken = [(number, reason) for number, reason in results if isinstance(reason, str)]
+    return GalleryBatch([number for number, _ in images], pixels, broken)
 
 
 class ShardGallery(Gallery):
@@ -99,10 +111,10 @@ class ShardGallery(Gallery):
 
     kind = "shards"
 
-    def __init__(self, place: str) -> None:
-        self.place = place
-        # Unchecked: what a missing shard holds is listed image by image, and the other shards are read.
-        self.reader = ShardReader(place, check=False)
+    def __init__(self, path: str) -> None:
+        self.path = path
+        # Unchecked: the images of a missing shard are listed one by one, and the other shards are read.
+        self.reader = ShardReader(path, check=False)
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -114,7 +126,7 @@ class ShardGallery(Gallery):
     def name(self, number: int) -> str:
         try:
             return self.reader.key(number)
-        except DataError:  # its index is gone or broken, and so is the sample
+        except DataError:  # the shard's index is missing or broken, so the key is unknown
             shard, row = self.reader.locate(number)
             return f"{self.reader.shard(shard)[1].name}, sample {row}"
 
@@ -129,13 +141,19 @@ class ShardGallery(Gallery):
 
 
 class FileGallery(Gallery):
-    """Files under a folder. `names`: their paths relative to it, in order; None looks for them."""
+    """Files under a folder."""
 
     kind = "folder"
 
-    def __init__(self, place: str, names: list[str] | None = None) -> None:
-        self.place = place
-        self.names = find_images(Path(place)) if names is None else names
+    def __init__(self, path: str, names: list[str] | None = None) -> None:
+        """List the folder.
+
+        Args:
+            path: The folder.
+            names: Paths of the images relative to it, in order; None: look for them.
+        """
+        self.path = path
+        self.names = find_images(Path(path)) if names is None else names
 
     def __len__(self) -> int:
         return len(self.names)
@@ -149,21 +167,21 @@ class FileGallery(Gallery):
 
     def read(self, number: int) -> bytes:
         if self.name(number) != self.names[number]:
-            raise ValueError("its name is not UTF-8; rename it")
-        file = Path(self.place, self.names[number])
+            raise ValueError("its name is not UTF-8; rename the file")
+        file = Path(self.path, self.names[number])
         if (size := file.stat().st_size) > MAX_BYTES:
             raise ValueError(f"{size:,} bytes are more than {MAX_BYTES:,}")
         return file.read_bytes()
 
 
 class TarGallery(Gallery):
-    """The images of an uncompressed tar. What of it is damaged is in `problems`; the rest is read."""
+    """The images of an uncompressed tar. `problems` lists what is damaged; the rest is read."""
 
     kind = "tar"
 
-    def __init__(self, place: str) -> None:
-        self.place = place
-        contents = walk_tar(place)
+    def __init__(self, path: str) -> None:
+        self.path = path
+        contents = walk_tar(path)
         self.members = [member for member in contents.members if is_image(member.name)]
         self.problems = contents.problems
 
@@ -181,47 +199,51 @@ class TarGallery(Gallery):
         member = self.members[number]
         if member.size > MAX_BYTES:
             raise ValueError(f"{member.size:,} bytes are more than {MAX_BYTES:,}")
-        return StoredBytes(self.place, member.offset, member.size)()
+        return StoredBytes(self.path, member.offset, member.size)()
 
 
-def open_gallery(place: str, names: list[str] | None = None) -> Gallery:
-    """A shard folder (it has a manifest), another folder, or a tar. `names`: the files of a folder that was listed before.
+def open_gallery(path: str, names: list[str] | None = None) -> Gallery:
+    """Open a shard folder (it has a manifest), another folder, or a tar.
 
-    Raises DataError in one line where there is nothing there, or nothing that looks like an image.
+    Args:
+        path: Path of the folder or tar, or address of a remote shard folder.
+        names: The files of a folder that was listed before; None: list it.
+
+    Raises:
+        DataError: There is nothing at the path, or nothing that looks like an image.
     """
-    path = Path(place)
     gallery: Gallery
-    if is_remote(place) or (path / MANIFEST_NAME).is_file():
-        if not is_remote(place):
-            read_manifest(place, check=False)  # that it is one, in one line
-        gallery = ShardGallery(place)
-    elif path.is_dir():
-        gallery = FileGallery(place, names)
-        if not len(gallery) and any(path.glob("*.tar")):
-            raise DataError(f"{place} holds tars without an index; run `ligature inspect {place} --index` first")
-    elif path.is_file():
-        gallery = TarGallery(place)
+    if is_remote(path) or Path(path, MANIFEST_NAME).is_file():
+        if not is_remote(path):
+            read_manifest(path, check=False)  # a broken manifest is one clear message here
+        gallery = ShardGallery(path)
+    elif Path(path).is_dir():
+        gallery = FileGallery(path, names)
+        if not len(gallery) and any(Path(path).glob("*.tar")):
+            raise DataError(f"{path} holds tars without an index; run `ligature inspect {path} --index` first")
+    elif Path(path).is_file():
+        gallery = TarGallery(path)
     else:
-        raise DataError(f"no images at {place}; give a shard folder, a folder of images, or an uncompressed tar")
+        raise DataError(f"no images at {path}; give a shard folder, a folder of images, or an uncompressed tar")
     if not len(gallery):
-        raise DataError(f"{place} holds no images (looked for .{', .'.join(SUFFIXES)})")
+        raise DataError(f"{path} holds no images; files with these extensions count: .{', .'.join(SUFFIXES)}")
     return gallery
 
 
 def is_image(name: str) -> bool:
-    """By its name; hidden files are none."""
+    """Return whether a file counts as an image by its name. Hidden files do not."""
     path = PurePosixPath(name)
     return path.suffix[1:].lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def find_images(folder: Path) -> list[str]:
-    """Paths of the images under a folder, relative to it, in the order of their names; links to folders are not followed."""
-    found = []
+    """Return the paths of the images under a folder, relative to it and sorted. Links to folders are not followed."""
+    names = []
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        here = os.path.relpath(root, folder)
-        found += [name if here == "." else f"{here}/{name}" for name in files if is_image(name)]
-    return sorted(found)
+        relative = os.path.relpath(root, folder)
+        names += [name if relative == "." else f"{relative}/{name}" for name in files if is_image(name)]
+    return sorted(names)
 
 
 def _digest(lines: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""A shard folder as one HTML page that needs nothing else: counts, histograms, a grid of samples."""
+"""Write a page about a shard folder: counts, histograms, and a grid of samples, in one HTML file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ SHOWN = 60
 THUMBNAIL = 200
 """Pixels of a thumbnail's longer side."""
 BARS = 40
+"""Most bars in a histogram."""
 
 STYLE = """
 .numbers { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 18px }
@@ -38,16 +39,24 @@ svg rect { fill: var(--mark) } svg rect:hover { opacity: .7 } svg line { stroke:
 
 
 def write_page(folder: Path, page: Path) -> dict[str, Any]:
-    """Write the page of a shard folder -> what `describe` found."""
+    """Write the page of a shard folder.
+
+    Args:
+        folder: The shard folder.
+        page: File to write.
+
+    Returns:
+        What `describe` returned for the folder.
+    """
     manifest = read_manifest(folder)
     measured = measure(manifest)
-    found = describe(folder, measured)
+    description = describe(folder, measured)
     name = manifest.folder.resolve().name
-    write_document(page, f"{name}: shards", _blocks(name, manifest, found, measured), STYLE)
-    return found
+    write_document(page, f"{name}: shards", _blocks(name, manifest, description, measured), STYLE)
+    return description
 
 
-def _blocks(name: str, manifest: Manifest, found: dict[str, Any], measured: Measured) -> list[str]:
+def _blocks(name: str, manifest: Manifest, description: dict[str, Any], measured: Measured) -> list[str]:
     """Return the body of the page as pieces of HTML."""
     import numpy as np
 
@@ -55,12 +64,12 @@ def _blocks(name: str, manifest: Manifest, found: dict[str, Any], measured: Meas
         ("samples", f"{manifest.samples:,}"), ("captions", f"{manifest.captions:,}"),
         ("captions an image", f"{manifest.captions / max(1, manifest.samples):.2f}"),
         ("shards", f"{len(manifest.shards):,}"), ("gigabytes", f"{manifest.bytes / 1e9:,.3f}"),
-        *((form, f"{count:,}") for form, count in found["image_formats"].items()),
+        *((image_format, f"{count:,}") for image_format, count in description["image_formats"].items()),
     ]  # fmt: skip
     shorter = np.minimum(measured.width, measured.height)
-    read = f" (of {measured.samples_read:,} samples)" if measured.samples_read < manifest.samples else ""
+    read_note = f" (of {measured.samples_read:,} samples)" if measured.samples_read < manifest.samples else ""
     charts = [
-        histogram(f"Words a caption{read}", measured.caption_words, whole=True),
+        histogram(f"Words a caption{read_note}", measured.caption_words, whole=True),
         histogram("Captions an image", measured.captions_per_image, whole=True),
         histogram("Shorter side, pixels", shorter, whole=True),
         histogram("Longer side, pixels", np.maximum(measured.width, measured.height), whole=True),
@@ -74,7 +83,8 @@ def _blocks(name: str, manifest: Manifest, found: dict[str, Any], measured: Meas
         + "".join(f'<div class="card"><b>{value}</b>{escape(label)}</div>' for label, value in numbers)
         + "</div>",
         f'<h2>Distributions</h2><div class="grid charts">{"".join(charts)}</div>',
-        "<h2>Source</h2>" + render_table([(key, value) for key, value in found["source"].items() if value is not None]),
+        "<h2>Source</h2>"
+        + render_table([(key, value) for key, value in description["source"].items() if value is not None]),
         "<h2>Left out</h2>"
         + (
             render_table([(f"{n:,}", reason) for reason, n in manifest.dropped.items()])
@@ -86,19 +96,29 @@ def _blocks(name: str, manifest: Manifest, found: dict[str, Any], measured: Meas
 
 
 def histogram(title: str, values: np.ndarray, whole: bool = False) -> str:
-    """One chart as SVG. The axis ends at the 99.5th percentile where the rest is far out; the last bar then holds it, and says so.
+    """Return one chart as HTML.
 
-    whole: values are whole numbers, and bars hold whole numbers of them.
+    Where the largest values lie far out, the axis ends at the 99.5th percentile. The last bar then holds the rest, and says so.
+
+    Args:
+        title: Heading of the chart.
+        values: (n,) the numbers to count.
+        whole: Whether the values are whole numbers, so that each bar spans a whole number of them.
     """
-    import numpy as np
-
-    width, height, left, bottom = 420, 150, 44, 20
     head = f"<figure><figcaption>{escape(title)}</figcaption>"
     if not len(values):
         return f'{head}<div class="soft">none</div></figure>'
     least, most = float(values.min()), float(values.max())
     if least == most:
         return f'{head}<div class="soft">all {least:,.5g}</div></figure>'
+    return f"{head}{_draw_bars(values, least, most, whole)}</figure>"
+
+
+def _draw_bars(values: np.ndarray, least: float, most: float, whole: bool) -> str:
+    """Return the bars and the axis of a histogram as SVG."""
+    import numpy as np
+
+    width, height, left, bottom = 420, 150, 44, 20  # units of the SVG; left and bottom hold the labels
     cap = float(np.quantile(values, 0.995))
     beyond = most > least + 1.5 * (cap - least) and cap > least
     end = cap if beyond else most
@@ -108,38 +128,38 @@ def histogram(title: str, values: np.ndarray, whole: bool = False) -> str:
     else:
         edges = np.linspace(least, end, BARS + 1)
     counts, _ = np.histogram(np.minimum(values, edges[-1] - (1 if whole else 0)), edges)
-    slot, tallest = (width - left) / len(counts), max(1, int(counts.max()))
+    bar_width, tallest = (width - left) / len(counts), max(1, int(counts.max()))
     bars = []
     for number, count in enumerate(counts.tolist()):
-        tall = (height - bottom - 8) * count / tallest
+        bar_height = (height - bottom - 8) * count / tallest
         low, high = edges[number], edges[number + 1] - (1 if whole else 0)
-        last = beyond and number == len(counts) - 1
-        span = (
-            f"{low:,.4g} or more" if last else f"{low:,.5g}" if whole and low == high else f"{low:,.4g} to {high:,.4g}"
-        )
+        if beyond and number == len(counts) - 1:
+            span = f"{low:,.4g} or more"
+        else:
+            span = f"{low:,.5g}" if whole and low == high else f"{low:,.4g} to {high:,.4g}"
         bars.append(
-            f'<rect x="{left + number * slot + 0.5:.1f}" y="{height - bottom - tall:.1f}" width="{max(0.8, slot - 1):.1f}" '
-            f'height="{tall:.1f}"><title>{span}: {count:,}</title></rect>'
+            f'<rect x="{left + number * bar_width + 0.5:.1f}" y="{height - bottom - bar_height:.1f}" '
+            f'width="{max(0.8, bar_width - 1):.1f}" height="{bar_height:.1f}"><title>{span}: {count:,}</title></rect>'
         )
     middle = float(np.median(values))
     ticks = [(left, "start", f"{least:,.4g}"), (width, "end", f"{end:,.4g}{'+' if beyond else ''}")]
     texts = "".join(f'<text x="{x}" y="{height - 5}" text-anchor="{anchor}">{word}</text>' for x, anchor, word in ticks)
     return (
-        f'{head}<svg viewBox="0 0 {width} {height}" role="img"><line x1="{left}" x2="{width}" y1="{height - bottom}" '
+        f'<svg viewBox="0 0 {width} {height}" role="img"><line x1="{left}" x2="{width}" y1="{height - bottom}" '
         f'y2="{height - bottom}"/><text x="{left - 6}" y="14" text-anchor="end">{tallest:,}</text>'
         f'<text x="{(left + width) / 2}" y="{height - 5}" text-anchor="middle">median {middle:,.4g}</text>'
-        f"{''.join(bars)}{texts}</svg></figure>"
+        f"{''.join(bars)}{texts}</svg>"
     )
 
 
 def _samples(manifest: Manifest) -> list[str]:
-    """Figures of SHOWN samples; one that cannot be read says so in its place."""
+    """Return the cards of at most SHOWN samples. The card of a sample that cannot be read gives the reason."""
     step = max(1, manifest.samples / SHOWN)
-    wanted = sorted({int(number * step) for number in range(min(SHOWN, manifest.samples))})
-    cells, seen = [], 0
+    chosen = sorted({int(number * step) for number in range(min(SHOWN, manifest.samples))})
+    cards, first = [], 0
     for shard in manifest.shards:
-        rows = [number - seen for number in wanted if seen <= number < seen + shard.samples]
-        seen += shard.samples
+        rows = [number - first for number in chosen if first <= number < first + shard.samples]
+        first += shard.samples
         if not rows:
             continue
         index = read_index(manifest.folder / shard.index)
@@ -149,8 +169,8 @@ def _samples(manifest: Manifest) -> list[str]:
                 image = tar.read(int(index.image_size[row]))
                 tar.seek(int(index.text_offset[row]))
                 text = tar.read(int(index.text_size[row]))
-                cells.append(_sample(index.key[row], image, text, index.text_format[row]))
-    return cells
+                cards.append(_sample(index.key[row], image, text, index.text_format[row]))
+    return cards
 
 
 def _sample(key: str, image: bytes, text: bytes, text_format: str) -> str:
@@ -159,8 +179,8 @@ def _sample(key: str, image: bytes, text: bytes, text_format: str) -> str:
         picture = f'<img alt="" src="{_thumbnail(image)}">'
     except (ValueError, DataError) as error:
         captions, picture = [], f"<p>cannot be read: {escape(error)}</p>"
-    said = "".join(f"<p>{escape(caption)}</p>" for caption in captions[:5])
-    return f'<div class="card">{picture}{said}<code>{escape(key)}</code></div>'
+    texts = "".join(f"<p>{escape(caption)}</p>" for caption in captions[:5])
+    return f'<div class="card">{picture}{texts}<code>{escape(key)}</code></div>'
 
 
 def _thumbnail(raw: bytes) -> str:

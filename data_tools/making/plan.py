@@ -1,4 +1,7 @@
-"""Decide which of the collected images are written, and which shard holds them, before anything is written."""
+"""Decide which of the collected images are written, and which shard holds them, before anything is written.
+
+Tested in tests/data_tools/making/test_slices.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Spread work over several processes of one machine, which die with the process that started them."""
+"""Spread work over several processes of one machine, which die with the process that started them.
+
+Tested in tests/data_tools/making/test_writer.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Write one shard: a plain WebDataset tar and its index. Under its final name each file is complete or absent."""
+"""Write one shard: a plain WebDataset tar and its index. Under its final name each file is complete or absent.
+
+Tested in tests/data_tools/making/test_writer.py.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Shard folders on disk and behind a URL: the manifest, tar members, samples and their captions."""
+"""Shard folders on disk and behind a URL: manifests, tar members, samples and their captions."""

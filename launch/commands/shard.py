@@ -1,6 +1,6 @@
 """`ligature shard`: write WebDataset shards from captioned images.
 
-Tested in tests/data_tools/making/test_writer.py.
+Tested in tests/launch/commands/test_shard_command.py.
 """
 
 from __future__ import annotations

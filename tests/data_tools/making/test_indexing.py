@@ -211,39 +211,9 @@ def test_the_command_indexes_verifies_describes_and_writes_a_page(folder, tmp_pa
     assert main(["inspect", str(folder), "--slice", "0/2"]) == 2
 
 
-def test_a_page_shows_captions_as_text_and_broken_images_as_such(tmp_path):
-    from data_tools.making.inspection_page import write_page
-
-    raw = picture(0)
-    packed(tmp_path / "x.tar", [("a.jpg", raw[:-200]), ("a.txt", b"<script>alert(1)</script>")])
-    index_folder(tmp_path, workers=1)
-    write_page(tmp_path, tmp_path / "page.html")
-    text = (tmp_path / "page.html").read_text()
-    assert "<script" not in text and "cannot be read" in text
-
-
 def test_describe_reads_captions_of_some_where_there_are_many(folder, monkeypatch):
     index_folder(folder, workers=1)
     monkeypatch.setattr("data_tools.making.inspection.CAPTIONS_READ", 4)
     found = describe(folder)
     assert (found["captions_read_of"], found["samples"], found["images"]) == (3, 6, 6)
     assert read_manifest(folder).captions == 6
-
-
-@pytest.mark.parametrize(
-    ("values", "whole", "bars", "words"),
-    [
-        ([1, 2, 2, 3], True, 3, ["<title>2: 2</title>"]), ([5, 5], True, 0, ["all 5"]), ([], True, 0, ["none"]),
-        ([*range(1000), 100_000], True, 40, ["or more: "]), ([0.5, 1.5], False, 40, ["median 1"]),
-    ],
-)  # fmt: skip
-def test_histograms_count_every_value(values, whole, bars, words):
-    import re
-
-    from data_tools.making.inspection_page import histogram
-
-    chart = histogram("title", np.array(values), whole)
-    counted = [int(n.replace(",", "")) for n in re.findall(r": ([\d,]+)</title>", chart)]
-    assert (
-        len(counted) <= bars and sum(counted) == (len(values) if bars else 0) and all(word in chart for word in words)
-    )

@@ -1,37 +1,44 @@
-"""The commands of docs/data.md are commands that the program takes."""
+"""The page of a shard folder: captions as text, broken images as such, and histograms that count every value."""
 
 from __future__ import annotations
 
+import io
 import re
-import shlex
-from pathlib import Path
+import tarfile
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from launch.stages import read_shard_options
-
-PAGE = Path(__file__).parents[3] / "docs/data.md"
-COMMANDS = [
-    shlex.split(line, comments=True)
-    for block in re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    for line in block.replace("\\\n", " ").splitlines()
-    if line.startswith("ligature shard ")
-]
+from data_tools.making.indexing import index_folder
+from data_tools.making.inspection_page import histogram, write_page
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[2])
-def test_the_commands_of_the_page_are_taken(command):
-    options = read_shard_options(command[2:])
-    assert str(options.out).startswith("shards/") and str(options.annotation) == command[2]
-    assert len(options.exclude) == command.count("--exclude")
+def test_a_page_shows_captions_as_text_and_broken_images_as_such(tmp_path):
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, content in [("a.jpg", buffer.getvalue()[:-200]), ("a.txt", b"<script>alert(1)</script>")]:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    index_folder(tmp_path, workers=1)
+    write_page(tmp_path, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "<script" not in text and "cannot be read" in text
 
 
-def test_the_page_has_a_command_for_every_dataset():
-    text = " ".join(" ".join(command) for command in COMMANDS)
-    for name in ("coco", "flickr30k", "Flickr8k", "cc3m", "cc12m", "vg.json", "multi30k", "photos"):
-        assert name in text
-
-
-def test_exclude_may_be_given_in_either_spelling():
-    options = read_shard_options(["a.json", "--out", "o", "--exclude", "one", "--exclude=two"])
-    assert options.exclude == [Path("one"), Path("two")]
+@pytest.mark.parametrize(
+    ("values", "whole", "bars", "words"),
+    [
+        ([1, 2, 2, 3], True, 3, ["<title>2: 2</title>"]), ([5, 5], True, 0, ["all 5"]), ([], True, 0, ["none"]),
+        ([*range(1000), 100_000], True, 40, ["or more: "]), ([0.5, 1.5], False, 40, ["median 1"]),
+    ],
+)  # fmt: skip
+def test_histograms_count_every_value(values, whole, bars, words):
+    chart = histogram("title", np.array(values), whole)
+    counted = [int(n.replace(",", "")) for n in re.findall(r": ([\d,]+)</title>", chart)]
+    assert (
+        len(counted) <= bars and sum(counted) == (len(values) if bars else 0) and all(word in chart for word in words)
+    )
