@@ -1,4 +1,7 @@
-"""What data a run reads, and how a sample becomes a training example."""
+"""Configure what data a run reads, and how a sample becomes a training example.
+
+Tested in tests/data_tools/stream/test_training_set.py.
+"""
 
 from __future__ import annotations
 
@@ -11,115 +14,122 @@ from runtime.recipe import free
 
 @dataclass
 class AugmentConfig:
-    """How one image becomes a training view (Section 4 of ALBEF; the operations leave colours alone, which captions name)."""
+    """How one image becomes a training view (Section 4 of ALBEF). No operation changes colours, since captions name them."""
 
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
-    """Area of the random crop, as a share of the image; [1, 1] keeps all of it."""
+    """Smallest and largest area of the random crop, as shares of the image. [1, 1] keeps all of it."""
     flip: bool = True
-    """Mirror half of the images. Off where captions tell left from right."""
+    """Mirror half of the images. Turn it off where captions tell left from right."""
     operations: int = 2
-    """RandAugment operations per view; 0 turns it off."""
+    """Number of RandAugment operations per view. 0 turns them off."""
     magnitude: int = 7
     """Strength of the operations, 0 to 10."""
     where: Literal["workers", "device"] = "workers"
-    """Who crops, mirrors, resizes and operates: the loader's workers, or the device, where workers only decode. What is
-    drawn is the same; pixels agree but for rounding."""
+    """Where images are cropped, mirrored, resized and operated on: in the loader's workers, or on the device, while the workers
+    only decode. The random draws are the same; pixels agree except for rounding."""
 
     def __post_init__(self) -> None:
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise RecipeError(
-                f"augment.crop_scale is {self.crop_scale}; it is two shares of the area, 0 < low <= high <= 1"
+                f"augment.crop_scale is {self.crop_scale}; it must be two shares of the area, 0 < low <= high <= 1"
             )
         if self.operations < 0:
-            raise RecipeError(f"augment.operations is {self.operations}; it is a number of operations, 0 or more")
+            raise RecipeError(f"augment.operations is {self.operations}; it must be 0 or more")
         if not 0 <= self.magnitude <= 10:
-            raise RecipeError(f"augment.magnitude is {self.magnitude}; it goes from 0 to 10")
+            raise RecipeError(f"augment.magnitude is {self.magnitude}; it must be 0 to 10")
 
 
 @dataclass
 class FilterConfig:
-    """Which samples are trained on. An index of them is made once, and kept with the shards."""
+    """Which samples are trained on. An index of them is computed once, and kept with the shards."""
 
     min_words: int = 0
-    """Captions with fewer words are left out; a sample without captions left is, too."""
+    """Leave out captions with fewer words, and samples that have no captions left."""
     max_words: int | None = None
-    """Captions with more words are left out."""
+    """Leave out captions with more words. Default: no limit."""
     min_side: int = 0
-    """Images whose shorter side has fewer pixels are left out."""
+    """Leave out images with fewer pixels on their shorter side."""
     max_aspect: float | None = None
-    """Images are left out whose longer side is more than this many times the shorter."""
+    """Leave out images with a longer side of more than this many times the shorter. Default: no limit."""
 
     def __post_init__(self) -> None:
         if self.min_words < 0 or self.min_side < 0 or (self.max_words is not None and self.max_words < self.min_words):
             raise RecipeError(
                 f"data.filter keeps captions of {self.min_words} to {self.max_words} words and sides from {self.min_side} "
-                "pixels; no sample is like that"
+                "pixels, which no sample has; use 0 or more, and a maximum that is not below the minimum"
             )
         if self.max_aspect is not None and self.max_aspect < 1:
-            raise RecipeError(f"data.filter.max_aspect is {self.max_aspect}; it is longer side by shorter, 1 or more")
+            raise RecipeError(
+                f"data.filter.max_aspect is {self.max_aspect}; it must be 1 or more, the longer side divided by the shorter"
+            )
 
     @property
     def counts_words(self) -> bool:
+        """Whether captions are filtered by their number of words."""
         return self.min_words > 0 or self.max_words is not None
 
     @property
     def used(self) -> bool:
+        """Whether anything is filtered."""
         return self != FilterConfig()
 
     def allows(self, caption: str) -> bool:
+        """Return whether a caption has an allowed number of words."""
         words = len(caption.split())
         return words >= self.min_words and (self.max_words is None or words <= self.max_words)
 
 
 @dataclass
 class ShuffleConfig:
-    """How samples are shuffled: blocks of neighbours over the whole set, then samples within a window of blocks."""
+    """How samples are shuffled: blocks of neighbours over the whole set, then single samples within a window of blocks."""
 
     block: int | None = None
-    """Samples of a shard that stay together; 0: whole shards; none: 1,024, or whole shards where a folder is remote."""
+    """Samples of a shard that stay together; 0 means whole shards. Default: 1,024, or whole shards where a folder is remote."""
     window: int = 65536
-    """Samples that are shuffled among themselves. Remote shards: as many as it touches must fit into the cache."""
+    """Samples that are shuffled among themselves. The remote shards that one window touches must fit into the cache."""
 
     def __post_init__(self) -> None:
         if (self.block or 0) < 0 or self.window < 2:
             raise RecipeError(
-                f"data.shuffle has blocks of {self.block} and windows of {self.window} samples; use 0 and 2 at least"
+                f"data.shuffle has blocks of {self.block} and windows of {self.window} samples; use at least 0 and 2"
             )
 
 
 @dataclass
 class CacheConfig:
-    """Where shards are kept that are read from elsewhere. Shared by the processes of a node."""
+    """Where copies of remote shards are kept. The processes of a node share them."""
 
     folder: str = ""
-    """A folder on a disk of the node, variables allowed ($TMPDIR/shards); empty: $LIGATURE_CACHE, else ~/.cache/ligature/shards."""
+    """Folder on a disk of the node; variables are expanded ($TMPDIR/shards). Default: $LIGATURE_CACHE, or ~/.cache/ligature/shards."""
     gigabytes: float = 100.0
-    """What it may hold (10^9 bytes): shards used longest ago leave first."""
+    """Most gigabytes (10^9 bytes) that the cache holds. The least recently used shards leave first."""
     stage: bool = False
-    """Take shards of local folders through it as well: from a slow shared disk to the node's own, hashes checked."""
+    """Copy shards of local folders too, from a slow shared disk to the node's own, and check their hashes."""
 
     def __post_init__(self) -> None:
         if self.gigabytes <= 0:
-            raise RecipeError(f"data.cache.gigabytes is {self.gigabytes}; it must hold some shards")
+            raise RecipeError(
+                f"data.cache.gigabytes is {self.gigabytes}; it must be more than 0, enough to hold some shards"
+            )
 
 
 @dataclass
 class ReadConfig:
-    """The shards of a run, and how they are read."""
+    """Which shards a run reads, and how."""
 
     train: str | list[str] | dict[str, float] = ""
-    """Shard folder to train on (`ligature shard` makes one), on a disk or remote (s3://…, gs://…, https://…); a list of
-    folders, read as one; or a mapping of folders to weights, mixed in these shares."""
+    """Shard folder to train on (`ligature shard` writes one), on a disk or remote (s3://…, gs://…, https://…). A list of folders is
+    read as one; a mapping of folders to weights mixes them in these shares."""
     validation: str | None = None
-    """Shard folder that R@K is measured on during the run; none: no validation, and `latest` is all there is."""
+    """Shard folder that R@K is measured on during the run. Default: no validation, and no best checkpoint beside `latest`."""
     select_on_test: bool = False
-    """Insist on a validation folder that was made from a test split."""
+    """Allow a validation folder that was made from a test split."""
     workers: int = free(2)
-    """Loader processes of each rank; 0 decodes in the training process."""
+    """Loader processes of each rank. 0 decodes in the training process."""
     captions: Literal["one", "all"] = "one"
-    """`one`: an epoch has each image once, with one of its captions; `all`: once with each caption."""
+    """`one`: an epoch has each image once, with one of its captions. `all`: an epoch has each image once with each caption."""
     max_bad_share: float = free(0.01)
-    """The run stops when more than this share of the samples could not be decoded."""
+    """Stop the run when more than this share of the samples cannot be decoded."""
     filter: FilterConfig = field(default_factory=FilterConfig)
     shuffle: ShuffleConfig = field(default_factory=ShuffleConfig)
     cache: CacheConfig = free(default_factory=CacheConfig)
@@ -127,28 +137,32 @@ class ReadConfig:
 
     def __post_init__(self) -> None:
         if self.workers < 0:
-            raise RecipeError(f"data.workers is {self.workers}; it is a number of processes, 0 or more")
+            raise RecipeError(f"data.workers is {self.workers}; it must be 0 or more")
         if self.train in ([], {}) or (isinstance(self.train, str) and self.train.startswith(("[", "{"))):
             raise RecipeError(
-                f"data.train is {self.train!r}; it is a folder, a list of folders, or folders with weights"
+                f"data.train is {self.train!r}; it must be a folder, a list of folders, or a mapping of folders to weights"
             )
-        if isinstance(self.train, dict) and (wrong := [name for name, weight in self.train.items() if not weight > 0]):
-            raise RecipeError(f"data.train gives {wrong[0]} the weight {self.train[wrong[0]]}; a weight is more than 0")
+        if isinstance(self.train, dict) and (
+            refused := [name for name, weight in self.train.items() if not weight > 0]
+        ):
+            raise RecipeError(
+                f"data.train gives {refused[0]} the weight {self.train[refused[0]]}; a weight must be more than 0"
+            )
 
 
 @dataclass
 class DataConfig(ReadConfig):
-    """The shards of a pretraining run, and its words."""
+    """Which shards a pretraining run reads, and how their captions become tokens."""
 
     tokenizer: str = "train"
-    """`train` learns a WordPiece vocabulary from the training captions; else a tokenizer's folder, or its name on a hub."""
+    """`train` learns a WordPiece vocabulary from the training captions. Otherwise a tokenizer's folder, or its name on a hub."""
     vocabulary: int = 30522
-    """Words and pieces to learn at most, where the tokenizer is trained."""
+    """Most words and pieces to learn, where the tokenizer is trained."""
     punctuation: bool = True
-    """Off: captions are read without it, and hyphens part words, as ALBEF prepares them. On: as the tokenizer reads them (an imported
-    ALBEF's leaves it out)."""
+    """Keep punctuation as the tokenizer reads it; an imported ALBEF's tokenizer drops it anyway. Off: drop it, and split words at
+    hyphens, as ALBEF prepares captions."""
     caption_tokens: int = 32
-    """Tokens a caption is cut to, [CLS] and [SEP] included."""
+    """Most tokens of a caption, [CLS] and [SEP] included. Longer captions are cut."""
 
     def __post_init__(self) -> None:
         ReadConfig.__post_init__(self)
