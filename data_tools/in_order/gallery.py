@@ -121,9 +121,11 @@ class ShardGallery(Gallery):
 
     @property
     def fingerprint(self) -> str:
+        """The fingerprint of the folder's manifest."""
         return self.reader.manifests[0].fingerprint
 
     def name(self, number: int) -> str:
+        """Return an image's key, or its shard and row where the index cannot be read."""
         try:
             return self.reader.key(number)
         except DataError:  # the shard's index is missing or broken, so the key is unknown
@@ -131,12 +133,14 @@ class ShardGallery(Gallery):
             return f"{self.reader.shard(shard)[1].name}, sample {row}"
 
     def captions(self, number: int) -> list[str]:
+        """Return an image's captions, an empty list where they cannot be read."""
         try:
             return self.reader.captions(number)
         except DataError:
             return []
 
     def read(self, number: int) -> bytes:
+        """Return the encoded image. Raises OSError, ValueError or DataError where it cannot be read."""
         return self.reader[number].image
 
 
@@ -160,12 +164,15 @@ class FileGallery(Gallery):
 
     @property
     def fingerprint(self) -> str:
+        """Hex sha256 of the files' names."""
         return _digest(self.names)
 
     def name(self, number: int) -> str:
+        """Return an image's path under the folder."""
         return os.fsencode(self.names[number]).decode("utf-8", "backslashreplace")
 
     def read(self, number: int) -> bytes:
+        """Return the encoded image. Raises OSError, ValueError or DataError where it cannot be read."""
         if self.name(number) != self.names[number]:
             raise ValueError("its name is not UTF-8; rename the file")
         file = Path(self.path, self.names[number])
@@ -190,12 +197,15 @@ class TarGallery(Gallery):
 
     @property
     def fingerprint(self) -> str:
+        """Hex sha256 of the images' names, offsets and sizes."""
         return _digest([f"{member.name}\t{member.offset}\t{member.size}" for member in self.members])
 
     def name(self, number: int) -> str:
+        """Return an image's path in the tar."""
         return self.members[number].name
 
     def read(self, number: int) -> bytes:
+        """Return the encoded image. Raises OSError, ValueError or DataError where it cannot be read."""
         member = self.members[number]
         if member.size > MAX_BYTES:
             raise ValueError(f"{member.size:,} bytes are more than {MAX_BYTES:,}")
