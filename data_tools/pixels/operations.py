@@ -1,6 +1,6 @@
 """RandAugment's operations, on Pillow images and on batches of tensors alike.
 
-Tested in tests/data_tools/pixels/test_packed.py.
+Tested in tests/data_tools/pixels/test_views.py.
 """
 
 from __future__ import annotations

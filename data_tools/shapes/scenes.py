@@ -86,7 +86,9 @@ class Scene:
         if self.second is None:
             return
         if self.first.kind == self.second.kind:
-            raise ValueError(f"both groups are {self.first.kind}s: no caption could tell them apart")
+            raise ValueError(
+                f"both groups are {self.first.kind}s: no caption could tell them apart; change a colour or shape"
+            )
         if self.second < self.first:
             first, second = self.second, self.first
             for name, value in (("first", first), ("place", OPPOSITE[self.place]), ("second", second)):

@@ -25,18 +25,18 @@ def smooth(size: tuple[int, int], seed: int) -> np.ndarray:
     return np.array(Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
-def both_ways(size: int = 48, seeds: range = range(4), **settings) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> (by the workers, by the device), each (views, images, 3, size, size), of the same pictures and seeds."""
-    made = []
+def views_of_both(size: int = 48, seeds: range = range(4), **settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the views made by the workers and by the device, each (views, images, 3, size, size), of the same images."""
+    results = []
     for where in ("workers", "device"):
         transform = TrainTransform(size, AugmentConfig(where=where, **settings), 2)
         images = [transform(smooth(shape, seed), seed) for shape in SIZES for seed in seeds]
-        made.append(render_views(join_images(images), CPU))
-    return made[0], made[1]
+        results.append(render_views(join_images(images), CPU))
+    return results[0], results[1]
 
 
 def test_the_device_makes_the_views_that_workers_would_make():
-    workers, device = both_ways(operations=0)
+    workers, device = views_of_both(operations=0)
     assert workers.shape == device.shape == (2, 16, 3, 48, 48) and device.dtype == torch.uint8
     apart = (workers.int() - device.int()).abs()
     assert apart.max() <= 1 and apart.float().mean() < 0.03
@@ -45,11 +45,11 @@ def test_the_device_makes_the_views_that_workers_would_make():
 
 
 def test_operations_on_the_device_are_those_of_the_workers():
-    workers, device = both_ways(operations=2, seeds=range(8))
+    workers, device = views_of_both(operations=2, seeds=range(8))
     apart = (workers.int() - device.int()).abs().float()
     # Rounding before an operation can move a pixel over an edge, or a whole shade of an equalised picture.
     assert apart.mean() < 0.03 and (apart > 2).float().mean() < 0.001
-    unchanged, _ = both_ways(operations=0, seeds=range(8))
+    unchanged, _ = views_of_both(operations=0, seeds=range(8))
     assert (unchanged.int() - device.int()).abs().float().mean() > 10
 
 

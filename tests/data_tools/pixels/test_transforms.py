@@ -1,4 +1,4 @@
-"""Any view is a function of its seed, and what a plain pipeline would have made."""
+"""A view is a function of its seed, and equals what a plain pipeline makes."""
 
 from __future__ import annotations
 
@@ -98,12 +98,12 @@ def test_views_of_photos_are_what_pillow_makes_of_the_same_crops(shared_data):
     for seed, data in enumerate(photos):
         image = decode_image(data)
         views = draw_views((image.height, image.width), augment, 2, seed)
-        made = TrainTransform(64, augment, 2)(decode_pixels(data), seed)
-        for view, seen in zip(views, made, strict=True):
+        transformed = TrainTransform(64, augment, 2)(decode_pixels(data), seed)
+        for view, pixels in zip(views, transformed, strict=True):
             crop = image.crop((view.left, view.top, view.left + view.width, view.top + view.height))
             plain = crop.resize((64, 64), Image.Resampling.BICUBIC)
             plain = plain.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.mirrored else plain
-            differences.append(np.abs(np.asarray(plain).astype(int) - seen.permute(1, 2, 0).numpy()))
+            differences.append(np.abs(np.asarray(plain).astype(int) - pixels.permute(1, 2, 0).numpy()))
     assert np.mean(differences) < 0.03 and np.max(differences) <= 1
     assert {view.mirrored for seed in range(12) for view in draw_views((9, 9), augment, 2, seed)} == {True, False}
 

@@ -61,11 +61,11 @@ def test_operations_are_drawn_alike_with_torchvisions_strengths():
     counts = Counter(name for name, _ in drawn)
     assert set(counts) == set(STRONGEST) and 520 < min(counts.values()) <= max(counts.values()) < 680
     strengths = {name: {strength for other, strength in drawn if other == name} for name in STRONGEST}
-    for name, found in strengths.items():
+    for name, values in strengths.items():
         magnitudes, signed = v2.RandAugment._AUGMENTATION_SPACE[THEIRS[name]]
         expected = 0.0 if (table := magnitudes(11, 331, 331)) is None else float(table[7])
         expected = expected / 331 if name.startswith("translate") else expected
-        assert sorted(found) == pytest.approx([-expected, expected] if signed else [0.0]), name
+        assert sorted(values) == pytest.approx([-expected, expected] if signed else [0.0]), name
 
 
 @pytest.mark.parametrize("name", STRONGEST)
@@ -77,13 +77,13 @@ def test_an_operation_is_torchvisions(name):
         expected = v2.RandAugment()._apply_image_or_video_transform(
             image, THEIRS[name], theirs, InterpolationMode.NEAREST, {}
         )
-        made = apply_operation(image, name, strength)
-        assert np.array_equal(made, expected)
-        assert name == "identity" or not np.array_equal(made, image)
+        result = apply_operation(image, name, strength)
+        assert np.array_equal(result, expected)
+        assert name == "identity" or not np.array_equal(result, image)
         # The same on tensors, a batch at a time: equal but for what lies on an edge between two pixels.
         batch = functional.pil_to_tensor(image).expand(2, -1, -1, -1)
         tensors = apply_operation(batch, name, strength).permute(0, 2, 3, 1).numpy().astype(int)
-        assert (np.abs(tensors - np.asarray(made)) > 1).mean() < 0.01
+        assert (np.abs(tensors - np.asarray(result)) > 1).mean() < 0.01
 
 
 def test_draws_never_change_between_versions():

@@ -86,5 +86,5 @@ def test_impossible_scenes_are_refused_by_name(build, message):
 
 
 def test_scenes_need_no_torch():
-    code = "import sys, data_tools.shapes.scenes; assert 'torch' not in sys.modules"
+    code = "import sys, data_tools.shapes.source; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

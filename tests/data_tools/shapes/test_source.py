@@ -27,9 +27,9 @@ def test_write_source_gives_coco_files_and_the_truth(tmp_path):
     for image, scene in zip(coco["images"], expected, strict=True):
         with Image.open(tmp_path / "one" / "images" / image["file_name"]) as drawn:
             assert drawn.tobytes() == draw(scene, 32, 4).tobytes() and drawn.size == (image["width"], image["height"])
-        told = [entry["caption"] for entry in coco["annotations"] if entry["image_id"] == image["id"]]
+        texts = [entry["caption"] for entry in coco["annotations"] if entry["image_id"] == image["id"]]
         line = truth[image["id"]]
-        assert told == captions(scene, 4) == [caption["text"] for caption in line["captions"]]
+        assert texts == captions(scene, 4) == [caption["text"] for caption in line["captions"]]
         assert (line["relation"], line["scene"]["place"]) == (scene.relation, scene.place)
         assert line["held_out"] == held_out(scene)
     with pytest.raises(DataError, match="exists already"):

@@ -24,11 +24,14 @@ def test_so_many_images_have_another_ones_captions(source, tmp_path, share, wron
     assert swap_captions(source, tmp_path / "out.json", share) == wrong
     before, after = read_json(source), read_json(tmp_path / "out.json")
     assert after["images"] == before["images"]
-    said = {image: [one["caption"] for one in after["annotations"] if one["image_id"] == image] for image in range(50)}
-    changed = [image for image, captions in said.items() if not captions[0].startswith(f"{image} ")]
-    assert len(changed) == wrong and all(len(captions) == 2 for captions in said.values())
-    assert Counter(one["caption"] for one in after["annotations"]) == Counter(
-        one["caption"] for one in before["annotations"]
+    captions_of = {
+        image: [record["caption"] for record in after["annotations"] if record["image_id"] == image]
+        for image in range(50)
+    }
+    changed = [image for image, captions in captions_of.items() if not captions[0].startswith(f"{image} ")]
+    assert len(changed) == wrong and all(len(captions) == 2 for captions in captions_of.values())
+    assert Counter(record["caption"] for record in after["annotations"]) == Counter(
+        record["caption"] for record in before["annotations"]
     )
 
 

@@ -14,9 +14,9 @@ def test_a_caption_string_is_one_caption_and_lines_of_an_image_are_joined(tmp_pa
         {"image": "a.jpg", "caption": "abc", "image_id": "coco_7"}, {"image": "b.jpg", "caption": ["x", "y"]},
         {"image": "a.jpg", "caption": "second", "image_id": "coco_7"}, {"image": "sub/c.jpg", "caption": "", "image_id": 3},
     ]  # fmt: skip
-    found = collect(write_value(tmp_path, rows), images)
-    assert found.kind == "albef" and found.dropped == {"empty captions": 1, "images without a caption": 1}
-    assert [(item.key, item.image_id, item.captions) for item in found.items] == [
+    collected = collect(write_value(tmp_path, rows), images)
+    assert collected.kind == "albef" and collected.dropped == {"empty captions": 1, "images without a caption": 1}
+    assert [(item.key, item.image_id, item.captions) for item in collected.items] == [
         ("a", "coco_7", ["abc", "second"]), ("b", "b", ["x", "y"]),
     ]  # fmt: skip
 

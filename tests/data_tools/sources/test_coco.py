@@ -11,12 +11,12 @@ from runtime.errors import DataError
 
 def test_coco_joins_captions_to_images(tmp_path, images):
     value = coco_json([(7, "b.jpg"), (3, "a.jpg"), (5, "c.jpg")], [(3, "x"), (7, "y"), (9, "orphan"), (3, "z")])
-    found = collect(write_value(tmp_path, value), images)
-    assert found.kind == "coco"
-    assert [(item.key, item.image_id, item.captions) for item in found.items] == [
+    collected = collect(write_value(tmp_path, value), images)
+    assert collected.kind == "coco"
+    assert [(item.key, item.image_id, item.captions) for item in collected.items] == [
         ("b", "7", ["y"]), ("a", "3", ["x", "z"]),
     ]  # fmt: skip
-    assert found.dropped == {"captions of unlisted images": 1, "images without a caption": 1}
+    assert collected.dropped == {"captions of unlisted images": 1, "images without a caption": 1}
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,6 @@ def test_a_json_of_another_shape_is_one_line(tmp_path, images, value, words):
 @pytest.mark.parametrize(("split", "count", "captions"), [("train", 80, 400), ("val", 159, 795)])
 def test_coco_mini_is_read_whole(data, split, count, captions):
     folder = data / "coco_mini"
-    found = collect(folder / f"annotations/captions_{split}2017.json", folder / "coco_mini_images_256.tar")
-    assert len(found.items) == count and sum(len(item.captions) for item in found.items) == captions
-    assert not found.dropped
+    collected = collect(folder / f"annotations/captions_{split}2017.json", folder / "coco_mini_images_256.tar")
+    assert len(collected.items) == count and sum(len(item.captions) for item in collected.items) == captions
+    assert not collected.dropped

@@ -26,9 +26,9 @@ def test_a_listed_image_without_captions_is_counted_and_a_foreign_list_is_refuse
 
 def test_empty_captions_are_counted_and_their_images_dropped(tmp_path, images):
     path = write_tokens(tmp_path, "a.jpg#0\t ", "a.jpg#1\tone", "b.jpg#0\t", "b.jpg#1\t\u2003")
-    found = collect(path, images)
-    assert [(item.key, item.captions) for item in found.items] == [("a", ["one"])]
-    assert found.dropped == {"empty captions": 3, "images without a caption": 1}
+    collected = collect(path, images)
+    assert [(item.key, item.captions) for item in collected.items] == [("a", ["one"])]
+    assert collected.dropped == {"empty captions": 3, "images without a caption": 1}
 
 
 def test_a_split_of_a_file_without_splits_is_refused(tmp_path, images):
@@ -55,9 +55,9 @@ def test_pictures_of_one_name_in_several_tars_or_folders_are_different_images(tm
         (write_value(tmp_path, karpathy_json(*((name, "test", {}) for name in names[:3])), "karpathy.json"), False),
     ]  # fmt: skip
     for path, ids_are_names in sources:
-        found = collect(path, images)
-        assert [item.image_id for item in found.items] == ["a/1.jpg", "b/1.jpg", "2"], path
-        assert found.ids_are_names == ids_are_names
+        collected = collect(path, images)
+        assert [item.image_id for item in collected.items] == ["a/1.jpg", "b/1.jpg", "2"], path
+        assert collected.ids_are_names == ids_are_names
     table.write_text(
         "image,caption,image_id\na/1.jpg,x,7\nb/1.jpg,x,7\nb/2.jpg,x,\n"
     )  # a stated id stays, no cell is none
@@ -83,7 +83,7 @@ def test_cuts_of_a_source_never_overlap(tmp_path, images):
 def test_absent_images_stop_or_are_counted(tmp_path, images):
     path = write_tokens(tmp_path, "y.jpg#0\tx", "a.jpg#0\tone", "z.jpg#0\tx")
     raises_one_line(DataError, "2 of 3 images .* the first: y.jpg.*--allow_missing", lambda: collect(path, images))
-    found = collect(path, images, allow_missing=True)
-    assert [item.key for item in found.items] == ["a"]
-    assert found.dropped == {"absent images": 2}
-    assert [(line["source"], line["reason"]) for line in found.listed] == [("y.jpg", "absent"), ("z.jpg", "absent")]
+    collected = collect(path, images, allow_missing=True)
+    assert [item.key for item in collected.items] == ["a"]
+    assert collected.dropped == {"absent images": 2}
+    assert [(line["source"], line["reason"]) for line in collected.listed] == [("y.jpg", "absent"), ("z.jpg", "absent")]

@@ -12,9 +12,11 @@ def test_a_folder_of_pairs_gives_a_caption_a_line(tmp_path):
         path.write_bytes(name.encode())
         if text is not None:
             path.with_suffix(".txt").write_text(text)
-    found = collect(tmp_path / "pairs")
-    assert found.kind == "folder" and found.dropped == {"images without a caption": 1} and found.renamed == 3
-    assert {item.key: (item.captions, item.read()) for item in found.items} == {
+    collected = collect(tmp_path / "pairs")
+    assert (
+        collected.kind == "folder" and collected.dropped == {"images without a caption": 1} and collected.renamed == 3
+    )
+    assert {item.key: (item.captions, item.read()) for item in collected.items} == {
         "b_v1": (["four"], b"b.v1.png"), "x_1": (["one", "two"], b"x/1.jpg"), "y_1": (["three"], b"y/1.jpg"),
     }  # fmt: skip
-    assert [line["source"] for line in found.listed] == ["alone.jpg"]
+    assert [line["source"] for line in collected.listed] == ["alone.jpg"]

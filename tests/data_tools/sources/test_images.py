@@ -37,10 +37,10 @@ def test_a_tar_is_read_by_offset_and_links_are_no_images(tmp_path):
 
 def test_a_tar_that_shrinks_after_indexing_is_an_error(tmp_path):
     path = write_tar(tmp_path / "i.tar", {"a.jpg": b"A" * 4000})
-    found = open_images(path).find("a.jpg")
+    stored = open_images(path).find("a.jpg")
     os.truncate(path, 2000)
     with pytest.raises(OSError, match="ends 2,512 bytes early"):
-        found()
+        stored()
 
 
 def test_compressed_cut_and_damaged_tars_are_one_line(tmp_path):

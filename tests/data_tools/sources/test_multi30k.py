@@ -27,8 +27,11 @@ def multi30k(tmp_path):
 
 
 def test_multi30k_joins_lines_by_number(multi30k, images):
-    found = collect(multi30k, images, choice=Choice("val"))
-    assert [(item.key, item.captions) for item in found.items] == [("a", ["one 1", "one 2"]), ("b", ["two 1", "two 2"])]
+    collected = collect(multi30k, images, choice=Choice("val"))
+    assert [(item.key, item.captions) for item in collected.items] == [
+        ("a", ["one 1", "one 2"]),
+        ("b", ["two 1", "two 2"]),
+    ]
     raises_one_line(RecipeError, "several splits.*one of: val", lambda: collect(multi30k, images))
     with gzip.open(multi30k / "raw/val.2.en.gz", "at") as file:
         file.write("three\n")

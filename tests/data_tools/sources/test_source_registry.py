@@ -39,7 +39,7 @@ def test_annotations_are_read_whole(data, name, kind, split, count, captions):
     dropped = Dropped()
     path = data / "annotations" / name
     assert detect_kind(path) == kind
-    found = list(KINDS[kind].read(path, Choice(split), dropped))
-    assert len(found) == len({entry.image_id for entry in found}) == count
-    assert sum(len(entry.captions) for entry in found) == captions and not dropped.counts
-    assert all(clean_caption(caption) and len(caption) > 1 for entry in found for caption in entry.captions)
+    entries = list(KINDS[kind].read(path, Choice(split), dropped))
+    assert len(entries) == len({entry.image_id for entry in entries}) == count
+    assert sum(len(entry.captions) for entry in entries) == captions and not dropped.counts
+    assert all(clean_caption(caption) and len(caption) > 1 for entry in entries for caption in entry.captions)

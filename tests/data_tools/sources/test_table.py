@@ -26,9 +26,9 @@ from runtime.errors import DataError, RecipeError
 def test_tables_of_every_dress_say_the_same(tmp_path, images, name, text):
     path = tmp_path / name
     path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
-    found = collect(path, images)
-    assert found.kind == "table"
-    assert [(item.key, item.captions) for item in found.items] == [("a", ["one, two", "fo ur"]), ("b", ["three"])]
+    collected = collect(path, images)
+    assert collected.kind == "table"
+    assert [(item.key, item.captions) for item in collected.items] == [("a", ["one, two", "fo ur"]), ("b", ["three"])]
 
 
 def test_a_parquet_table_may_hold_strings_lists_and_image_ids(tmp_path, images):
@@ -37,9 +37,9 @@ def test_a_parquet_table_may_hold_strings_lists_and_image_ids(tmp_path, images):
 
     table = {"image": ["a.jpg", "b.jpg", "sub/c.jpg"], "text": [["one", "two"], None, ["three"]], "image_id": [1, 2, 1]}
     pq.write_table(pa.table(table), tmp_path / "t.parquet")
-    found = collect(tmp_path / "t.parquet", images)
+    collected = collect(tmp_path / "t.parquet", images)
     expected = [("a", "1", ["one", "two"]), ("c", "1", ["three"])]  # one picture under two names
-    assert [(item.key, item.image_id, item.captions) for item in found.items] == expected
+    assert [(item.key, item.image_id, item.captions) for item in collected.items] == expected
     pq.write_table(pa.table({"image": ["a.jpg"], "text": ["abc"]}), tmp_path / "t.parquet")
     assert collect(tmp_path / "t.parquet", images).items[0].captions == ["abc"]
     (tmp_path / "t.parquet").write_bytes(b"PAR1")

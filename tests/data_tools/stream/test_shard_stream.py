@@ -116,7 +116,7 @@ def test_ranks_and_resumes_walk_the_one_endless_order(folders, samples, seed, se
     for world, batch_size, batches in segments:
         taken, states = take(folders[samples], batches, batch_size, world, state=state, seed=seed)
         assert all(len(batch["keys"]) == batch_size for batch in taken)
-        assert all(one == states[0] for one in states)
+        assert all(state_dict == states[0] for state_dict in states)
         state = states[0]
         walked += taken
     positions = joined(walked, "positions")
@@ -140,7 +140,7 @@ def test_workers_that_read_ahead_lose_and_repeat_nothing(folders, seed, block, s
     for world, workers, batch_size, batches in segments:
         taken, states = take(folders[37], batches, batch_size, world, workers, state=state, **options)
         state = states[0]
-        assert all(one == state for one in states)
+        assert all(state_dict == state for state_dict in states)
         walked += taken
     positions = joined(walked, "positions")
     assert positions == list(range(len(positions)))
@@ -258,8 +258,8 @@ def test_an_impossible_place_is_refused(folders, batch_size, rank, world):
 
 def test_captions_change_with_the_epoch_and_all_are_used(folders):
     batches, _ = take(folders[5], 20, 5)
-    told = {(key, caption) for batch in batches for key, caption in zip(batch["keys"], batch["captions"], strict=True)}
-    assert len(told) == 2 * 5
+    pairs = {(key, caption) for batch in batches for key, caption in zip(batch["keys"], batch["captions"], strict=True)}
+    assert len(pairs) == 2 * 5
 
 
 def test_images_belong_to_their_keys_and_ids_to_their_samples(folders):
@@ -334,8 +334,8 @@ def test_broken_images_do_not_all_have_the_same_stand_in(copy):
 def test_bad_samples_that_another_rank_met_are_counted(copy, tmp_path):
     for key in ("k003", "k007", "k020", "k030"):
         overwrite(copy, key)
-    told = {"quarantine": tmp_path / "quarantine.jsonl", "max_bad_share": 0.5}
-    ranks = [ShardStream(copy, 9, rank, 2, 0, **told) for rank in range(2)]
+    options = {"quarantine": tmp_path / "quarantine.jsonl", "max_bad_share": 0.5}
+    ranks = [ShardStream(copy, 9, rank, 2, 0, **options) for rank in range(2)]
     assert ranks[0].count_bad() == 0 and not (tmp_path / "quarantine.jsonl").exists()
     for rank in ranks:
         iterator = iter(rank)
@@ -507,13 +507,13 @@ def test_bytes_moved_within_a_shard_are_seen(copy, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
-    ("lost", "told"), [("shard-000002.tar", "the shard is missing"), ("shard-000002.parquet", "shard-000002.parquet")]
+    ("lost", "reason"), [("shard-000002.tar", "the shard is missing"), ("shard-000002.parquet", "shard-000002.parquet")]
 )
-def test_a_missing_shard_costs_its_own_samples(copy, tmp_path, workers, lost, told):
+def test_a_missing_shard_costs_its_own_samples(copy, tmp_path, workers, lost, reason):
     (copy / lost).unlink()
     keys, lines = walked_once(copy, tmp_path, workers)
     assert set(keys) == {f"k{number:03}" for number in range(37)} - of_shard(2)
-    assert len(lines) == 5 and all(told in line["reason"] and line["shard"] == "shard-000002.tar" for line in lines)
+    assert len(lines) == 5 and all(reason in line["reason"] and line["shard"] == "shard-000002.tar" for line in lines)
 
 
 def test_an_index_of_another_shard_is_not_believed(copy, tmp_path):

@@ -133,8 +133,8 @@ def test_names_are_as_short_as_they_can_be():
 
 
 def test_impossible_sets_are_one_line(folders, tmp_path):
-    for wrong, told in (([], "set data.train"), ("", "set data.train"), ([folders["a"]] * 2, "twice")):
-        with pytest.raises(DataError, match=told):
+    for wrong, message in (([], "set data.train"), ("", "set data.train"), ([folders["a"]] * 2, "twice")):
+        with pytest.raises(DataError, match=message):
             TrainingSet(wrong)
     with pytest.raises(RecipeError, match="weight 0"):
         ReadConfig(train={"x": 0})
@@ -185,13 +185,13 @@ def test_a_filter_keeps_what_it_says(folders, keep, captions):
 def test_a_filters_index_is_written_once_and_the_folder_stays_what_it_was(folders, tmp_path, monkeypatch):
     folder = make(tmp_path / "shards", "d", 9)
     first = TrainingSet(folder, keep=FilterConfig(min_words=2))
-    (made,) = [path for path in (folder / "selections").iterdir() if path.is_dir()]
-    assert {path.name for path in made.iterdir()} == {"about.json", "counts.npy", "items.bin"}
+    (path,) = [entry for entry in (folder / "selections").iterdir() if entry.is_dir()]
+    assert {file.name for file in path.iterdir()} == {"about.json", "counts.npy", "items.bin"}
     monkeypatch.setattr(selection, "_select_shard", lambda job: pytest.fail("made again"))
     again = TrainingSet(folder, keep=FilterConfig(min_words=2))
     assert again.fingerprint == first.fingerprint and len(again) == len(first)
     assert isinstance(again.datasets[0].selections[0].items, np.memmap)  # nothing of it is read at the start
-    (made / "items.bin").write_bytes(b"short")
+    (path / "items.bin").write_bytes(b"short")
     with pytest.raises(DataError, match="was cut short; remove that folder"):
         TrainingSet(folder, keep=FilterConfig(min_words=2))
 
