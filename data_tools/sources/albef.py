@@ -21,7 +21,7 @@ def _matches(path: Path, head: str) -> bool:
 def _read(path: Path, choice: Choice, dropped: Dropped) -> Iterator[Entry]:
     rows = read_value(path)
     if not isinstance(rows, list):
-        raise DataError(f"{path} is no list of images, so it is of another kind; give the right --kind")
+        raise DataError(f"{path} is not a list of images, so it is of another kind; give the right --kind")
     yield from join_rows(_rows(path, rows))
 
 

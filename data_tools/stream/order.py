@@ -31,7 +31,7 @@ class SampleOrder:
             window: Samples that are shuffled among themselves.
         """
         if block < 0 or window < 2:
-            raise ValueError(f"block {block} and window {window} do not make a shuffle")
+            raise ValueError(f"block is {block} and window is {window}; they must be at least 0 and 2")
         counts = np.asarray(counts, np.int64)
         self.samples, self.seed, self.window = int(counts.sum()), seed, window
         self._edges = _block_edges(counts, block)
@@ -74,16 +74,18 @@ class SampleOrder:
     def _shuffle_window(self, epoch: int, window: int) -> np.ndarray:
         """Return the samples of one window of the second pass, in order."""
         low, high = self._bounds(window, self.window // 2)
+        # Trace the samples back: second pass, then the one or two windows of the first pass, then the shuffled blocks.
         offsets = low + permutation(high - low, self.seed, epoch, 2, window)
-        for first in range(low // self.window, (high - 1) // self.window + 1):
-            start, end = self._bounds(first, 0)
+        for first_pass_window in range(low // self.window, (high - 1) // self.window + 1):
+            start, end = self._bounds(first_pass_window, 0)
             inside = (offsets >= start) & (offsets < end)
-            offsets[inside] = start + permutation(end - start, self.seed, epoch, 1, first)[offsets[inside] - start]
+            shuffled = permutation(end - start, self.seed, epoch, 1, first_pass_window)
+            offsets[inside] = start + shuffled[offsets[inside] - start]
         blocks, ends = _cached(self._epochs, epoch, 2, lambda: self._shuffle_blocks(epoch))
         # Searched in ascending order, because the ends of five million blocks fit no processor's cache.
-        near = np.argsort(offsets)
+        ascending = np.argsort(offsets)
         slots = np.empty_like(offsets)
-        slots[near] = np.searchsorted(ends, offsets[near], side="right")
+        slots[ascending] = np.searchsorted(ends, offsets[ascending], side="right")
         return self._edges[blocks[slots] + 1] - (ends[slots] - offsets)
 
     def _shuffle_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -97,11 +99,12 @@ def _block_edges(counts: np.ndarray, block: int) -> np.ndarray:
     counts = counts[counts > 0]
     parts = -(-counts // block) if block else np.ones_like(counts)
     shards = np.repeat(np.arange(len(counts)), parts)
-    number = np.arange(len(shards)) - np.repeat(np.cumsum(parts) - parts, parts)
-    number *= counts[shards]
-    number //= parts[shards]
-    number += (np.cumsum(counts) - counts)[shards]
-    return np.append(number, counts.sum())
+    # In place, because a set may have five million blocks: the number of a block in its shard becomes its first sample.
+    edges = np.arange(len(shards)) - np.repeat(np.cumsum(parts) - parts, parts)
+    edges *= counts[shards]
+    edges //= parts[shards]
+    edges += (np.cumsum(counts) - counts)[shards]
+    return np.append(edges, counts.sum())
 
 
 def _cached(cache: OrderedDict, key: Any, limit: int, make: Callable[[], Any]) -> Any:

@@ -75,11 +75,13 @@ class ShardStream:
             pinned: Whether batches lie in memory that a GPU copies from while the host goes on.
 
         Raises:
-            ValueError: The batch size, rank and world size do not fit together.
+            ValueError: The batch size is below 1, or the rank is not one of the world's.
             DataError: The folder cannot be opened, or holds nothing.
         """
-        if batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"batch_size {batch_size} and rank {rank} of world_size {world_size} do not make a stream")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}; with world_size {world_size} it must be 0 or more and less than that")
         self.data = folder if isinstance(folder, TrainingSet) else TrainingSet(folder)
         self.reader = self.data.reader
         self.reader.read_ahead = True

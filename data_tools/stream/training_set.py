@@ -87,16 +87,16 @@ class TrainingSet:
             DataError: A folder is not a shard folder, holds no samples, or is named twice.
         """
         self.keep, self.every_caption = keep or FilterConfig(), captions == "all"
-        several: list[Folder] = [folders] if isinstance(folders, str | Path | Manifest) else list(folders)
-        if not several or not str(several[0]):
+        folder_list: list[Folder] = [folders] if isinstance(folders, str | Path | Manifest) else list(folders)
+        if not folder_list or not str(folder_list[0]):
             raise DataError("there is no folder to train on; set data.train")
-        if len({str(folder) for folder in several}) < len(several):
+        if len({str(folder) for folder in folder_list}) < len(folder_list):
             raise DataError("data.train names a folder twice; name it once, with a larger weight")
-        self.reader = ShardReader(dict(zip(short_names(several), several, strict=True)), cache, check=False)
+        self.reader = ShardReader(dict(zip(short_names(folder_list), folder_list, strict=True)), cache, check=False)
         for number, root in enumerate(self.reader.roots):
             if not self.reader.manifests[number].samples:
                 raise DataError(f"{root} holds no samples")
-        numbers = range(len(several))
+        numbers = range(len(folder_list))
         if isinstance(folders, Mapping):
             weights = [float(weight) for weight in folders.values()]
             self.datasets = [self._open([n], self.reader.names[n] or "all", weights[n]) for n in numbers]

@@ -24,7 +24,7 @@ def test_a_caption_string_is_one_caption_and_lines_of_an_image_are_joined(tmp_pa
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ({"image": "a.jpg"}, "no list of images"), ([{"url": "http://x/1.jpg", "caption": "x"}], "img2dataset"),
+        ({"image": "a.jpg"}, "is not a list of images"), ([{"url": "http://x/1.jpg", "caption": "x"}], "img2dataset"),
         ([{"image": "a.jpg", "caption": 5}], "entry 0"), ([{"image": "a.jpg", "caption": {"a": 1}}], "entry 0"),
         ([{"image": "a.jpg", "caption": [["x"]]}], "is list, not text"), ([{"image": "a.jpg"}], "entry 0 .*'caption'"),
         ([["a.jpg", "x"]], "entry 0"),

@@ -88,7 +88,7 @@ def test_blocks_come_from_everywhere_and_samples_slide_over_the_windows():
 
 @pytest.mark.parametrize(("block", "window"), [(-1, 10), (3, 1)])
 def test_an_impossible_shuffle_is_refused(block, window):
-    with pytest.raises(ValueError, match="do not make a shuffle"):
+    with pytest.raises(ValueError, match="they must be at least 0 and 2"):
         SampleOrder(np.array([3]), 0, block, window)
 
 
