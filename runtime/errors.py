@@ -1,4 +1,7 @@
-"""Errors that a user can fix. The message is one line: what is wrong, where, and what to do next."""
+"""Errors that a user can fix. The message is one line: what is wrong, where, and what to do next.
+
+Tested in tests/launch/test_cli.py.
+"""
 
 
 class LigatureError(Exception):

@@ -55,6 +55,7 @@ from launch import cli
 from launch.ablation.workers import Workers, side_by_side
 from pretrain.weights.load import ImageTextModel, load_model
 from runtime.errors import LigatureError
+from runtime.figures import new_figure, save_figure
 from runtime.files import write_json
 
 TRAINED, HELD_OUT = ("circle", "square"), ("star", "cross")
@@ -273,12 +274,8 @@ def arms(options: argparse.Namespace) -> dict[str, Callable[[int], Scorer]]:
 
 def plot(found: dict[str, list[dict[str, float]]], gallery: int, out: Path) -> None:
     """Accuracy on relations over an arm's median milliseconds a query: a faint dot a seed, their mean with its 95 % t interval."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(8, 4.5))
+    figure, axes = new_figure(figsize=(8, 4.5))
+    axis = axes[0][0]
     place = 0.0
     for name, runs in sorted(found.items(), key=lambda arm: np.median([run["milliseconds"] for run in arm[1]])):
         milliseconds = float(np.median([run["milliseconds"] for run in runs]))
@@ -295,8 +292,7 @@ def plot(found: dict[str, list[dict[str, float]]], gallery: int, out: Path) -> N
     axis.set_ylabel("relations right, % (a bag of words: 50)")
     axis.legend(loc="center", bbox_to_anchor=(0.66, 0.3), fontsize="small")
     figure.tight_layout()
-    figure.savefig(out, dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, out, dpi=120)
 
 
 def page(options: argparse.Namespace) -> Path:

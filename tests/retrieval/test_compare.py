@@ -31,32 +31,34 @@ def write(path, scores, keys=KEYS, **about):
     return record
 
 
-def row(found, direction, measure):
-    return next(line for line in found["differences"] if (line["direction"], line["measure"]) == (direction, measure))
+def row(comparison, direction, measure):
+    return next(
+        line for line in comparison["differences"] if (line["direction"], line["measure"]) == (direction, measure)
+    )
 
 
-def test_differences_are_those_of_the_records_and_a_clear_one_is_told(tmp_path):
+def test_differences_are_those_of_the_records_and_a_clear_one_is_resolved(tmp_path):
     a, b = (write(tmp_path / f"{name}.json", matrix(strength, 1)) for name, strength in (("a", 1.0), ("b", 3.0)))
-    found = compare_records(tmp_path / "a.json", tmp_path / "b.json")
+    comparison = compare_records(tmp_path / "a.json", tmp_path / "b.json")
     for direction in ("image_to_text", "text_to_image"):
         for name in ("R@1", "R@5", "R@10"):
-            line = row(found, direction, name)
+            line = row(comparison, direction, name)
             assert (line["first"], line["second"]) == (
                 pytest.approx(a[direction][name]),
                 pytest.approx(b[direction][name]),
             )
             assert line["difference"] == pytest.approx(b[direction][name] - a[direction][name])
             assert line["interval"][0] <= line["difference"] <= line["interval"][1]
-    rsum = row(found, "both", "rsum")
+    rsum = row(comparison, "both", "rsum")
     assert rsum["difference"] == pytest.approx(b["rsum"] - a["rsum"])
     assert rsum["verdict"] == "higher" and rsum["p"] < 0.001
-    assert "second higher" in describe(found)
+    assert "second higher" in describe(comparison)
 
 
 def test_the_p_value_is_scipys(tmp_path):
     for name, seed in (("a", 1), ("b", 2)):
         write(tmp_path / f"{name}.json", matrix(1.5, seed))
-    found = row(compare_records(tmp_path / "a.json", tmp_path / "b.json"), "text_to_image", "R@5")
+    line = row(compare_records(tmp_path / "a.json", tmp_path / "b.json"), "text_to_image", "R@5")
     hits = []
     for seed in (1, 2):
         scores = matrix(1.5, seed).T
@@ -65,8 +67,8 @@ def test_the_p_value_is_scipys(tmp_path):
     theirs = permutation_test(
         (hits[1] - hits[0],), np.mean, permutation_type="samples", n_resamples=10_000, rng=np.random.default_rng(0)
     )
-    assert found["p"] == pytest.approx(theirs.pvalue, abs=0.02)
-    assert found["verdict"] == "unresolved"
+    assert line["p"] == pytest.approx(theirs.pvalue, abs=0.02)
+    assert line["verdict"] == "unresolved"
 
 
 def test_a_record_against_itself_is_unresolved(tmp_path):
@@ -107,8 +109,8 @@ def test_ranks_that_are_missing_or_of_another_record_are_refused(tmp_path, capfd
     (tmp_path / "b.ranks.npz").unlink()
     with pytest.raises(LigatureError, match="ranks.npz is missing"):
         compare_records(tmp_path / "a.json", tmp_path / "b.json")
-    told = json.loads((tmp_path / "a.json").read_text())
-    del told["ranks"]
-    (tmp_path / "a.json").write_text(json.dumps(told))
+    record = json.loads((tmp_path / "a.json").read_text())
+    del record["ranks"]
+    (tmp_path / "a.json").write_text(json.dumps(record))
     with pytest.raises(LigatureError, match="has no ranks beside it"):
         compare_records(tmp_path / "a.json", tmp_path / "b.json")

@@ -32,9 +32,9 @@ def test_the_order_is_that_of_float64(monkeypatch, block, count):
     random = np.random.default_rng(0)
     vectors, queries = unit(random.normal(size=(300, 24))), random.normal(size=(8, 24)).astype(np.float32) * 5
     scores, rows = nearest(vectors, queries, count)
-    wanted = by_sorting(vectors, queries, count)
-    assert np.array_equal(rows, wanted[1])
-    np.testing.assert_allclose(scores, wanted[0], rtol=0, atol=1e-12)
+    expected = by_sorting(vectors, queries, count)
+    assert np.array_equal(rows, expected[1])
+    np.testing.assert_allclose(scores, expected[0], rtol=0, atol=1e-12)
 
 
 def test_rows_closer_than_float32_can_tell_are_ordered_by_float64():
@@ -43,10 +43,10 @@ def test_rows_closer_than_float32_can_tell_are_ordered_by_float64():
     centre = random.normal(size=256)
     vectors = unit(centre + 1e-7 * random.normal(size=(2000, 256)))
     query = unit(random.normal(size=(1, 256)))
-    wanted = by_sorting(vectors, query, 50)[1]
+    expected = by_sorting(vectors, query, 50)[1]
     coarse = np.argsort(-(query @ vectors.T), axis=1, kind="stable")[:, :50]
-    assert not np.array_equal(coarse, wanted), "the case is too easy: float32 gets it right"
-    assert np.array_equal(nearest(vectors, query, 50)[1], wanted)
+    assert not np.array_equal(coarse, expected), "the case is too easy: float32 gets it right"
+    assert np.array_equal(nearest(vectors, query, 50)[1], expected)
 
 
 @pytest.mark.parametrize("block", [5, 16, 100])
@@ -68,11 +68,11 @@ def test_more_than_there_are_gives_all():
 
 
 @pytest.mark.parametrize(
-    ("queries", "count", "said"),
+    ("queries", "count", "message"),
     [(np.ones((1, 4)), 1, "width 3"), (np.full((1, 3), np.nan), 1, "not finite"), (np.ones((1, 3)), 0, "1 or more")],
 )
-def test_queries_that_do_not_fit_are_refused(queries, count, said):
-    with pytest.raises(LigatureError, match=said):
+def test_queries_that_do_not_fit_are_refused(queries, count, message):
+    with pytest.raises(LigatureError, match=message):
         nearest(unit(np.eye(3)), queries, count)
 
 
@@ -85,7 +85,7 @@ def part(first: int, vectors: np.ndarray, broken: int = 0) -> Part:
 
 
 @pytest.fixture
-def made(tmp_path, monkeypatch):
+def joined(tmp_path, monkeypatch):
     """An index of 7 rows in three parts, one of which is empty; two row groups."""
     monkeypatch.setattr(module, "PARTS_A_GROUP", 2)
     vectors = unit(np.random.default_rng(0).normal(size=(7, 5)))
@@ -109,14 +109,14 @@ def test_an_index_may_have_more_parts_than_a_process_may_have_files_open(tmp_pat
     assert np.array_equal(Index(tmp_path / "index").vectors, vectors)
 
 
-def test_parts_become_one_index(made):
-    folder, vectors = made
+def test_parts_become_one_index(joined):
+    folder, vectors = joined
     index = Index(folder)
     assert np.array_equal(index.vectors, vectors) and isinstance(index.vectors, np.memmap)
     assert (index.about["rows"], index.about["broken"], index.about["checkpoint"]) == (7, 3, "abc")
-    told = index.images(np.array([[6, 0], [5, 6]]))
-    assert [one["name"] for one in told] == ["image 6", "image 0", "image 5", "image 6"]
-    assert told[2] == {"number": 5, "name": "image 5", "captions": ["a", "b"]}
+    images = index.images(np.array([[6, 0], [5, 6]]))
+    assert [one["name"] for one in images] == ["image 6", "image 0", "image 5", "image 6"]
+    assert images[2] == {"number": 5, "name": "image 5", "captions": ["a", "b"]}
     assert len((folder / "broken.jsonl").read_text().splitlines()) == 3
     assert sorted(path.name for path in folder.iterdir()) == [
         "broken.jsonl",
@@ -135,8 +135,8 @@ def test_a_vector_that_is_not_unit_or_not_a_number_is_refused(tmp_path):
     assert not list(tmp_path.rglob("*.npy"))
 
 
-def test_an_index_that_is_not_whole_is_refused(made, tmp_path):
-    folder, _ = made
+def test_an_index_that_is_not_whole_is_refused(joined, tmp_path):
+    folder, _ = joined
     with pytest.raises(DataError, match="no index .*nowhere; make one"):
         Index(tmp_path / "nowhere")
     data = (folder / "embeddings.npy").read_bytes()
@@ -167,9 +167,9 @@ def test_inverted_lists_find_what_they_say(tmp_path):
     about = read_lists_info(index)
     assert about["recall@10"] >= 0.9 and about["read"] < about["lists"], "all lists read: nothing is approximate here"
     lists, read, _ = open_lists(index)
-    found = search_lists(lists, read, index.vectors, queries, 10)
+    approximate = search_lists(lists, read, index.vectors, queries, 10)
     best = nearest(index.vectors, queries, 10)
-    share = np.mean([len(set(some) & set(all_of)) / 10 for some, all_of in zip(found[1], best[1], strict=True)])
+    share = np.mean([len(set(some) & set(all_of)) / 10 for some, all_of in zip(approximate[1], best[1], strict=True)])
     assert share == pytest.approx(about["recall@10"])  # no ties here, so counting rows is counting scores
     every = search_lists(lists, about["lists"], index.vectors, queries, 10)
     assert np.array_equal(every[1], best[1]) and np.array_equal(every[0], best[0])

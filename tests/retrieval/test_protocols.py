@@ -108,7 +108,7 @@ def test_folds_are_consecutive_and_averaged(monkeypatch):
     monkeypatch.setitem(protocols.PROTOCOLS, "folded", Protocol(12, 3, "three folds of four"))
     caption_image = np.repeat(np.arange(12), [2, 3, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
     scores = np.random.default_rng(3).normal(size=(12, 25)) + (np.arange(12)[:, None] == caption_image)
-    found, outcome = measure(scores, scores.T, caption_image, protocol="folded")
+    result, outcome = measure(scores, scores.T, caption_image, protocol="folded")
     parts = []
     for fold in range(3):
         columns = caption_image // 4 == fold
@@ -116,12 +116,14 @@ def test_folds_are_consecutive_and_averaged(monkeypatch):
         parts.append(full(block, block.T, caption_image[columns] - 4 * fold))
     for direction in DIRECTIONS:
         for name in ("R@1", "R@5", "mean_rank", "median_rank"):
-            assert found[direction][name] == pytest.approx(np.mean([part[direction][name] for part in parts]))
-        assert found["chance"][direction]["R@1"] == pytest.approx(
+            assert result[direction][name] == pytest.approx(np.mean([part[direction][name] for part in parts]))
+        assert result["chance"][direction]["R@1"] == pytest.approx(
             np.mean([part["chance"][direction]["R@1"] for part in parts])
         )
-    assert found["rsum"] == pytest.approx(np.mean([part["rsum"] for part in parts]))
-    assert found["image_to_text"]["mAP@R"] == pytest.approx(np.mean([part["image_to_text"]["mAP@R"] for part in parts]))
+    assert result["rsum"] == pytest.approx(np.mean([part["rsum"] for part in parts]))
+    assert result["image_to_text"]["mAP@R"] == pytest.approx(
+        np.mean([part["image_to_text"]["mAP@R"] for part in parts])
+    )
     assert outcome.folds.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert len(outcome.ranks["text_to_image"].above) == 25
 

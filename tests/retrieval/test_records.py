@@ -34,19 +34,19 @@ def record(**about):
 
 
 def test_a_record_holds_what_the_contract_lists(tmp_path):
-    made, outcome = scored(more={"truncated_captions": 3})
-    assert tuple(made) == (*KEYS, "truncated_captions")
+    written, outcome = scored(more={"truncated_captions": 3})
+    assert tuple(written) == (*KEYS, "truncated_captions")
     for direction in ("image_to_text", "text_to_image"):
-        assert set(made[direction]) == {
+        assert set(written[direction]) == {
             *("R@1", "R@5", "R@10", "interval", "median_rank", "mean_rank", "mean_reciprocal_rank"),
             *(("R-precision", "mAP@R") if direction == "image_to_text" else ()),
         }
-    assert (made["images"], made["captions"], made["protocol"]) == (20, 100, "full")
+    assert (written["images"], written["captions"], written["protocol"]) == (20, 100, "full")
     path = tmp_path / "scores.json"
-    write_record(path, made, outcome, KEYS_OF_IMAGES)
-    found = read_record(path)
-    assert found == {**made, "ranks": {"file": "scores.ranks.npz", "sha256": found["ranks"]["sha256"]}}
-    again, keys = read_outcome(path, found)
+    write_record(path, written, outcome, KEYS_OF_IMAGES)
+    read = read_record(path)
+    assert read == {**written, "ranks": {"file": "scores.ranks.npz", "sha256": read["ranks"]["sha256"]}}
+    again, keys = read_outcome(path, read)
     assert keys == KEYS_OF_IMAGES
     np.testing.assert_array_equal(again.ranks["text_to_image"].above, outcome.ranks["text_to_image"].above)
 
@@ -61,9 +61,9 @@ def test_refuses_files_that_are_no_record(tmp_path, text):
 
 
 def test_names_the_missing_keys(tmp_path):
-    made = record()
-    del made["training"]
-    (tmp_path / "scores.json").write_text(json.dumps(made))
+    written = record()
+    del written["training"]
+    (tmp_path / "scores.json").write_text(json.dumps(written))
     with pytest.raises(LigatureError, match="lacks training"):
         read_record(tmp_path / "scores.json")
 

@@ -95,10 +95,10 @@ def test_agrees_with_argsort_where_nothing_is_tied(dtype, monkeypatch):
     gallery = np.concatenate([np.arange(23), random.integers(23, size=37)])
     ranks = rank_positives(scores, np.arange(23), gallery)
     for query in range(23):
-        found = gallery[np.argsort(-scores[query])] == query
-        assert ranks.expected[query] == np.argmax(found) + 1
+        is_positive = gallery[np.argsort(-scores[query])] == query
+        assert ranks.expected[query] == np.argmax(is_positive) + 1
         for k in (1, 5, 10, 60, 100):
-            assert ranks.hit(k)[query] == found[:k].any()
+            assert ranks.hit(k)[query] == is_positive[:k].any()
     assert ranks.tie_fraction == 0
 
 
@@ -262,8 +262,8 @@ def test_precision_at_r_is_the_mean_over_all_orders_of_the_ties(row):
         for order in permutations(range(len(row)))
         if all(values[a] >= values[b] for a, b in pairwise(order))
     ]
-    found = precision_at_r(values[None], np.array([1]), positive.astype(int))
-    np.testing.assert_allclose([found[0][0], found[1][0]], np.mean(orders, axis=0), atol=1e-12)
+    precision, average = precision_at_r(values[None], np.array([1]), positive.astype(int))
+    np.testing.assert_allclose([precision[0], average[0]], np.mean(orders, axis=0), atol=1e-12)
 
 
 def test_precision_at_r_where_queries_have_different_numbers_of_positives():

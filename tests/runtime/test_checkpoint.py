@@ -230,15 +230,15 @@ def test_a_better_one_lets_the_former_best_go(folder):
     assert folder.steps() == [4, 5]
 
 
-def test_a_broken_newest_is_passed_over_and_said_why(folder, capsys):
+def test_a_broken_newest_is_skipped_with_a_reason(folder, capsys):
     commit(folder, 1, 2)
     replace_byte(folder.path_of(2) / "model.safetensors", -1)
     assert folder.newest_valid() == folder.path_of(1)
-    said = capsys.readouterr().err
-    assert str(folder.path_of(2) / "model.safetensors") in said and "altered" in said
+    message = capsys.readouterr().err
+    assert str(folder.path_of(2) / "model.safetensors") in message and "altered" in message
 
 
-def test_a_cut_manifest_is_passed_over_too(folder, capsys):
+def test_a_cut_manifest_is_skipped_too(folder, capsys):
     commit(folder, 1, 2)
     with open(folder.path_of(2) / "manifest.json", "r+b") as file:
         file.truncate(10)

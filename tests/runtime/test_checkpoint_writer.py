@@ -1,4 +1,4 @@
-"""A checkpoint is written while training goes on; it holds what was at the moment of the copy, and its failure is told."""
+"""A checkpoint is written while training goes on; it holds the values at the moment of the copy, and its failure is reported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runtime.checkpoint_writer import CheckpointWriter, host_copies
 from runtime.errors import Superseded
 
 
-def test_copies_are_those_of_the_moment():
+def test_copies_hold_the_values_at_the_moment_of_the_copy():
     weight, turned = torch.ones(2, 3), torch.arange(6.0).reshape(2, 3).T
     copies = host_copies([("weight", weight), ("turned", turned)], keep=True)
     weight.zero_()
@@ -57,7 +57,7 @@ def test_one_write_at_a_time():
         writer.start(lambda: True)
 
 
-def test_a_failed_write_is_told_once_and_the_next_may_stand():
+def test_a_failed_write_is_reported_once_and_the_next_may_succeed():
     with CheckpointWriter() as writer:
         writer.start(lambda: False)
         assert not writer.finish()

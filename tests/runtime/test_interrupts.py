@@ -25,14 +25,14 @@ def test_the_first_of_several_is_remembered():
         assert interrupts.received is signal.SIGUSR1
 
 
-def test_one_rank_alone_agrees_with_itself():
+def test_a_single_rank_decides_alone():
     with watch_interrupts() as interrupts:
         assert interrupts.received_on_any_rank() is False
         os.kill(os.getpid(), signal.SIGTERM)
         assert interrupts.received_on_any_rank() is True
 
 
-def test_the_former_handlers_come_back():
+def test_the_previous_handlers_come_back():
     before = [signal.getsignal(number) for number in STOPPING]
     with pytest.raises(ZeroDivisionError), watch_interrupts():
         raise ZeroDivisionError

@@ -38,19 +38,19 @@ def in_a_child():
     children = []
 
     def start(act) -> int:
-        told, tell = os.pipe()
+        reading, writing = os.pipe()
         child = os.fork()
         if not child:
             try:
                 act()
-                os.write(tell, b"y")
+                os.write(writing, b"y")
             except BaseException as error:
-                os.write(tell, repr(error).encode())
+                os.write(writing, repr(error).encode())
             signal.pause()
         children.append(child)
-        os.close(tell)
-        assert (answer := os.read(told, 1000)) == b"y", answer
-        os.close(told)
+        os.close(writing)
+        assert (answer := os.read(reading, 1000)) == b"y", answer
+        os.close(reading)
         return child
 
     yield start
@@ -171,7 +171,7 @@ def test_of_many_starts_one_wins(run, in_a_child, former):
     if former == "dead":
         kill(in_a_child(lambda: take_lease(run)))
     ready, go = os.pipe()
-    children, told = [], []
+    children, pipes = [], []
     for _ in range(8):
         ours, theirs = os.pipe()
         child = os.fork()
@@ -187,9 +187,9 @@ def test_of_many_starts_one_wins(run, in_a_child, former):
             signal.pause()
         os.close(theirs)
         children.append(child)
-        told.append(ours)
+        pipes.append(ours)
     os.write(go, b"." * 8)
-    answers = [os.read(pipe, 1000) for pipe in told]
+    answers = [os.read(pipe, 1000) for pipe in pipes]
     winner = children[answers.index(b"won")]
     assert sorted(answers) == [b"refused"] * 7 + [b"won"]
     assert Holder.parse(entry(run)).pid == winner
@@ -266,17 +266,17 @@ def test_whenever_a_holder_is_succeeded_it_changes_nothing_any_more(tmp_path, mo
     count = len(calls)
     assert count > 30
 
-    seen = set()
+    disturbed = set()
     for call in range(1, count + 1):
         as_job(monkeypatch, 1, 0)
         run = tmp_path / f"call-{call}"
         folder = before(run, superseded_holder(run))
-        found: dict[str, bytes] = {}
+        left: dict[str, bytes] = {}
 
-        def succeed(run=run, found=found) -> None:
+        def succeed(run=run, left=left) -> None:
             as_job(monkeypatch, 1, 1)
             take_lease(run)
-            found |= contents(run)
+            left |= contents(run)
 
         calls.clear()
         disturb.at = (call, succeed)
@@ -289,15 +289,15 @@ def test_whenever_a_holder_is_succeeded_it_changes_nothing_any_more(tmp_path, mo
             assert calls[call - 1] in ("os.remove", "os.rmdir"), calls[call - 1]
         finally:
             disturb.at = None
-        assert contents(run) == found, f"changed after call {call}, {calls[call - 1]}"
+        assert contents(run) == left, f"changed after call {call}, {calls[call - 1]}"
         kept = CheckpointFolder(run / "checkpoints", keep_last=1)
         assert kept.newest_valid() is not None, call
         for step in kept.steps():
             if step != 9:
                 verify_checkpoint(kept.path_of(step))
-        seen.add(calls[call - 1])
+        disturbed.add(calls[call - 1])
         shutil.rmtree(run)
-    assert {"os.rename", "os.mkdir", "open"} <= seen
+    assert {"os.rename", "os.mkdir", "open"} <= disturbed
 
 
 def test_lines_of_a_succeeded_holder_do_not_reach_the_log(run, monkeypatch):

@@ -22,11 +22,11 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "spelt"),
+    ("seconds", "text"),
     [(0, "0:00"), (5, "0:05"), (65, "1:05"), (59.6, "1:00"), (3725, "1:02:05"), (90000, "25:00:00")],
 )
-def test_durations_are_spelt_as_clocks_do(seconds, spelt):
-    assert format_duration(seconds) == spelt
+def test_durations_read_as_on_a_clock(seconds, text):
+    assert format_duration(seconds) == text
 
 
 def test_a_plain_line_shows_count_rate_time_left_and_note(clock, capsys):

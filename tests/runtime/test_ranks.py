@@ -61,10 +61,13 @@ def test_slurms_variables_are_read_where_the_ranks_can_meet(environment):
 
 
 @pytest.mark.parametrize(
-    ("told", "node", "tasks"), [("2(x3),1", 0, 2), ("2(x3),1", 3, 1), ("8", 0, 8), ("1(x2)", 1, 1), ("4,2(x2)", 2, 2)]
+    ("tasks_per_node", "node", "tasks"),
+    [("2(x3),1", 0, 2), ("2(x3),1", 3, 1), ("8", 0, 8), ("1(x2)", 1, 1), ("4,2(x2)", 2, 2)],
 )
-def test_ranks_share_a_node_with_its_own_tasks_only(environment, told, node, tasks):
-    ranks = environment(**SLURM | {"SLURM_TASKS_PER_NODE": told, "SLURM_NODEID": str(node)}, MASTER_ADDR="node1")
+def test_ranks_share_a_node_with_its_own_tasks_only(environment, tasks_per_node, node, tasks):
+    ranks = environment(
+        **SLURM | {"SLURM_TASKS_PER_NODE": tasks_per_node, "SLURM_NODEID": str(node)}, MASTER_ADDR="node1"
+    )
     assert ranks.local_world == tasks
 
 
@@ -83,26 +86,28 @@ def test_cuda_without_a_gpu_is_an_error(monkeypatch):
         choose_device("cuda", Ranks())
 
 
-@pytest.mark.parametrize("asked", ["auto", "cpu"])
-def test_without_a_gpu_the_cpu_is_chosen(monkeypatch, asked):
+@pytest.mark.parametrize("name", ["auto", "cpu"])
+def test_without_a_gpu_the_cpu_is_chosen(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device(asked, Ranks()) == torch.device("cpu")
+    assert choose_device(name, Ranks()) == torch.device("cpu")
 
 
-def test_the_cpu_is_chosen_where_it_is_asked_for_beside_a_gpu(monkeypatch):
+def test_cpu_is_the_cpu_beside_a_gpu_too(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("cpu", Ranks()) == torch.device("cpu")
 
 
-@pytest.mark.parametrize(("local_rank", "local_world", "seen", "number"), [(3, 8, 8, 3), (3, 8, 1, 0), (0, 1, 8, 0)])
-def test_a_rank_takes_the_gpu_it_sees_under_the_number_it_has_there(monkeypatch, local_rank, local_world, seen, number):
-    taken: list[torch.device] = []
+@pytest.mark.parametrize(("local_rank", "local_world", "visible", "number"), [(3, 8, 8, 3), (3, 8, 1, 0), (0, 1, 8, 0)])
+def test_a_rank_takes_the_gpu_it_sees_under_the_number_it_has_there(
+    monkeypatch, local_rank, local_world, visible, number
+):
+    chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     device = choose_device("auto", Ranks(local_rank, local_world, local_rank, local_world))
-    assert device == torch.device("cuda", number) and taken == [device] and os.environ["LOCAL_RANK"] == str(number)
+    assert device == torch.device("cuda", number) and chosen == [device] and os.environ["LOCAL_RANK"] == str(number)
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):

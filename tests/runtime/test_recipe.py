@@ -205,8 +205,8 @@ def test_objectives_that_are_off_need_nothing():
 def test_the_command_answers_a_mistake_before_anything_is_written(tmp_path, monkeypatch, capsys, bad):
     monkeypatch.chdir(tmp_path)
     assert main(["pretrain", *bad]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("ligature: ") and said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("ligature: ") and message.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -247,13 +247,13 @@ def test_changed_keys_names_every_leaf_that_differs_and_no_other():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_shipped_recipe_fits_its_stage(path):
-    """Keys that only the user can know are given; everything else comes from the file."""
+    """Keys that only the user can know are set here; everything else comes from the file."""
     folder = path.relative_to(configs.__path__[0]).parts[0]
     if folder == "launch":
         read_slurm_options(["--site", str(path)])
         return
     set_in_file = yaml.safe_load(path.read_text(encoding="utf-8"))
-    given = {
+    required = {
         "finetune": {"--checkpoint": "x", "--dataset": "x"},
         "evaluate": {"--checkpoint": "x", "--dataset": "x", "--data": "x", "--split": "x"},
     }
@@ -261,12 +261,12 @@ def test_every_shipped_recipe_fits_its_stage(path):
     stages = ["finetune", "evaluate"] if folder == "finetune" else [folder]
     for stage in stages:
         home, name = RECIPES[stage]
-        options = given.get(stage, {})
+        options = required.get(stage, {})
         if set_in_file.get("hat", {}).get("encoders") == "backbones":
             options.pop("--checkpoint")
-        told = [word for option in options.items() for word in option]
+        arguments = [word for option in options.items() for word in option]
         try:
-            read_recipe(getattr(importlib.import_module(home), name), [*told, "--config", str(path)], stage)
+            read_recipe(getattr(importlib.import_module(home), name), [*arguments, "--config", str(path)], stage)
         except RecipeError as error:
             mistakes[stage] = str(error)
     assert len(mistakes) < len(stages), mistakes
@@ -281,11 +281,11 @@ def test_vldeformers_ablations_change_what_they_say_and_nothing_else(over):
         if path.stem not in ("base", "flickr8k_cpu", "not_tuned_evaluate")
     ]
     assert len(ablations) == 9
-    told = ["--dataset", "x", "--config", str(folder / f"{over}.yaml")]
-    plain = read_recipe(FinetuneRecipe, told, "finetune")
+    arguments = ["--dataset", "x", "--config", str(folder / f"{over}.yaml")]
+    plain = read_recipe(FinetuneRecipe, arguments, "finetune")
     for path in ablations:
-        laid = read_recipe(FinetuneRecipe, [*told, "--config", str(path)], "finetune")
-        changed = {line.split(":")[0] for line in changed_keys(plain, laid)} - {"name"}
+        changed_recipe = read_recipe(FinetuneRecipe, [*arguments, "--config", str(path)], "finetune")
+        changed = {line.split(":")[0] for line in changed_keys(plain, changed_recipe)} - {"name"}
         same = over == "flickr8k_cpu" and path.stem == "temperature_005"
         assert changed and all(key.startswith("vldeformer.") for key in changed) or same, (path.stem, changed)
 

@@ -56,12 +56,12 @@ def test_another_recipe_is_refused_and_every_key_that_differs_named(opened, tmp_
     assert "\n" not in message
 
 
-def test_a_start_that_came_to_no_checkpoint_binds_nobody(opened, tmp_path):
+def test_a_start_without_a_checkpoint_may_change_its_recipe(opened, tmp_path):
     opened.checkpoints.path_of(1).rmdir()
     opened.check(recipe(tmp_path, "--optimizer.lr", "0.5"))
 
 
-def test_what_does_not_change_the_run_may_change(opened, tmp_path):
+def test_free_keys_may_change(opened, tmp_path):
     free = [
         "--data.workers",
         "0",

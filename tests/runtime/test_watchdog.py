@@ -34,13 +34,13 @@ def ended(tmp_path_factory):
     }
     started["absent", 1] = start_ranks(folder / "absent", 2, watchdog_jobs.only_come, 2.0)
     started["together", 0] = start_ranks(folder / "together", 2, watchdog_jobs.all_leave, LIMIT)
-    found = {}
+    outcomes = {}
     for case, ranks in started.items():
         if case[0] == "stopped":  # it can neither end nor be waited for
             ranks.processes[0].join(60)
             ranks.processes[1].kill()
-        found[case] = ranks.wait()
-    return found
+        outcomes[case] = ranks.wait()
+    return outcomes
 
 
 @pytest.mark.parametrize(("fault", "culprit"), [case for case in FAULTS if case[0] in ("killed", "stopped")])
@@ -55,7 +55,7 @@ def test_a_dead_ranks_fellow_stops_with_its_name(ended, fault, culprit):
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
-def test_a_hung_rank_is_told_from_those_that_wait_for_it(ended, culprit):
+def test_a_hung_rank_is_distinguished_from_those_that_wait_for_it(ended, culprit):
     codes, logs = ended["hung", culprit]
     assert codes == [76, 76], logs
     verdict = logs[0]
@@ -68,7 +68,7 @@ def test_a_hung_rank_is_told_from_those_that_wait_for_it(ended, culprit):
 
 
 @pytest.mark.parametrize(("fault", "culprit", "code"), [("error", 1, 1), ("error", 0, 1), ("bug", 1, 1)])
-def test_a_rank_that_errs_tells_its_own_line_and_the_others_stop(ended, fault, culprit, code):
+def test_a_rank_that_fails_prints_its_own_line_and_the_others_stop(ended, fault, culprit, code):
     codes, logs = ended[fault, culprit]
     assert codes[culprit] == code and codes[1 - culprit] == 76, logs
     assert ("shard-00007.tar is broken" if fault == "error" else "ZeroDivisionError") in logs[culprit]
