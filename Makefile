@@ -19,7 +19,7 @@ help:
 	@echo 'make bench     every benchmark small, held against benchmarks/expected.json (ARGS=--full: whole, against their aims)'
 	@echo 'make flickr8k  a model of Flickr8k to search with: shard, pretrain, fine-tune, score, on two CPU cores (DATA=FOLDER of its files; docs/search.md)'
 	@echo 'make coco-protocols  5K and 1K x 5 over 5,000 generated images under COCO names, HAT within 16 GB (ARGS="--captions FILE")'
-	@echo 'make lint      ruff (rules and format) and mypy'
+	@echo 'make lint      ruff (rules, docstrings, format), codespell and mypy'
 	@echo 'make clean     remove caches and build outputs; .venv and runs stay'
 
 install: $(VENV)/.installed
@@ -63,6 +63,7 @@ coco-protocols: $(VENV)/.develop
 lint: $(VENV)/.develop
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 clean:

@@ -52,6 +52,7 @@ DEVELOP = [
     "ruff>=0.17,<0.18",  # lint and format; another minor version lays code out differently
     "mypy>=2.4,<2.5",  # types; likewise
     "types-PyYAML",
+    "codespell>=2.4",  # spelling of code, comments and pages
     "pre-commit>=4",
 ]
 
