@@ -14,7 +14,7 @@ from launch.table import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 FLOORS = ["configs", "runtime", "data_tools", "retrieval", "training", "pretrain", "finetune", "launch"]
-"""From the lowest to the highest.""" 
+"""From the lowest to the highest."""
 FILES = [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
 
 
@@ -48,7 +48,10 @@ def run_time_tree(path: Path) -> ast.Module:
 def import_graph() -> dict[str, set[str]]:
     """Return the modules that each module imports, inside functions too: a circle there is a circle."""
     names = {module_name(path): path for path in FILES}
-    return {name: {other for other in imports(run_time_tree(path)) if other in names} - {name} for name, path in names.items()}
+    return {
+        name: {other for other in imports(run_time_tree(path)) if other in names} - {name}
+        for name, path in names.items()
+    }
 
 
 @pytest.mark.parametrize("floor", FLOORS)
@@ -90,7 +93,10 @@ def test_the_engine_alone_imports_deepspeed():
 
 def test_scoring_and_loading_never_reach_the_engine():
     graph = import_graph()
-    reached, waiting = set[str](), ["finetune.evaluate", "finetune.heads.hat", "pretrain.weights.load", "retrieval.compare"]
+    reached, waiting = (
+        set[str](),
+        ["finetune.evaluate", "finetune.heads.hat", "pretrain.weights.load", "retrieval.compare"],
+    )
     while waiting:
         if (name := waiting.pop()) not in reached:
             reached.add(name)

@@ -63,5 +63,7 @@ def test_every_file_has_a_test_that_names_it(path):
         return
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     homes = re.findall(r"tests/[\w/]+\.py", text.splitlines()[-1] if text else "")
-    assert homes, f"{path.relative_to(ROOT)} has no test of its name, and its docstring does not end with `Tested in tests/….py.`"
+    assert homes, (
+        f"{path.relative_to(ROOT)} has no test of its name, and its docstring does not end with `Tested in tests/….py.`"
+    )
     assert all((ROOT / home).is_file() for home in homes), homes
