@@ -19,7 +19,7 @@ from finetune.own_scores import read_own_scores
 from pretrain.weights.load import find_checkpoint
 from retrieval.extended import extended_positives, match_coco_captions
 from retrieval.protocols import folds_of
-from retrieval.records import score, table, write_record
+from retrieval.records import About, score, table, write_record
 from runtime.errors import RecipeError
 from runtime.files import read_json, replaced_file
 from runtime.ranks import join, use_precision
@@ -82,10 +82,7 @@ def _write(
         details["precision"] = recipe.precision
     if recipe.extended:
         details["extended"] = extended_positives(scored.image_to_text, scored.text_to_image, caption_image, keys)
-    record, outcome = score(
-        scored.image_to_text,
-        scored.text_to_image,
-        caption_image,
+    about = About(
         dataset=recipe.dataset,
         split=recipe.split,
         captions_per_image=policy,
@@ -95,6 +92,7 @@ def _write(
         protocol=recipe.protocol,
         more=details,
     )
+    record, outcome = score(scored.image_to_text, scored.text_to_image, caption_image, about)
     out = Path(recipe.out)
     first = not recipe.heads or recipe.heads[0] == scored.key
     path = out if first else out.with_name(f"{out.stem}-{scored.key}{out.suffix}")

@@ -11,6 +11,7 @@ _MODULES = {
     "rank_positives": "metrics",
     "rerank": "metrics",
     "measure": "protocols",
+    "About": "records",
     "score": "records",
     "write_record": "records",
     "read_record": "records",

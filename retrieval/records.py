@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,46 @@ KEYS = (*DIRECTIONS, "rsum", "tie_fraction", "chance", *SETTING, "head", "checkp
 """What every record has, in this order."""
 
 
+@dataclass
+class About:
+    """What a record says of the scores in it.
+
+    Raises:
+        LigatureError: the kind of training is unknown.
+    """
+
+    dataset: str
+    """Name of the data."""
+    split: str
+    """Name of its split."""
+    captions_per_image: str
+    """The policy in words, such as `all` or `first 5`."""
+    head: str
+    """What scored, in words, such as `dual` or `fusion, shortlist 32`."""
+    checkpoint: str
+    """Hash of the checkpoint."""
+    training: str
+    """`untrained`, `pretrained`, `fine-tuned-on X`, or `unknown` for a user's own scores. Papers call the Flickr30K scores of a
+    COCO-fine-tuned model "zero-shot"; here they are `fine-tuned-on coco`."""
+    protocol: str = "full"
+    """A name in `PROTOCOLS`."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """Further keys of the record: `shortlist` (its sizes and its recall, which limits a re-ranker), `truncated_captions`, `extended`
+    (COCO's extended positives)."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"untrained|pretrained|unknown|fine-tuned-on \S.*", self.training):
+            raise LigatureError(
+                f"training is {self.training!r}; it must be untrained, pretrained or 'fine-tuned-on <data>'"
+            )
+
+
 def score(
     image_to_text: np.ndarray,
     text_to_image: np.ndarray,
     caption_image: np.ndarray,
+    about: About,
     *,
-    dataset: str,
-    split: str,
-    captions_per_image: str,
-    head: str,
-    checkpoint: str,
-    training: str,
-    protocol: str = "full",
-    more: dict[str, Any] | None = None,
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[dict[str, Any], Outcome]:
@@ -41,43 +69,22 @@ def score(
         image_to_text: `(images, captions)`.
         text_to_image: `(captions, images)`.
         caption_image: `(captions,)` integers, the image that each caption describes.
-        dataset: name of the data.
-        split: name of its split.
-        captions_per_image: the policy in words, such as `all` or `first 5`.
-        head: what scored, in words, such as `dual` or `fusion, shortlist 32`.
-        checkpoint: hash of the checkpoint.
-        training: `untrained`, `pretrained`, `fine-tuned-on X`, or `unknown` for a user's own scores. Papers call the Flickr30K
-            scores of a COCO-fine-tuned model "zero-shot"; here they are `fine-tuned-on coco`.
-        protocol: a name in `PROTOCOLS`.
-        more: further keys of the record: `shortlist` (its sizes and its recall, which limits a re-ranker),
-            `truncated_captions`, `extended` (COCO's extended positives).
+        about: what was scored, and the protocol.
         resamples: resamples of the intervals' bootstrap.
         seed: seed of the bootstrap.
 
     Returns:
-        The record, ready for JSON: the protocol's figures (see `protocols.measure`) and the arguments that describe them.
+        The record, ready for JSON: the protocol's figures (see `protocols.measure`) and what they are about.
         Then the result of every query.
 
     Raises:
-        LigatureError: the protocol or the kind of training is unknown, or the protocol refuses the scores.
+        LigatureError: the protocol is unknown, or it refuses the scores.
     """
-    if not re.fullmatch(r"untrained|pretrained|unknown|fine-tuned-on \S.*", training):
-        raise LigatureError(f"training is {training!r}; it must be untrained, pretrained or 'fine-tuned-on <data>'")
     figures, outcome = measure(
-        image_to_text, text_to_image, caption_image, protocol=protocol, resamples=resamples, seed=seed
+        image_to_text, text_to_image, caption_image, protocol=about.protocol, resamples=resamples, seed=seed
     )
-    about = {
-        "protocol": protocol,
-        "dataset": dataset,
-        "split": split,
-        "images": len(image_to_text),
-        "captions": len(caption_image),
-        "captions_per_image": captions_per_image,
-        "head": head,
-        "checkpoint": checkpoint,
-        "training": training,
-    }
-    return {**{key: {**figures, **about}[key] for key in KEYS}, **(more or {})}, outcome
+    values = {**figures, **vars(about), "images": len(image_to_text), "captions": len(caption_image)}
+    return {**{key: values[key] for key in KEYS}, **about.more}, outcome
 
 
 def write_record(path: Path, record: dict[str, Any], outcome: Outcome, image_keys: list[str]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from data_tools.making.processes import run_parallel
+from data_tools.processes import run_parallel
 from data_tools.shards.manifest import MANIFEST_NAME, read_index, read_manifest
 from data_tools.shards.tars import IMAGE_FORMATS, walk_tar
 from data_tools.sources.items import StoredBytes

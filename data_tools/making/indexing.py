@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_tools.making.processes import run_parallel
 from data_tools.making.writer import DROPPED_NAME, write_lines
+from data_tools.processes import run_parallel
 from data_tools.shards.captions import parse_captions, parse_image_id
 from data_tools.shards.manifest import (
     MANIFEST_NAME,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.making.processes import run_parallel
+from data_tools.processes import run_parallel
 from data_tools.shards.captions import parse_captions
 from data_tools.shards.manifest import IMAGE_FORMATS, Manifest, Shard, read_index, read_manifest
 from runtime.errors import DataError

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.making.plan import DUPLICATES, Excluded, check_items, cut, digest_of, leave_out_copies, read_excluded
-from data_tools.making.processes import run_parallel
 from data_tools.making.shard_file import WRITTEN, Encoding, ShardTask, Written, finished_shard, write_shard
+from data_tools.processes import run_parallel
 from data_tools.shards.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from data_tools.sources import CaptionedImage, Choice, collect
 from runtime.errors import DataError, LigatureError, RecipeError

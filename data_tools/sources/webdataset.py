@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_tools.making.processes import run_parallel
+from data_tools.processes import run_parallel
 from data_tools.shards.captions import parse_texts
 from data_tools.shards.tars import group_members, walk_tar
 from data_tools.sources.items import Choice, Dropped, Entry, Source, StoredBytes

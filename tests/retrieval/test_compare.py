@@ -11,7 +11,7 @@ from scipy.stats import permutation_test
 import retrieval.protocols as protocols
 from launch.cli import main
 from retrieval.compare import compare_records, describe
-from retrieval.records import score, write_record
+from retrieval.records import About, score, write_record
 from runtime.errors import LigatureError
 
 IMAGES, EACH = 60, 3
@@ -26,7 +26,7 @@ def matrix(strength, seed):
 
 
 def write(path, scores, keys=KEYS, **about):
-    record, outcome = score(scores, scores.T, CAPTION_IMAGE, **{**ABOUT, "checkpoint": path.stem, **about})
+    record, outcome = score(scores, scores.T, CAPTION_IMAGE, About(**{**ABOUT, "checkpoint": path.stem, **about}))
     write_record(path, record, outcome, keys)
     return record
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import retrieval
-from retrieval.records import KEYS, read_outcome, read_record, score, table, write_record
+from retrieval.records import KEYS, About, read_outcome, read_record, score, table, write_record
 from runtime.errors import LigatureError
 
 ABOUT = {
@@ -26,7 +26,7 @@ KEYS_OF_IMAGES = [f"image-{number}" for number in range(20)]
 
 def scored(**about):
     scores = np.random.default_rng(0).normal(size=(20, 100)) + np.repeat(np.eye(20), 5, axis=1)
-    return score(scores, scores.T, np.repeat(np.arange(20), 5), **{**ABOUT, **about})
+    return score(scores, scores.T, np.repeat(np.arange(20), 5), About(**{**ABOUT, **about}))
 
 
 def record(**about):
