@@ -1,10 +1,12 @@
-"""Every benchmark, one after another: `make bench` runs their short forms and compares their figures with `expected.json`.
+"""Run every benchmark, one after another. `make bench` runs their short forms and compares their figures with `expected.json`.
 
     python -m benchmarks [--full] [NAME …]
 
-`expected.json` holds, by benchmark and figure, bounds that are generous: they are there to catch what has become several times
-slower, on a busy machine too. `--full` runs the full forms and holds them against their own aims instead, on a quiet machine.
-Exits 1 where a figure is outside its bounds (short of its aim), is missing, or a benchmark fails.
+`expected.json` holds generous bounds, by benchmark and figure. They catch what has become several times slower, on a busy
+machine too. `--full` runs the full forms on a quiet machine and compares their figures with the benchmarks' own aims.
+The exit code is 1 where a figure is outside its bounds or short of its aim, where one is missing, or where a benchmark fails.
+
+Tested in tests/test_benchmarks.py.
 """
 
 from __future__ import annotations
@@ -31,47 +33,55 @@ SHORT = {
     "hat_scoring": ["--images", "4", "--captions", "32", "--width", "256", "--repeats", "1"],
     "retrieval_speed": ["--rounds", "1", "--queries", "20", "--batch", "12", "--query_batches", "25"],
 }
-"""The arguments of each one's short form."""
+"""Arguments of each benchmark's short form."""
 
 
-def outside(values: dict[str, float], expected: dict[str, dict[str, float]]) -> list[str]:
-    """One line for each figure that is missing or outside its bounds."""
-    found = []
+def list_outside(values: dict[str, float], expected: dict[str, dict[str, float]]) -> list[str]:
+    """Return one line for each figure that is missing or outside its bounds.
+
+    Args:
+        values: name of a figure -> its value.
+        expected: name of a figure -> `at_least`, `at_most` or both.
+    """
+    lines = []
     for name, bounds in expected.items():
         if name not in values:
-            found.append(f"{name}: no such figure any more")
+            lines.append(f"{name}: the benchmark no longer gives this figure")
             continue
         value = values[name]
         if not bounds.get("at_least", -float("inf")) <= value <= bounds.get("at_most", float("inf")):
-            found.append(f"{name}: {value:.3g}, expected {json.dumps(bounds)}")
-    return found
+            lines.append(f"{name}: {value:.3g}, expected {json.dumps(bounds)}")
+    return lines
 
 
 def run(name: str, full: bool, expected: dict[str, dict[str, float]]) -> list[str]:
-    """-> what is wrong with one benchmark, a line each."""
+    """Run one benchmark and return one line for each thing that is wrong with it."""
     print(f"\n== {name}", flush=True)
-    began = time.monotonic()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "ratios.json"
-        environment = os.environ | {"LIGATURE_RATIOS": str(place)}
+        path = Path(folder) / "ratios.json"
+        environment = os.environ | {"LIGATURE_RATIOS": str(path)}
         command = [sys.executable, "-m", f"benchmarks.{name}", *([] if full else SHORT[name])]
         code = subprocess.run(command, env=environment, cwd=HERE.parent, check=False).returncode
-        values = json.loads(place.read_text()) if place.exists() else None
-    print(f"== {name}: {time.monotonic() - began:.0f} s", flush=True)
+        values = json.loads(path.read_text()) if path.exists() else None
+    print(f"== {name}: {time.monotonic() - start:.0f} s", flush=True)
     if values is None or code not in (0, 1):
-        return [f"stopped with exit code {code} before its figures were told"]
+        return [f"stopped with exit code {code} before it gave its figures"]
     if full:
-        return ["short of an aim, see above"] * code
-    return outside(values, expected)
+        return ["short of an aim (see above)"] * code
+    return list_outside(values, expected)
 
 
 def main() -> int:
+    """Run the benchmarks that the command line names; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SHORT)} (default: all)")
-    parser.add_argument("--full", action="store_true", help="the full forms, held against their aims")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"benchmarks to run: {', '.join(SHORT)} (default: all)"
+    )
+    parser.add_argument("--full", action="store_true", help="run the full forms and compare with their own aims")
     options = parser.parse_args()
     if unknown := sorted(set(options.names) - set(SHORT)):
-        parser.error(f"no benchmark {unknown[0]}; there are {', '.join(SHORT)}")
+        parser.error(f"there is no benchmark {unknown[0]}; name one of {', '.join(SHORT)}")
     expected = json.loads((HERE / "expected.json").read_text())
     names = options.names or list(SHORT)
     wrong = [f"{name}: {line}" for name in names for line in run(name, options.full, expected.get(name, {}))]

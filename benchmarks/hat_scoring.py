@@ -3,14 +3,16 @@
     python -m benchmarks.hat_scoring [--images 16] [--captions 128] [--threads 1] [--width 768]
     python -m benchmarks.hat_scoring --shortlists --checkpoint HAT --shortlist_from DUAL --data SHARDS
 
-The first form is the claim: at least 6 x for i-t and 3 x for t-i over the three levels of HAT's Swin (784, 196 and 49 regions;
-captions of 6 to 24 words). SCAN's formula goes caption by caption over a block of 128 images, as its public code does; both
-sides get the same random tokens and as many threads. Each is shown with its share of the rate of a plain matrix product. Times
-are the least of the repeats, taken in turn. The aims are of SCAN's own blocks, `--images 128` (2 minutes for t-i, a quarter of an hour
-for i-t); in smaller ones SCAN's temporaries stay in the cache and the ratio is lower. Exits 1 where a ratio falls short, or
-where the scores differ by more than 1e-4.
+The first form measures the claim: at least 6 x for i-t (image to text) and 3 x for t-i (text to image), over the three levels
+of HAT's Swin: 784, 196 and 49 regions, captions of 6 to 24 words. SCAN's formula goes caption by caption over a block of 128
+images, as its public code does. Both sides get the same random tokens and as many threads, and stand beside the rate of a plain
+matrix product. Times are the least of the repeats, taken in turn.
 
-The second form re-ranks a dual head's shortlist: time and R@K by its size, against all pairs.
+The aims hold for SCAN's own blocks, `--images 128`: 2 minutes for t-i, a quarter of an hour for i-t. In smaller blocks SCAN's
+temporaries stay in the cache, and the ratio is lower. The exit code is 1 where a ratio falls short, or where the scores differ
+by more than 1e-4.
+
+The second form reranks a dual head's shortlist: time and R@K by its size, against all pairs.
 """
 
 from __future__ import annotations
@@ -36,7 +38,16 @@ AIMS = {"image_to_text": 6.0, "text_to_image": 3.0}
 
 
 def scan(regions: Tensor, words: Tensor, lengths: list[int], direction: Direction) -> Tensor:
-    """The formula with its attended vectors, written from the paper: one caption at a time against all images of the block."""
+    """Return scores (images, captions) by SCAN's formula with its attended vectors, one caption at a time.
+
+    Written from the paper.
+
+    Args:
+        regions: (images, regions, width).
+        words: (captions, longest caption, width).
+        lengths: words of each caption.
+        direction: which side asks.
+    """
     columns = []
     for caption, length in zip(words, lengths, strict=True):
         text = caption[None, :length].expand(len(regions), -1, -1)
@@ -50,45 +61,49 @@ def scan(regions: Tensor, words: Tensor, lengths: list[int], direction: Directio
 
 
 def exact(regions: Tensor, words: Tensor, lengths: list[int], direction: Direction) -> Tensor:
-    """As `hat_scores` does it: captions in their order of length, blocks that stay in the cache, a Gram matrix once an image."""
+    """Return the same scores as `hat_scores` computes them.
+
+    Captions come in the order of their lengths, in blocks that stay in the cache; each image's Gram matrix is made once.
+    """
     gram = context_gram(regions) if direction == "text_to_image" else None
     columns = []
     for start in range(0, len(words), CAPTIONS):
-        told = torch.tensor(lengths[start : start + CAPTIONS])
-        mask = torch.arange(int(told.max()))[None] < told[:, None]
+        own_lengths = torch.tensor(lengths[start : start + CAPTIONS])
+        mask = torch.arange(int(own_lengths.max()))[None] < own_lengths[:, None]
         part = words[start : start + CAPTIONS, : mask.shape[1]]
         rows = [
-            pair_scores(regions[few], part, mask, direction, gram=None if gram is None else gram[few])
-            for few in blocks(len(regions), regions.shape[1], mask.numel())
+            pair_scores(regions[block], part, mask, direction, gram=None if gram is None else gram[block])
+            for block in blocks(len(regions), regions.shape[1], mask.numel())
         ]
         columns.append(torch.cat(rows))
     return torch.cat(columns, dim=1)
 
 
 def least(work: Callable[[], object], repeats: int) -> float:
-    """Seconds of the quickest run: of this thread where there is one, so that other work on the machine does not count."""
+    """Return the seconds of the quickest run, by `benchmarks.ratios.clock`."""
     times = []
     for _ in range(repeats):
-        began = clock()
+        start = clock()
         work()
-        times.append(clock() - began)
+        times.append(clock() - start)
     return min(times)
 
 
 def product_rate(width: int) -> float:
-    """FLOP/s of a plain float32 matrix product of a fitting size."""
+    """Return the FLOP/s of a plain float32 matrix product of about the sizes that HAT multiplies."""
     a, b = torch.randn(1664, width), torch.randn(width, 1568)
     a @ b
     return 2 * a.shape[0] * width * b.shape[1] / least(lambda: a @ b, 10)
 
 
 def claim(options: argparse.Namespace) -> bool:
+    """Measure the claim; return whether every aim is met and the scores agree."""
     torch.manual_seed(0)
     lengths = sorted(
         (6 + torch.randint(0, 10, (options.captions,)) + torch.randint(0, 10, (options.captions,))).tolist()
     )
     words = torch.randn(options.captions, max(lengths), options.width)
-    rate, fine, told = product_rate(options.width), True, Ratios()
+    rate, correct, ratios = product_rate(options.width), True, Ratios()
     print(f"{options.images} images x {options.captions} captions of {sum(lengths) / len(lengths):.1f} words, {options.width} wide, "
           f"{torch.get_num_threads()} thread(s), matrix product {rate / 1e9:.1f} GFLOP/s")  # fmt: skip
     for direction, aim in AIMS.items():
@@ -102,61 +117,63 @@ def claim(options: argparse.Namespace) -> bool:
             )
             if difference > 1e-4:
                 print(f"{direction}, {count} regions: the scores differ by {difference:.1e}")
-                fine = False
+                correct = False
             pairs = 2.0 * options.images * count * sum(lengths)
             gram = sum(length * length for length in lengths) * 2.0 * options.images * count
-            if direction == "text_to_image":  # the upper half of each quadratic form, and the matrices themselves
+            if direction == "text_to_image":
+                # Of large quadratic forms, and of their Gram matrices, the upper half alone is computed.
                 gram = (0.5 if count > 256 else 1.0) * pairs * count + (
                     0.5 if count > 256 else 1.0
                 ) * 2 * options.images * count**2 * options.width
             useful["scan"] += 2 * pairs * options.width
             useful["exact"] += pairs * options.width + gram
-            took = {"scan": float("inf"), "exact": float("inf")}
+            best = {"scan": float("inf"), "exact": float("inf")}
             for _ in range(options.repeats):
-                took["scan"] = min(took["scan"], least(partial(scan, regions, words, lengths, direction), 1))
-                took["exact"] = min(took["exact"], least(partial(exact, regions, words, lengths, direction), 1))
-            print(f"  {direction}, {count:3} regions: SCAN {took['scan']:.3f} s, exact {took['exact']:.3f} s, "
-                  f"{took['scan'] / took['exact']:.1f} x, differ by {difference:.0e}")  # fmt: skip
+                best["scan"] = min(best["scan"], least(partial(scan, regions, words, lengths, direction), 1))
+                best["exact"] = min(best["exact"], least(partial(exact, regions, words, lengths, direction), 1))
+            print(f"  {direction}, {count:3} regions: SCAN {best['scan']:.3f} s, exact {best['exact']:.3f} s, "
+                  f"{best['scan'] / best['exact']:.1f} x, differ by {difference:.0e}")  # fmt: skip
             for side in times:
-                times[side] += took[side]
+                times[side] += best[side]
         ratio = times["scan"] / times["exact"]
         shares = {side: useful[side] / times[side] / rate for side in times}
-        told.record(f"{direction}: SCAN's time / ours", ratio, at_least=aim)
+        ratios.record(f"{direction}: SCAN's time / ours", ratio, at_least=aim)
         print(f"  share of the matrix product's rate: exact {shares['exact']:.0%}, "
               f"SCAN {shares['scan']:.0%}; {1e3 * times['exact'] / options.images / options.captions:.3f} ms a pair")  # fmt: skip
-    return not told.close() and fine
+    return not ratios.close() and correct
 
 
 def shortlists(options: argparse.Namespace) -> bool:
-    """Time and recall by the length of the list. The times hold encoding too: that is what a user waits for."""
+    """Print time and recall by the size of the shortlist. Times include encoding: a user waits for that too."""
     from finetune.config import EvaluateRecipe
     from finetune.evaluate import evaluate
 
     rows = []
     for size in [*options.sizes, None]:
         out = Path(options.out) / f"shortlist-{size or 'all'}.json"
-        more = {"shortlist_from": options.shortlist_from, "shortlist": size} if size else {}
-        began = time.perf_counter()
+        settings = {"shortlist_from": options.shortlist_from, "shortlist": size} if size else {}
+        start = time.perf_counter()
         (record,) = evaluate(
             EvaluateRecipe(
                 checkpoint=options.checkpoint, data=options.data, dataset="benchmark", split="as given", out=str(out),
-                workers=0, **more,
+                workers=0, **settings,
             )
         )  # fmt: skip
-        rows.append((size, time.perf_counter() - began, record))
+        rows.append((size, time.perf_counter() - start, record))
     print(
         f"\n{'list':>6} {'seconds':>8} {'TR R@1':>7} {'R@5':>6} {'R@10':>6} {'IR R@1':>7} {'R@5':>6} {'R@10':>6}  ceiling TR / IR"
     )
     for size, seconds, record in rows:
-        recalls = [record[way][f"R@{k}"] for way in AIMS for k in (1, 5, 10)]
+        recalls = [record[direction][f"R@{k}"] for direction in AIMS for k in (1, 5, 10)]
         ceiling = record.get("shortlist", {}).get("recall", {})
-        told = " / ".join(f"{value:.1f}" for value in ceiling.values()) or "-"
-        print(f"{size or 'all':>6} {seconds:8.1f} " + " ".join(f"{value:6.1f}" for value in recalls) + f"  {told}")
+        ceilings = " / ".join(f"{value:.1f}" for value in ceiling.values()) or "-"
+        print(f"{size or 'all':>6} {seconds:8.1f} " + " ".join(f"{value:6.1f}" for value in recalls) + f"  {ceilings}")
     (Path(options.out) / "shortlists.json").write_text(json.dumps([(size, seconds) for size, seconds, _ in rows]))
     return True
 
 
 def main() -> int:
+    """Run the form that the command line asks for; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--captions", type=int, default=128)
@@ -172,7 +189,7 @@ def main() -> int:
     parser.add_argument("--out", default="runs/hat_scoring")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    keep_freed_memory()  # as an evaluation on a CPU does; SCAN's side has it too
+    keep_freed_memory()  # as an evaluation on a CPU does; it serves SCAN's side too
     with torch.no_grad():
         return 0 if (shortlists if options.shortlists else claim)(options) else 1
 

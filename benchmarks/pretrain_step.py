@@ -1,14 +1,15 @@
-"""The full pretraining step: samples a second, utilisation, where the time goes, and the memory it takes.
+"""The full pretraining step: samples a second, utilisation, where the time goes, and how much memory it needs.
 
     python -m benchmarks.pretrain_step [--config pretrain/codis_base.yaml] [--batch 8] [--steps 3] [--profile] [--key value …]
 
-Student, teacher, transport, optimizer, EMA and queue, as `ligature pretrain` runs them under DeepSpeed, on made-up batches with full
-captions and a full queue; starting weights are random and data cost nothing. `--key value` are the recipe's own. On a CPU it runs in
-fp32, on a GPU in the recipe's precision.
+Student, teacher, transport, optimizer, EMA and queue run as `ligature pretrain` runs them under DeepSpeed. Batches are made up,
+with full captions and a full queue; starting weights are random, and data cost nothing. `--key value` sets keys of the recipe. On
+a CPU it runs in fp32, on a GPU in the recipe's precision.
 
-utilisation = needed FLOPs / time / rate of a large matrix product of the same precision, measured in the same process between the
-steps; the median of the steps. Needed FLOPs are counted by hand in `pretrain/budget.py` and held against torch's own counter, which
-watches the first step. Aims: 0.7 on a CPU, 0.5 on a GPU; 12 GB of host memory at batch 8 on a CPU.
+Utilisation is needed FLOPs / time / rate of a large matrix product of the same precision. The product is measured in the same
+process between the steps, and the median of the steps counts. Needed FLOPs are counted by hand in `pretrain/budget.py` and
+compared with torch's own counter, which watches the first step. Aims: 0.7 on a CPU, 0.5 on a GPU; 12 GB of host memory at
+batch 8 on a CPU.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from runtime.recipe import read_recipe
 
 AIMS = {"cpu": 0.7, "cuda": 0.5}
 MEMORY_AIM = 12.0
-"""GB of host memory that batch 8 of codis_base may take."""
+"""GB of host memory that batch 8 of codis_base may need."""
 
 
 class Step:
@@ -71,7 +72,7 @@ class Step:
             torch.nn.functional.normalize(features.normal_(), dim=-1, out=features)
 
     def batch(self) -> dict[str, Tensor]:
-        """As ShardStream yields it; captions of `words` words."""
+        """Return a batch as ShardStream yields it, with captions of `words` words."""
         size, views = self.recipe.model.image.image_size, 2 if self.recipe.teacher.second_view else 1
         generator = torch.Generator().manual_seed(self.number)
         ids = torch.randint(len(SPECIAL), self.budget.vocabulary, (self.local, self.words), generator=generator)
@@ -82,8 +83,8 @@ class Step:
         return {"images": images, "ids": ids, "mask": mask, "image_ids": numbers, "positions": numbers}
 
     def take(self) -> None:
-        """One step, as `pretrain.train` takes it. On a GPU it is not done yet when this returns."""
-        micro_batches, _ = self.task.prepare(self.made, 2.0, self.micro_batch)
+        """Take one training step as `pretrain.train` does. On a GPU it is still running when this returns."""
+        micro_batches, _ = self.task.prepare(self.next_batch, 2.0, self.micro_batch)
         for inputs in micro_batches:
             loss, _ = self.engine.module(inputs)
             self.engine.backward(loss)
@@ -91,36 +92,36 @@ class Step:
         self.task.finish(self.engine.masters())
 
     def ready(self) -> Step:
-        """Make the next batch."""
-        self.made = self.batch()
+        """Make the next batch, outside of what is timed; return self."""
+        self.next_batch = self.batch()
         self.number += 1
         return self
 
 
 def made_up_tokenizer(vocabulary: int, caption_tokens: int) -> CaptionTokenizer:
-    """So many words that mean nothing: what they are makes no difference to the time."""
+    """Return a tokenizer of `vocabulary` meaningless words: which words they are makes no difference to the time."""
     words = {
         token: number for number, token in enumerate([*SPECIAL, *(f"w{n}" for n in range(vocabulary - len(SPECIAL)))])
     }
     return CaptionTokenizer(Tokenizer(models.WordPiece(vocab=words, unk_token="[UNK]")), caption_tokens)
 
 
-def read(config: str, batch: int, changes: list[str], device: str) -> PretrainRecipe:
-    """The recipe at a batch of one micro-batch, from random weights."""
+def read_step_recipe(config: str, batch: int, changes: list[str], device: str) -> PretrainRecipe:
+    """Return a recipe with random starting weights and one micro-batch of `batch` samples a step."""
     fixed = ["--training.global_batch", batch, "--training.micro_batch", batch, "--training.device", device]
     fixed += ["--model.image.weights", "none", "--model.text.weights", "none", "--data.train", "none"]
     fixed += ["--training.precision", "fp32"] if device == "cpu" else []
     return read_recipe(PretrainRecipe, ["--config", config, *map(str, fixed), *changes], "pretrain_step")
 
 
-def resident(name: str) -> float:
-    """GB: `VmRSS` of now, `VmHWM` of the fullest moment."""
+def read_memory(name: str) -> float:
+    """Return this process's host memory in GB. `name`: `VmRSS` for now, `VmHWM` for the peak."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024 / 1e9
 
 
 def measure(step: Step, rounds: int, product: MatrixProduct) -> tuple[list[float], list[float]]:
-    """-> seconds of each step, and the matrix product's FLOP/s around it: the mean of before and after."""
+    """Return the seconds of each step, and the matrix product's FLOP/s around it (mean of before and after)."""
     times, rates, before = [], [], product.rate()
     for _ in range(rounds):
         times.append(seconds(step.ready().take, step.device))
@@ -131,14 +132,19 @@ def measure(step: Step, rounds: int, product: MatrixProduct) -> tuple[list[float
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Measure the step; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="pretrain/codis_base.yaml")
     parser.add_argument("--batch", type=int, help="samples a step (default 8; on a GPU the recipe's micro-batch)")
     parser.add_argument("--steps", type=int, default=3, help="steps that count; two more warm up")
     parser.add_argument("--words", type=int, help="words of each caption (default: data.caption_tokens)")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--profile", action="store_true", help="then one more step, and its table by part")
-    parser.add_argument("--short", action="store_true", help="a small model: minutes become seconds, and figures too")
+    parser.add_argument("--profile", action="store_true", help="then take one more step and print its time by part")
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="a small model, for seconds instead of minutes; its figures are not comparable",
+    )
     options, changes = parser.parse_known_args(arguments)
     torch.set_num_threads(options.threads)
     ranks, device = join("auto")
@@ -147,9 +153,9 @@ def main(arguments: list[str] | None = None) -> int:
         options.config = "pretrain/flickr8k_cpu.yaml"
         changes = ["--model.image.image_size", "128", "--data.vocabulary", "2000", *changes]
     batch = options.batch or (16 if options.short else 8 if kind == "cpu" else 64)
-    recipe = read(options.config, batch, changes, kind)
+    recipe = read_step_recipe(options.config, batch, changes, kind)
     step = Step(recipe, ranks, device, options.words)
-    told = Ratios()
+    ratios = Ratios()
     with FlopCounterMode(display=False) as counter:
         step.ready().take()
     step.ready().take()
@@ -161,24 +167,24 @@ def main(arguments: list[str] | None = None) -> int:
           f"{options.threads} thread(s), ZeRO {step.engine.stage}")  # fmt: skip
     for part, flops in step.budget.flops.items():
         print(f"  {part}: {flops / 1e9:.2f} GFLOP a sample ({flops / needed:.1%})")
-    told.record("FLOPs by torch's counter / by hand", counted / needed, 0.97, 1.03)
-    taken = statistics.median(times)
-    told.record("samples a second", batch / taken)
-    told.record("matrix product, GFLOP/s", statistics.median(rates) / 1e9)
+    ratios.record("FLOPs by torch's counter / by hand", counted / needed, 0.97, 1.03)
+    step_seconds = statistics.median(times)
+    ratios.record("samples a second", batch / step_seconds)
+    ratios.record("matrix product, GFLOP/s", statistics.median(rates) / 1e9)
     shares = [needed * batch / time / rate for time, rate in zip(times, rates, strict=True)]
-    told.record("utilisation", statistics.median(shares), None if options.short else AIMS[kind])
+    ratios.record("utilisation", statistics.median(shares), None if options.short else AIMS[kind])
     if kind == "cpu":
-        # The product's own three matrices are small beside it.
-        told.record("host memory at the fullest moment, GB", resident("VmHWM"), at_most=MEMORY_AIM)
+        # The matrix product's own three matrices are small beside the peak.
+        ratios.record("host memory at the fullest moment, GB", read_memory("VmHWM"), at_most=MEMORY_AIM)
     else:
-        told.record("device memory at the fullest moment, GB", torch.cuda.max_memory_allocated() / 1e9)
+        ratios.record("device memory at the fullest moment, GB", torch.cuda.max_memory_allocated() / 1e9)
     if options.profile:
         profile = StepProfile(1, step.task.student.model, step.task.teacher.model, step.device)
         step.ready()
         profile.start()
         step.take()
         print("\n" + profile.stop())
-    return told.close()
+    return ratios.close()
 
 
 if __name__ == "__main__":

@@ -1,26 +1,26 @@
-"""VLDeformer's speed protocol (section 4.4 of its paper): all pairs by fusion and by two encodings, and one query over 10,000 images.
+"""VLDeformer's speed protocol (section 4.4 of its paper): all pairs by fusion and by separate encodings, and one query over 10,000 images.
 
     python -m benchmarks.retrieval_speed [--size small|paper] [--model single_stream|cross_attention] [--threads 1] [--device cuda]
 
-Two sides of one model with random weights, which cost the same as trained ones. *Fusion*: every pair of an image and a text goes
-through the fusion layers. *Encoded*: images and texts go through their encoders once, and vectors are compared; of a single
-stream these are the same layers taken apart (VLDeformer), of cross-attention the features of pretraining. Both sides encode each
-image once, offline, and that time is counted in. Text and image are random; captions have 6 to 20 words.
+Both sides are one model with random weights, which cost the same as trained ones. *Fusion* sends every pair of an image and a text
+through the fusion layers. *Encoded* sends images and texts through their encoders once and compares vectors. For a single stream
+the encoders are the same layers, decomposed (VLDeformer); for cross-attention they give the features of pretraining. Both sides
+encode each image once, offline, and that time counts. Texts and images are random; captions have 6 to 20 words.
 
-All pairs of n images and n texts, n = 1,000, 5,000 and 10,000: a few batches of each kind of work are timed, in turn, and the
-rest is their median times the number of batches (the paper does so for fusion; on a CPU the encodings are extrapolated too,
-`--whole` runs them all). Comparing the vectors is run whole. The ratio of the two sides stands beside the ratio that their FLOPs
-predict, counted by torch's FlopCounterMode on the same calls: at least 0.7 of it. A slow baseline proves nothing, so fusion must
-run at half or more of the rate of a plain matrix product, timed in the same turns.
+All pairs of n images and n texts, n = 1,000, 5,000 and 10,000. A few batches of each kind of work are timed in turn; the total is
+their median times the number of batches. The paper does so for fusion; on a CPU the encodings are extrapolated too, unless
+`--whole` runs them all. The vectors are compared in full. The ratio of the two sides must be at least 0.7 of the ratio that their
+FLOPs predict, counted by torch's FlopCounterMode on the same calls. A slow baseline proves nothing: fusion must run at half or
+more of the rate of a plain matrix product, timed in the same turns.
 
-One query over 10,000 images: its words encoded, then the exact first ten out of vectors on disk (`retrieval.index.nearest`), by
-blocks of as many rows as the paper's batches hold, and in one block, as `ligature search` does. The first queries are warm-up
-and left out (the very first is shown). The query's 95th percentile must be at most three times that of its own text encoding.
-P99.99 of fewer than 10,000 queries lies between the two slowest. Of fusion, a query takes too long for percentiles: its average,
-fastest and slowest are extrapolated, a batch of pairs at a time. Words are token ids already: making them takes some 0.1 ms.
+One query over 10,000 images. Its words are encoded, then `retrieval.index.nearest` finds the exact first ten among vectors on
+disk. It reads them in blocks of the paper's batch sizes, and in one block, as `ligature search` does. The first queries warm up
+and do not count; the very first is shown. The query's 95th percentile must be at most three times that of its own text encoding.
+With fewer than 10,000 queries, P99.99 lies between the two slowest. A fusion query takes too long for percentiles: its average,
+fastest and slowest are extrapolated from batches of pairs. Words come as token ids; tokenizing takes some 0.1 ms.
 
-`small` takes about a minute on one busy core; `paper` has its batch sizes and a base-sized model, for a GPU. Exits 1 where an aim
-is missed.
+`small` takes about a minute on one busy core. `paper` has the paper's batch sizes and a base-sized model, for a GPU. The exit code
+is 1 where an aim is missed.
 """
 
 from __future__ import annotations
@@ -58,12 +58,14 @@ RATIO_AIM, RATE_AIM, QUERY_AIM = 0.7, 0.5, 3.0
 
 @dataclass(frozen=True)
 class Size:
+    """Sizes of the model and of the batches."""
+
     image_size: int
     width: int
     layers: int
-    """Of the image encoder, and of fusion (`cross_attention`: half of them for the text, half for fusion)."""
+    """Layers of the image encoder, and of fusion; with `cross_attention` half of those are the text encoder's."""
     batch: int
-    """Pairs, images or texts at once, for all pairs."""
+    """Pairs, images or texts at once, in the part on all pairs."""
     rounds: int
     query_batches: tuple[int, ...]
     """Images compared with one query at once."""
@@ -77,7 +79,7 @@ SIZES = {
 
 
 class Sides:
-    """The model as fusion and as two encodings, and the inputs."""
+    """One model as fusion and as separate encoders, and random inputs for it."""
 
     def __init__(self, kind: str, size: Size, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -98,28 +100,30 @@ class Sides:
         self.random = np.random.default_rng(0)
 
     def images(self, count: int) -> Tensor:
+        """Return random images (count, 3, size, size) uint8."""
         shape = (count, 3, *2 * [self.model.config.image.image_size])
         return torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
 
     def texts(self, count: int) -> tuple[Tensor, Tensor]:
-        """Token ids and mask, [CLS] and [SEP] counted with the words, padded to the longest."""
+        """Return token ids and mask (count, longest), with [CLS] and [SEP]."""
         lengths = torch.from_numpy(self.random.integers(WORDS[0] + 2, WORDS[1] + 3, count))
         mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
         return (torch.randint(5, VOCABULARY, mask.shape) * mask).to(self.device), mask.to(self.device)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """The encoded side's offline work, from pixels to vectors."""
+        """Return the images' vectors (images, width): the encoded side's offline work."""
         if self.decomposed:
             return self.decomposed.encode_image(images)
         return self.model.image_features(self.model.image_encoder(images))
 
     def encode_texts(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the texts' vectors (texts, width)."""
         if self.decomposed:
             return self.decomposed.encode_text(ids, mask)
         return self.model.text_features(self.model.text_encoder(ids, mask))
 
     def encodings(self, images: int, texts: int) -> Encodings:
-        """What fusion reads, made beforehand; all of it on the device."""
+        """Return what fusion reads, made beforehand, on the device."""
         ids, mask = self.texts(texts)
         tokens = self.model.image_encoder(self.images(images))
         states = self.model.text_encoder(ids, mask)
@@ -128,7 +132,7 @@ class Sides:
         return Encodings(torch.zeros(0), torch.zeros(0), tokens, states, mask)
 
     def fuse(self, encodings: Encodings) -> Callable[[], Tensor]:
-        """Scores every pair of these images and texts, by the product's own function."""
+        """Return a function that scores every pair of these images and texts with the product's own code."""
         assert encodings.image_tokens is not None and encodings.text_mask is not None
         shape = (len(encodings.image_tokens), len(encodings.text_mask))
         image, text = (grid.flatten() for grid in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
@@ -136,8 +140,8 @@ class Sides:
         return lambda: match_pairs(self.model, encodings, image, text, self.device)
 
 
-def flops(work: Callable[[], object]) -> float:
-    """Multiplications and additions of matrix products; attention is counted in its plain form."""
+def count_flops(work: Callable[[], object]) -> float:
+    """Return the multiplications and additions of matrix products; attention counts in its plain form."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         work()
     return float(counter.get_total_flops())
@@ -145,13 +149,14 @@ def flops(work: Callable[[], object]) -> float:
 
 @dataclass
 class Cost:
-    """Of one image, text or pair."""
+    """The cost of one image, text or pair."""
 
     seconds: float
     flops: float
 
 
-def all_pairs(sides: Sides, size: Size, whole: bool, told: Ratios) -> None:
+def all_pairs(sides: Sides, size: Size, whole: bool, ratios: Ratios) -> None:
+    """Measure all pairs. `whole`: encode all images and texts instead of extrapolating."""
     device, rows = sides.device, size.batch * 60
     per_side = max(1, round(size.batch**0.5))
     encodings = sides.encodings(per_side, per_side)
@@ -165,14 +170,15 @@ def all_pairs(sides: Sides, size: Size, whole: bool, told: Ratios) -> None:
         "text": (size.batch, lambda: sides.encode_texts(ids, mask)),
         "product": (1, lambda: left @ right),
     }
-    taken: dict[str, list[float]] = {name: [] for name in works}
+    times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(size.rounds + 1):
         for name, (_, work) in works.items():
-            took = seconds(work, device)
-            if turn:  # the first is warm-up
-                taken[name].append(took)
+            elapsed = seconds(work, device)
+            if turn:  # the first turn warms up
+                times[name].append(elapsed)
     costs = {
-        name: Cost(statistics.median(taken[name]) / count, flops(work) / count) for name, (count, work) in works.items()
+        name: Cost(statistics.median(times[name]) / count, count_flops(work) / count)
+        for name, (count, work) in works.items()
     }
     product = costs["product"]
     rate = product.flops / product.seconds
@@ -198,10 +204,10 @@ def all_pairs(sides: Sides, size: Size, whole: bool, told: Ratios) -> None:
                 for _ in range(-(-count // size.batch))
                 for work in (works["image"][1], works["text"][1])
             )
-        # Words enter a single stream without layers of their own; other fusion reads each text's states, made once too.
-        once = [costs["image tokens"]] + ([] if sides.decomposed else [costs["text"]])
-        fusion = count * sum(cost.seconds for cost in once) + count**2 * costs["pair"].seconds
-        counted = (count * sum(cost.flops for cost in once) + count**2 * costs["pair"].flops) / (
+        # In a single stream words have no layers of their own. Cross-attention reads each text's states, made once.
+        encoded_once = [costs["image tokens"]] + ([] if sides.decomposed else [costs["text"]])
+        fusion = count * sum(cost.seconds for cost in encoded_once) + count**2 * costs["pair"].seconds
+        counted = (count * sum(cost.flops for cost in encoded_once) + count**2 * costs["pair"].flops) / (
             count * (costs["image"].flops + costs["text"].flops) + 2 * count**2 * sides.width
         )
         ratio = fusion / (encoding + comparing)
@@ -209,12 +215,12 @@ def all_pairs(sides: Sides, size: Size, whole: bool, told: Ratios) -> None:
         print(
             f"{count:7,} {fusion:14,.0f} {encoding:10,.2f} {comparing:10,.3f} {ratio:8,.0f}x {counted:8,.0f}x {ratio / counted:6.2f}"
         )
-    told.record("all pairs: the measured ratio / what FLOPs predict, at least", min(shares), at_least=RATIO_AIM)
-    told.record("fusion, share of the matrix product's rate", share, at_least=RATE_AIM)
+    ratios.record("all pairs: the measured ratio / what FLOPs predict, at least", min(shares), at_least=RATIO_AIM)
+    ratios.record("fusion, share of the matrix product's rate", share, at_least=RATE_AIM)
 
 
-def one_query(sides: Sides, size: Size, queries: int, told: Ratios) -> None:
-    """Latency of single queries over GALLERY images, by wall clock: what a user waits for."""
+def one_query(sides: Sides, size: Size, queries: int, ratios: Ratios) -> None:
+    """Measure the latency of single queries over GALLERY images by the wall clock: what a user waits for."""
     print(f"one query over {GALLERY:,} images, milliseconds: {queries:,} queries after {WARM_UP} of warm-up")
     print(f"{'':12} {'batch':>6} {'first':>8} {'avg':>8} {'min':>8} {'max':>8} {'P95':>8} {'P99.99':>8} {'memory':>9}")
     with tempfile.TemporaryDirectory() as folder:
@@ -224,19 +230,19 @@ def one_query(sides: Sides, size: Size, queries: int, told: Ratios) -> None:
         texts = [sides.texts(1) for _ in range(queries + WARM_UP)]
         for batch in (*size.query_batches, GALLERY):
             search_index.BLOCK_ROWS = batch
-            forget_peak(sides.device)
+            reset_peak(sides.device)
             encoding, whole = [], []
             for ids, mask in texts:
-                began = time.perf_counter()
+                start = time.perf_counter()
                 query = sides.encode_texts(ids, mask).float().cpu().numpy()
                 encoded = time.perf_counter()
                 search_index.nearest(vectors, query, TOP)
-                encoding.append(encoded - began)
-                whole.append(time.perf_counter() - began)
-            line("encoded", batch, whole, peak(sides.device))
-            line("  its words", batch, encoding, "")
+                encoding.append(encoded - start)
+                whole.append(time.perf_counter() - start)
+            print_latency("encoded", batch, whole, peak(sides.device))
+            print_latency("  its words", batch, encoding, "")
             p95 = [float(np.percentile(times[WARM_UP:], 95)) for times in (whole, encoding)]
-            told.record(
+            ratios.record(
                 f"one query in batches of {batch}: P95 / that of its text encoding", p95[0] / p95[1], at_most=QUERY_AIM
             )
         for batch in size.query_batches:
@@ -245,7 +251,7 @@ def one_query(sides: Sides, size: Size, queries: int, told: Ratios) -> None:
                 seconds(work, sides.device, time.perf_counter) * GALLERY / batch
                 for _ in range(FUSION_WARM_UP + size.rounds)
             ]
-            forget_peak(sides.device)
+            reset_peak(sides.device)
             work()
             kept = [1e3 * time for time in times[FUSION_WARM_UP:]]
             figures = [1e3 * times[0], statistics.mean(kept), min(kept), max(kept)]
@@ -255,14 +261,15 @@ def one_query(sides: Sides, size: Size, queries: int, told: Ratios) -> None:
             )
 
 
-def line(name: str, batch: int, times: list[float], memory: str) -> None:
+def print_latency(name: str, batch: int, times: list[float], memory: str) -> None:
+    """Print one row: the first query, then statistics without the warm-up. `times`: seconds."""
     first, kept = times[0], np.array(times[WARM_UP:])
     figures = [first, kept.mean(), kept.min(), kept.max(), np.percentile(kept, 95), np.percentile(kept, 99.99)]
     print(f"{name:12} {batch:6} " + " ".join(f"{1e3 * figure:8.2f}" for figure in figures) + f" {memory:>9}")
 
 
-def forget_peak(device: torch.device) -> None:
-    """Linux: what is in memory now becomes the peak."""
+def reset_peak(device: torch.device) -> None:
+    """Start a new peak of memory from what is held now (Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -270,7 +277,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> str:
-    """The most memory since `forget_peak`: allocated on the GPU, or of the whole process."""
+    """Return the most memory since `reset_peak`: allocated on the GPU, or held by the whole process."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB"
     status = Path("/proc/self/status").read_text()
@@ -278,6 +285,7 @@ def peak(device: torch.device) -> str:
 
 
 def main() -> int:
+    """Measure both parts; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--model", choices=["single_stream", "cross_attention"], default="single_stream")
@@ -290,12 +298,12 @@ def main() -> int:
     parser.add_argument("--whole", action="store_true", help="encode all images and texts instead of extrapolating")
     options = parser.parse_args()
     if os.environ.get("OMP_NUM_THREADS") != str(options.threads):  # numpy's BLAS reads it when it is imported
-        told = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.retrieval_speed", *sys.argv[1:]], told)
+        environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.retrieval_speed", *sys.argv[1:]], environment)
     torch.set_num_threads(options.threads)
     size = SIZES[options.size]
-    given = {name: getattr(options, name) for name in ("batch", "rounds", "queries", "query_batches")}
-    size = Size(**{**vars(size), **{name: value for name, value in given.items() if value}})
+    overrides = {name: getattr(options, name) for name in ("batch", "rounds", "queries", "query_batches")}
+    size = Size(**{**vars(size), **{name: value for name, value in overrides.items() if value}})
     device = torch.device(options.device)
     sides = Sides(options.model, size, device)
     millions = sum(parameter.numel() for parameter in sides.model.parameters()) / 1e6
@@ -306,11 +314,11 @@ def main() -> int:
     )
     print(f"{options.model}, {options.size}: {millions:.0f} M parameters, {sides.model.image_encoder.tokens} image tokens, "
           f"{WORDS[0]} to {WORDS[1]} words, {name}, load {os.getloadavg()[0]:.1f}")  # fmt: skip
-    told = Ratios()
+    ratios = Ratios()
     with torch.inference_mode():
-        all_pairs(sides, size, options.whole, told)
-        one_query(sides, size, size.queries, told)
-    return told.close()
+        all_pairs(sides, size, options.whole, ratios)
+        one_query(sides, size, size.queries, ratios)
+    return ratios.close()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""How fast encoded images become training views, beside the plain way and beside the fastest full decode; and sharding.
+"""How fast encoded images become training views, beside the usual torchvision code and the fastest full decode; and sharding.
 
     python -m benchmarks.streaming [--rounds 7] [--without-sharding]
 
-One process, one thread, CPU time. Arms take turns on the same images (A B C A B C …) and each counts by its best round, so
-that what else runs on the machine falls on all alike. Prints a ratio beside each aim; exits 1 where one falls short.
-Images: the 32 JPEGs of ../shared/data/cc12m_test (`LIGATURE_SHARED` names another folder) as they are, and re-encoded at
-640 x 480; the same with the shorter side at 288, as `ligature shard --resize_shorter 288` writes them. Without that folder as
-many are drawn, and it says so: the figures of docs/data.md are of the photographs.
+One process, one thread, CPU time. Arms take turns on the same images (A B C A B C …) and the best round of each counts, so that
+other work on the machine affects all alike. The benchmark prints a ratio beside each aim, and exits with 1 where one falls short.
+
+The images are the 32 JPEGs of ../shared/data/cc12m_test (`LIGATURE_SHARED` names another folder) as they are, and re-encoded at
+640 x 480. The same images also come with the shorter side at 288, as `ligature shard --resize_shorter 288` writes them. Without
+that folder as many images are drawn, and a line says so: the figures of docs/data.md hold for the photographs.
 """
 
 from __future__ import annotations
@@ -50,37 +51,38 @@ Arm = Callable[[], object]
 
 
 def photographs() -> list[bytes]:
-    """The shard's JPEGs, and each again at 640 x 480; drawn ones where there is no such shard."""
+    """Return the shard's JPEGs, and each again at 640 x 480; drawn images where there is no such shard."""
     shared = Path(os.environ.get("LIGATURE_SHARED", Path(__file__).parents[2] / "shared"))
     path = shared / "data" / "cc12m_test" / "cc12m-train-0000.tar"
     if not path.is_file():
         print(f"no photographs at {path}: 64 images are drawn instead, and the aims are not about them")
-        return drawn(64)
+        return draw_jpegs(64)
     with tarfile.open(path) as tar:
         files = [tar.extractfile(member) for member in tar if member.name.endswith(".jpg")]
         raw = [file.read() for file in files if file]
-    return raw + [reencoded(decode_image(data).resize((640, 480), Image.Resampling.LANCZOS)) for data in raw]
+    return raw + [encode_jpeg(decode_image(data).resize((640, 480), Image.Resampling.LANCZOS)) for data in raw]
 
 
-def drawn(count: int) -> list[bytes]:
-    """JPEGs of 640 x 480: a gradient under coarse grain, about as large as photographs are."""
+def draw_jpegs(count: int) -> list[bytes]:
+    """Return JPEGs of 640 x 480: a gradient under coarse grain, about as many bytes as photographs."""
     random, (y, x) = np.random.default_rng(0), np.mgrid[0:480, 0:640]
-    found = []
+    images = []
     for _ in range(count):
         gradient = np.stack([x * random.uniform(0, 0.4) + y * random.uniform(0, 0.5) for _ in range(3)], -1)
         grain = np.kron(random.normal(0, 30, (60, 80, 3)), np.ones((8, 8, 1)))
-        found.append(reencoded(Image.fromarray(np.clip(gradient + grain, 0, 255).astype(np.uint8))))
-    return found
+        images.append(encode_jpeg(Image.fromarray(np.clip(gradient + grain, 0, 255).astype(np.uint8))))
+    return images
 
 
-def reencoded(image: Image.Image) -> bytes:
+def encode_jpeg(image: Image.Image) -> bytes:
+    """Return an image as JPEG of quality 90."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
-def plain_way(operations: int) -> Callable[[bytes], torch.Tensor]:
-    """What most training scripts do."""
+def torchvision_transform(operations: int) -> Callable[[bytes], torch.Tensor]:
+    """Return what most training scripts do with an encoded image."""
     steps: list = [
         plain_transforms.RandomResizedCrop(SIZE, scale=(0.2, 1.0), interpolation=InterpolationMode.BICUBIC),
         plain_transforms.RandomHorizontalFlip(),
@@ -93,17 +95,19 @@ def plain_way(operations: int) -> Callable[[bytes], torch.Tensor]:
 
 
 def batches_of(images: list[bytes], transform: TrainTransform) -> Arm:
-    """Images decoded and transformed as a loader's worker does, joined into batches."""
+    """Return an arm that decodes and transforms images as a loader's worker does, and joins them into batches."""
 
     def run() -> None:
         for start in range(0, len(images), BATCH):
-            made = [transform(decode_pixels(data), seed) for seed, data in enumerate(images[start : start + BATCH])]
-            torch.stack(made, dim=1) if isinstance(made[0], torch.Tensor) else PackedImages.join(made)
+            views = [transform(decode_pixels(data), seed) for seed, data in enumerate(images[start : start + BATCH])]
+            torch.stack(views, dim=1) if isinstance(views[0], torch.Tensor) else PackedImages.join(views)
 
     return run
 
 
 def each(function: Callable[[bytes], object], images: list[bytes]) -> Arm:
+    """Return an arm that calls a function on each image."""
+
     def run() -> None:
         for data in images:
             function(data)
@@ -112,19 +116,19 @@ def each(function: Callable[[bytes], object], images: list[bytes]) -> Arm:
 
 
 def best_times(arms: dict[str, Arm], rounds: int, clock: Callable[[], float] = time.process_time) -> dict[str, float]:
-    """Seconds of each arm's best round; the arms take turns."""
+    """Return the seconds of each arm's best round; the arms take turns."""
     best = dict.fromkeys(arms, float("inf"))
-    for number in range(rounds + 1):  # the first warms up
+    for number in range(rounds + 1):  # the first round warms up
         for name, arm in arms.items():
-            began = clock()
+            start = clock()
             arm()
             if number:
-                best[name] = min(best[name], clock() - began)
+                best[name] = min(best[name], clock() - start)
     return best
 
 
-def speed(images: list[bytes], small: list[bytes], operations: int, rounds: int, folder: Path, found: Ratios) -> None:
-    """Print the table of one setting."""
+def speed(images: list[bytes], small: list[bytes], operations: int, rounds: int, folder: Path, ratios: Ratios) -> None:
+    """Print the table of one RandAugment setting (`operations` for each view) and record its ratios."""
 
     def ours(where: str, views: int = 1) -> TrainTransform:
         return TrainTransform(SIZE, AugmentConfig(operations=operations, where=where), views)  # type: ignore[arg-type]
@@ -134,8 +138,8 @@ def speed(images: list[bytes], small: list[bytes], operations: int, rounds: int,
         return lambda: next(stream)
 
     arms = {
-        "a": each(plain_way(operations), images),
-        "a, 288": each(plain_way(operations), small),
+        "a": each(torchvision_transform(operations), images),
+        "a, 288": each(torchvision_transform(operations), small),
         "b": each(simplejpeg.decode_jpeg, images),
         "b, 288": each(simplejpeg.decode_jpeg, small),
         "ours": batches_of(images, ours("workers")),
@@ -149,7 +153,7 @@ def speed(images: list[bytes], small: list[bytes], operations: int, rounds: int,
     }
     best = best_times(arms, rounds)
     rows: list[tuple[str, str, str, float | None]] = [
-        ("(a) the plain way", "a", "b", None),
+        ("(a) torchvision, as usual", "a", "b", None),
         ("(a) on 288 px shards", "a, 288", "b, 288", None),
         ("(b) the fastest full decode alone", "b", "b", None),
         ("(b) on 288 px shards", "b, 288", "b, 288", None),
@@ -169,14 +173,14 @@ def speed(images: list[bytes], small: list[bytes], operations: int, rounds: int,
         )
     for label, arm, _, aim in rows:
         if aim is not None:
-            found.record(
+            ratios.record(
                 f"{label}, RandAugment {'on' if operations else 'off'}, x (a)", best["a"] / best[arm], at_least=aim
             )
 
 
-def agreement(images: list[bytes], told: Ratios) -> None:
-    """Pixels beside Pillow's of the same crops, in levels of 255."""
-    apart: dict[str, list[np.ndarray]] = {"workers": [], "device": []}
+def agreement(images: list[bytes], ratios: Ratios) -> None:
+    """Compare pixels with Pillow's of the same crops, in levels of 255."""
+    differences: dict[str, list[np.ndarray]] = {"workers": [], "device": []}
     for seed in range(AGREEMENT_VIEWS):
         data = images[seed % len(images)]
         image, pixels = decode_image(data), decode_pixels(data)
@@ -184,19 +188,19 @@ def agreement(images: list[bytes], told: Ratios) -> None:
         crop = image.crop((view.left, view.top, view.left + view.width, view.top + view.height))
         plain = crop.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
         plain = plain.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.mirrored else plain
-        for where, found in apart.items():
-            made = TrainTransform(SIZE, AugmentConfig(operations=0, where=where), 1)(pixels, seed)  # type: ignore[arg-type]
-            seen = (made if isinstance(made, torch.Tensor) else made.render("cpu")[:, 0])[0].permute(1, 2, 0).numpy()
-            found.append(np.abs(seen.astype(np.int16) - np.asarray(plain)))
+        for where, values in differences.items():
+            views = TrainTransform(SIZE, AugmentConfig(operations=0, where=where), 1)(pixels, seed)  # type: ignore[arg-type]
+            ours = (views if isinstance(views, torch.Tensor) else views.render("cpu")[:, 0])[0].permute(1, 2, 0).numpy()
+            values.append(np.abs(ours.astype(np.int16) - np.asarray(plain)))
     print(f"\nPixels beside Pillow's of the same {AGREEMENT_VIEWS} crops (levels of 255; RandAugment off)")
-    for where, found in apart.items():
-        mean, largest = float(np.mean(found)), int(np.max(found))
-        told.record(f"augment.where: {where}, mean absolute difference", mean, at_most=0.05)
+    for where, values in differences.items():
+        mean, largest = float(np.mean(values)), int(np.max(values))
+        ratios.record(f"augment.where: {where}, mean absolute difference", mean, at_most=0.05)
         print(f"  largest {largest}")
 
 
 def sharding(images: list[bytes], folder: Path, count: int = 1024) -> None:
-    """MB/s of source read by `ligature shard`, by processes: bytes kept, and reduced to 288 px."""
+    """Print the MB/s of source that `ligature shard` reads, by processes: with bytes kept, and reduced to 288 px."""
     source, size = folder / "source", 0
     source.mkdir()
     for number in range(count):
@@ -206,10 +210,10 @@ def sharding(images: list[bytes], folder: Path, count: int = 1024) -> None:
         size += len(data)
     cores = len(os.sched_getaffinity(0))
     print(
-        f"\nSharding {count:,} images, {size / 1e6:.0f} MB, {cores} cores (wall-clock of the command, its start counts)"
+        f"\nSharding {count:,} images, {size / 1e6:.0f} MB, {cores} cores (wall clock of the command, its start included)"
     )
     for workers in sorted({1, 2, *(n for n in (4, 8, 16) if n <= cores)}):
-        told = []
+        rates = []
         for resize in ([], ["--resize_shorter", "288"]):
             out = folder / f"out-{workers}-{len(resize)}"
             command = [
@@ -223,15 +227,17 @@ def sharding(images: list[bytes], folder: Path, count: int = 1024) -> None:
                 "--workers",
                 str(workers),
             ]
-            began = time.monotonic()
+            start = time.monotonic()
             subprocess.run([*command, "--shard_samples", "64", *resize], check=True, capture_output=True)
-            taken = time.monotonic() - began
-            told.append(f"{size / 1e6 / taken:6.1f} MB/s ({count / taken:5.0f} images/s)")
-        print(f"{workers:2} process{'es' if workers > 1 else '  '}  bytes kept {told[0]}   reduced to 288 px {told[1]}")
+            elapsed = time.monotonic() - start
+            rates.append(f"{size / 1e6 / elapsed:6.1f} MB/s ({count / elapsed:5.0f} images/s)")
+        print(
+            f"{workers:2} process{'es' if workers > 1 else '  '}  bytes kept {rates[0]}   reduced to 288 px {rates[1]}"
+        )
 
 
 def write_folders(images: dict[str, list[bytes]], folder: Path) -> None:
-    """One batch's worth of samples each, to be streamed."""
+    """Write a shard folder for each list of images, to be streamed."""
     for name, encoded in images.items():
         items = [
             CaptionedImage(f"k{number:05}", ["some words"], str(number), lambda data=data: data, "")  # type: ignore[misc]
@@ -242,9 +248,10 @@ def write_folders(images: dict[str, list[bytes]], folder: Path) -> None:
 
 
 def main() -> int:
+    """Measure speed, agreement and sharding; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="rounds that count, of each arm")
-    parser.add_argument("--without-sharding", action="store_true", help="leave out the sharding speeds")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of each arm that count (default 7)")
+    parser.add_argument("--without-sharding", action="store_true", help="leave out the speed of sharding")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -253,16 +260,16 @@ def main() -> int:
     small = [Encoding(288).apply(data)[0] for data in images]
     print(f"{len(images)} images, {sum(map(len, images)) / 1e3 / len(images):.0f} kB each; at 288 px "
           f"{sum(map(len, small)) / 1e3 / len(images):.0f} kB; views of {SIZE} px, torch {torch.__version__}")  # fmt: skip
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         write_folders({"whole": images, "288": small}, folder)
-        told = Ratios()
+        ratios = Ratios()
         for operations in (0, 2):
-            speed(images, small, operations, options.rounds, folder, told)
-        agreement(images, told)
+            speed(images, small, operations, options.rounds, folder, ratios)
+        agreement(images, ratios)
         if not options.without_sharding:
             sharding(images, folder)
-    return told.close()
+    return ratios.close()
 
 
 if __name__ == "__main__":

@@ -2,17 +2,17 @@
 
     python benchmarks/campaigns/coco_protocols.py --captions ../shared/data/annotations/coco/coco_test.json.gz [--out runs/coco_protocols]
 
-No COCO images are needed: 5,000 JPEGs are generated under the real names, beside the real 25,010 captions of the Karpathy test
-split. The weights are random, so the scores must be chance; size, memory and bookkeeping are real:
+No COCO images are needed. 5,000 JPEGs are generated under the real names, beside the real 25,010 captions of the Karpathy test
+split. The weights are random, so the scores must be chance. Size, memory and bookkeeping are real:
 
     all pairs   a small HAT scores every image with every caption: coco_5k with all captions, coco_5k and coco_1k with the first
                 five, and the extended positives
     full size   a HAT with the paper's tokens (784, 196 and 49 regions an image, 768 wide, three levels of every caption kept)
-                re-ranks a shortlist, under coco_1k
+                reranks a shortlist, under coco_1k
 
-Each evaluation is a process of its own; its peak memory (RSS) is printed. Exits 1 where one is above 16 GB, where a count is not
-the protocol's, or where a score is not within reach of chance. About 25 minutes on two quiet cores; `--images 200 --part all`
-is a quick look, under protocol `full`.
+Each evaluation is a process of its own, and its peak memory (RSS) is printed. The exit code is 1 where a peak is above 16 GB, where
+a count is not the protocol's, or where a score is far from chance. It takes about 25 minutes on two quiet cores;
+`--images 200 --part all` is a quick look under protocol `full`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SMALL = ModelConfig(
     codewords=0,
 )
 ALL_PAIRS = HatConfig(levels=[[1, 1], [2, 2]], width=32, frozen_epochs=0)
-# The paper's tokens and widths; shallow, as depth costs time and no memory.
+# The paper's tokens and widths, but shallow: depth costs time and no memory.
 FULL_SIZE = HatConfig(
     encoders="backbones",
     levels=[[1, 2], [2, 3], [3, 4]],
@@ -63,7 +63,11 @@ FULL_SIZE = HatConfig(
 
 
 def prepare(captions: Path, out: Path, count: int) -> tuple[Path, CaptionTokenizer]:
-    """Cut the caption file to `count` images, generate those images, train a tokenizer. -> the cut file, the tokenizer."""
+    """Cut the caption file to `count` images, generate those images and train a tokenizer.
+
+    Returns:
+        The cut caption file, and the tokenizer.
+    """
     raw = captions.read_bytes()
     entries = json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)[:count]
     (out / "images").mkdir(parents=True, exist_ok=True)
@@ -79,30 +83,41 @@ def prepare(captions: Path, out: Path, count: int) -> tuple[Path, CaptionTokeniz
 
 
 def save_random(out: Path, tokenizer: CaptionTokenizer, parts: list[str]) -> dict[str, Path]:
-    """Checkpoints of random weights: a dual head, and the HATs of the parts asked for. -> their folders."""
+    """Write checkpoints of random weights: a dual head, and the HATs of some parts.
+
+    Args:
+        out: where to write.
+        tokenizer: saved with each.
+        parts: `all`, `full` or both.
+
+    Returns:
+        Name of a checkpoint -> its folder.
+    """
     torch.manual_seed(0)
     network = AlignmentModel(SMALL, tokenizer.vocabulary)
     about = describe_model(SMALL, 32, "untrained")
-    made = {"dual": (dict(network.named_parameters()), about)}
+    models = {"dual": (dict(network.named_parameters()), about)}
     for name in parts:
         config = {"all": ALL_PAIRS, "full": FULL_SIZE}[name]
-        own = config.encoders == "checkpoint"
+        uses_checkpoint = config.encoders == "checkpoint"
         encoders: LevelEncoders = (
-            CheckpointEncoders(network) if own else BackboneEncoders(config, tokenizer.vocabulary, start=False)
+            CheckpointEncoders(network)
+            if uses_checkpoint
+            else BackboneEncoders(config, tokenizer.vocabulary, start=False)
         )
-        told = {"head": "hat", "hat": asdict(config), "model": asdict(SMALL) if own else None}
-        made[name] = HatModel(encoders, config).state_dict(), about | told
+        description = {"head": "hat", "hat": asdict(config), "model": asdict(SMALL) if uses_checkpoint else None}
+        models[name] = HatModel(encoders, config).state_dict(), about | description
     folders = {}
-    for name, (weights, told) in made.items():
+    for name, (weights, description) in models.items():
         folders[name] = out / f"{name}-random"
         if not folders[name].exists():
-            write_checkpoint(folders[name], {"model": weights}, {"model": told}, tokenizer.save)
+            write_checkpoint(folders[name], {"model": weights}, {"model": description}, tokenizer.save)
     return folders
 
 
 def evaluate(name: str, out: Path, *arguments: str) -> tuple[dict, float, float]:
-    """One `ligature evaluate`. -> its record, its peak memory in GB, its seconds."""
-    path, began = out / f"{name}.json", time.monotonic()
+    """Run one `ligature evaluate`; return its record, its peak memory in GB, and its seconds."""
+    path, start = out / f"{name}.json", time.monotonic()
     command = [
         sys.executable,
         "-m",
@@ -117,10 +132,11 @@ def evaluate(name: str, out: Path, *arguments: str) -> tuple[dict, float, float]
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{name}: ligature evaluate failed")
-    return read_record(path), usage.ru_maxrss * 1024 / 1e9, time.monotonic() - began
+    return read_record(path), usage.ru_maxrss * 1024 / 1e9, time.monotonic() - start
 
 
 def main() -> int:
+    """Run the evaluations; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=Path, required=True, help="coco_test.json, ALBEF's or BLIP's format")
     parser.add_argument("--out", type=Path, default=Path("runs/coco_protocols"))
@@ -128,17 +144,17 @@ def main() -> int:
     parser.add_argument("--part", choices=["all", "full"], nargs="+", default=["all", "full"])
     parser.add_argument("--shortlist", type=int, default=8)
     options = parser.parse_args()
-    out, fine = options.out, True
+    out, correct = options.out, True
     cut, tokenizer = prepare(options.captions, out, options.images)
     folders = save_random(out, tokenizer, options.part)
-    whole = options.images == 5000
-    five_k, one_k = ("coco_5k", "coco_1k") if whole else ("full", "full")
+    full_split = options.images == 5000
+    five_k, one_k = ("coco_5k", "coco_1k") if full_split else ("full", "full")
     data = ("--data", str(cut), "--images", str(out / "images"))
     first = ("--captions_per_image", "5")
     runs = []
     if "all" in options.part:
         hat = ("--checkpoint", str(folders["all"]))
-        extended = ("--extended", "true") if whole else ()
+        extended = ("--extended", "true") if full_split else ()
         runs += [
             ("all-5k-every-caption", *hat, *data, "--protocol", five_k),
             ("all-5k", *hat, *data, *first, "--protocol", five_k, *extended),
@@ -150,18 +166,20 @@ def main() -> int:
     for name, *arguments in runs:
         record, memory, seconds = evaluate(name, out, *arguments)
         captions = record["captions"]
-        told = f"{record['images']:,} images, {captions:,} captions ({record['captions_per_image']})"
-        print(f"{name}: {record['protocol']}, {told}: {memory:.1f} GB at its peak, {seconds / 60:.1f} min")
-        wanted = 25_010 if name.endswith("every-caption") else 25_000
-        if memory > LIMIT or (whole and captions != wanted):
-            fine = False
-        for way in ("image_to_text", "text_to_image"):
-            found, chance = record[way]["R@10"], record["chance"][way]["R@10"]
-            if found > 5 * chance + 2:
-                print(f"{name}: {way} R@10 is {found:.2f} %, chance is {chance:.2f} %: random weights cannot know that")
-                fine = False
-    print(f"at most {LIMIT:.0f} GB, counts and chance as they must be" if fine else "something is not as it must be")
-    return 0 if fine else 1
+        counts = f"{record['images']:,} images, {captions:,} captions ({record['captions_per_image']})"
+        print(f"{name}: {record['protocol']}, {counts}: {memory:.1f} GB at its peak, {seconds / 60:.1f} min")
+        expected = 25_010 if name.endswith("every-caption") else 25_000
+        if memory > LIMIT or (full_split and captions != expected):
+            correct = False
+        for direction in ("image_to_text", "text_to_image"):
+            recall, chance = record[direction]["R@10"], record["chance"][direction]["R@10"]
+            if recall > 5 * chance + 2:
+                print(
+                    f"{name}: {direction} R@10 is {recall:.2f} %, chance is {chance:.2f} %, and random weights know nothing"
+                )
+                correct = False
+    print(f"at most {LIMIT:.0f} GB, counts and chance as they must be" if correct else "something is wrong, see above")
+    return 0 if correct else 1
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
-"""Do several levels help where a cue is fine, and not only because they are more weights? HAT's claim on drawn scenes.
+"""HAT's claim on drawn scenes: do several levels help where a cue is fine, beyond being more weights?
 
     python -m benchmarks.campaigns.hat_levels --checkpoint runs/demo/pretrain --train SHARDS --validation SHARDS
 
-Every arm of a seed starts from the same checkpoint and sees the same data in the same order; arms differ in HAT's levels alone:
+All arms of a seed start from the same checkpoint and see the same data in the same order. They differ in HAT's levels alone:
 
     levels       three pairs of levels, shallow to deep
     last         the last level
     last_thrice  the last level with three pairs of projections: as many weights as `levels`
-    mean         the three levels, mean tokens compared: no attention
+    mean         the three levels by their mean tokens, without attention
 
-Each is measured on minimal pairs of drawn scenes, chance 50 %: two images and two captions that differ in one group's texture
-(fine, local), or in which group stands where (global), the words being the same. A pair's four comparisons count a quarter each.
-Beside that, the captions of unseen scenes that find their image first among all of them, by what the captions tell.
-The prediction, written before any run: `levels` beats `last_thrice` on texture by more than on layout.
+Each arm is measured on minimal pairs of drawn scenes, where chance is 50 %. The two images and captions of a pair differ in one
+group's texture (fine, local), or in which group stands where (global, the same words). A pair's four comparisons count a quarter
+each. Second, captions of unseen scenes are counted that find their image first among all, by what the captions mention. The
+prediction, written before any run: `levels` beats `last_thrice` on texture by more than on layout.
 
-Results are kept one file a seed and arm, so the same command goes on where it stopped. It prints each arm's mean and, for the
-differences within seeds, a 95 % t interval: `unresolved` where it holds zero.
+Each seed and arm has its own result file, so the same command resumes. It prints each arm's mean and a 95 % t interval of the
+differences within seeds: `unresolved` where it holds zero.
 """
 
 from __future__ import annotations
@@ -49,17 +49,19 @@ Pair = tuple[Scene, str, Scene, str]
 
 
 def phrase(group: Group) -> str:
+    """Return a group in words, with all it has: "two small striped red circles"."""
     shape = group.shape + ("es" if group.shape == "cross" else "s") * (group.count > 1)
     return f"{COUNT[group.count]} {group.size} {group.texture} {group.colour} {shape}"
 
 
-def tell(scene: Scene) -> str:
+def write_caption(scene: Scene) -> str:
+    """Return a scene of two groups in words."""
     assert scene.second is not None
     return f"{phrase(scene.first)} {WHERE[scene.place]} {phrase(scene.second)}"
 
 
 def texture_pairs(count: int) -> list[Pair]:
-    """Scenes that differ in one group's texture; the captions in that one word."""
+    """Return pairs of scenes that differ in one group's texture; their captions differ in that one word."""
     random, pairs = Random("texture pairs"), []
     for scene in scenes("test", count, 0, World(single_share=0.0)):
         assert scene.second is not None
@@ -67,30 +69,33 @@ def texture_pairs(count: int) -> list[Pair]:
         group = getattr(scene, name)
         other = random.choice([texture for texture in ("plain", "striped", "dotted") if texture != group.texture])
         changed = replace(scene, **{name: replace(group, texture=other)})
-        # Scenes put their groups in order; the second caption keeps the first one's, so that one word alone differs.
-        caption = tell(scene)
-        said, new = phrase(group), phrase(replace(group, texture=other))
-        pairs.append((scene, caption, changed, caption.replace(said, new, 1)))
+        # A changed scene may order its groups anew. Its caption keeps the first one's order, so that only one word differs.
+        caption = write_caption(scene)
+        old, new = phrase(group), phrase(replace(group, texture=other))
+        pairs.append((scene, caption, changed, caption.replace(old, new, 1)))
     return pairs
 
 
 def layout_pairs(count: int) -> list[Pair]:
-    """Scenes whose groups have changed places; the captions are of the same words."""
+    """Return pairs of scenes whose groups have changed places; their captions have the same words."""
     pairs = []
     for scene in scenes("test", count, 0, World(single_share=0.0)):
         assert scene.second is not None
         swapped = f"{phrase(scene.second)} {WHERE[scene.place]} {phrase(scene.first)}"
-        pairs.append((scene, tell(scene), scene.swapped(), swapped))
+        pairs.append((scene, write_caption(scene), scene.swapped(), swapped))
     return pairs
 
 
 @torch.no_grad()
 def accuracy(hat: LoadedHat, pairs: list[Pair], size: int) -> float:
-    """Share of right comparisons, percent: each caption with both images, each image with both captions; a tie is half."""
+    """Return the percentage of right comparisons of each caption with both images and each image with both captions.
+
+    A tie counts a half. `size`: pixels a side of the drawings.
+    """
     transform, right = EvaluationTransform(hat.model.encoders.image_size), []
-    for number, (one, caption, other, its) in enumerate(pairs):
-        pictures: list[Image.Image] = [draw(scene, size, number) for scene in (one, other)]
-        ids, mask = hat.tokenizer([caption, its])
+    for number, (scene, caption, other_scene, other_caption) in enumerate(pairs):
+        pictures: list[Image.Image] = [draw(drawn, size, number) for drawn in (scene, other_scene)]
+        ids, mask = hat.tokenizer([caption, other_caption])
         images = hat.model.image_levels(torch.stack([transform(picture) for picture in pictures]))
         scores: Tensor = hat.model.score(images, hat.model.text_levels(ids, mask), mask)
         for better, worse in (((0, 0), (0, 1)), ((0, 0), (1, 0)), ((1, 1), (1, 0)), ((1, 1), (0, 1))):
@@ -98,32 +103,35 @@ def accuracy(hat: LoadedHat, pairs: list[Pair], size: int) -> float:
     return 100 * float(np.mean(right))
 
 
-def tells(caption: Caption) -> str:
-    """The type of a caption: `texture, place`, `texture`, `place` or `neither`."""
+def caption_type(caption: Caption) -> str:
+    """Return what a caption mentions: `texture, place`, `texture`, `place` or `neither`."""
     facts = [fact for fact in ("texture", "place") if any(group.get(fact) for group in caption.groups)]
     return ", ".join(facts) or "neither"
 
 
 @torch.no_grad()
 def found_first(hat: LoadedHat, count: int, size: int) -> dict[str, float]:
-    """Type of caption -> the percent that find their image first among `count`. Other images that a caption fits do not count."""
+    """Return, by type of caption, the percentage that find their image first among `count`.
+
+    Other images that a caption fits do not count against it.
+    """
     drawn, transform = scenes("test", count), EvaluationTransform(hat.model.encoders.image_size)
     pictures = [draw(scene, size, number) for number, scene in enumerate(drawn)]
     images = hat.model.image_levels(torch.stack([transform(picture) for picture in pictures]))
     hits: dict[str, list[float]] = {}
     for number, scene in enumerate(drawn):
-        told = describe(scene)
-        ids, mask = hat.tokenizer([caption.text for caption in told])
+        captions = describe(scene)
+        ids, mask = hat.tokenizer([caption.text for caption in captions])
         scores = hat.model.score(images, hat.model.text_levels(ids, mask), mask)
-        fitting = torch.tensor([[fits(caption, other) for caption in told] for other in drawn])
+        fitting = torch.tensor([[fits(caption, other) for caption in captions] for other in drawn])
         best = scores.masked_fill(fitting, -torch.inf).amax(0)
-        for caption, own, other in zip(told, scores[number], best, strict=True):
-            hits.setdefault(tells(caption), []).append(float(own > other) + 0.5 * float(own == other))
-    return {name: 100 * float(np.mean(found)) for name, found in hits.items()}
+        for caption, own, other in zip(captions, scores[number], best, strict=True):
+            hits.setdefault(caption_type(caption), []).append(float(own > other) + 0.5 * float(own == other))
+    return {name: 100 * float(np.mean(values)) for name, values in hits.items()}
 
 
 def run_arm(name: str, extra: list[str], seed: int, options: argparse.Namespace) -> dict[str, float]:
-    """Fine-tune one arm and measure it, or read what an earlier run left."""
+    """Fine-tune one arm of a seed and measure it, or read the result of an earlier run."""
     result = options.out / f"{name}-{seed}.json"
     if result.exists():
         return json.loads(result.read_text())
@@ -136,28 +144,33 @@ def run_arm(name: str, extra: list[str], seed: int, options: argparse.Namespace)
     command += ["--hat.frozen_epochs", "1", "--hat.encoder_lr_share", "0.5", "--hat.direction", options.direction]
     options.ligature(*command, *extra)
     hat = LoadedHat(options.out / f"{name}-{seed}")
-    found = {
+    figures = {
         "texture": accuracy(hat, texture_pairs(options.pairs), options.size),
         "layout": accuracy(hat, layout_pairs(options.pairs), options.size),
         **{f"first: {name}": share for name, share in found_first(hat, options.pairs, options.size).items()},
     }
-    write_json(result, found)
-    return found
+    write_json(result, figures)
+    return figures
 
 
 def claim_folder(options: argparse.Namespace, free: tuple[str, ...] = ("out", "seeds", "jobs")) -> None:
-    """Make the folder of results and write down what they are results of; refuse one that holds results of other settings."""
+    """Make the folder of results and write its settings down; refuse one that holds results of other settings.
+
+    Args:
+        options: the command line, with `out`.
+        free: options that may change between calls.
+    """
     settings = {key: str(value) for key, value in vars(options).items() if key not in free}
     path = options.out / "settings.json"
     options.out.mkdir(parents=True, exist_ok=True)
-    if path.exists() and (before := json.loads(path.read_text())) != settings:
-        changed = ", ".join(sorted(key for key in settings if settings[key] != before.get(key)))
+    if path.exists() and (old_settings := json.loads(path.read_text())) != settings:
+        changed = ", ".join(sorted(key for key in settings if settings[key] != old_settings.get(key)))
         raise SystemExit(f"{options.out} holds results of other settings ({changed}); give another --out, or remove it")
     write_json(path, settings)
 
 
-def spell(differences: np.ndarray) -> str:
-    """Mean, interval and verdict of differences within seeds."""
+def format_differences(differences: np.ndarray) -> str:
+    """Return the mean of differences within seeds, its 95 % interval, and higher, lower or unresolved."""
     mean = float(differences.mean())
     if len(differences) < 2:
         return f"{mean:+.2f} (one seed: no interval)"
@@ -167,17 +180,20 @@ def spell(differences: np.ndarray) -> str:
 
 
 def half_interval(values: np.ndarray) -> float:
-    """Of the 95 % t interval of the mean of at least two values."""
+    """Return half the width of the 95 % t interval of the mean of two values or more."""
     return float(student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
 
 
 def main() -> int:
+    """Run all arms of all seeds and print the comparison; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("checkpoint", "train", "validation"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/hat_levels"))
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core each with OMP_NUM_THREADS=1")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time; each needs one core with OMP_NUM_THREADS=1"
+    )
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=300)
@@ -187,7 +203,9 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--direction", choices=["image_to_text", "text_to_image"], default="text_to_image")
     parser.add_argument(
-        "--levels", default="[[1,1],[2,2],[2,3]]", help="the pairs of arm `levels`, the last one being the last level"
+        "--levels",
+        default="[[1,1],[2,2],[2,3]]",
+        help="pairs of arm `levels`; the last pair is the level of arm `last`",
     )
     options = parser.parse_args()
     claim_folder(options)
@@ -199,21 +217,21 @@ def main() -> int:
         "last_thrice": ["--hat.levels", json.dumps([last] * count)],
         "mean": ["--hat.levels", options.levels, "--hat.attention", "mean"],
     }
-    places = [(name, arms[name], seed, options) for seed in range(options.seeds) for name in arms]
+    tasks = [(name, arms[name], seed, options) for seed in range(options.seeds) for name in arms]
     with Workers(options.jobs, cli.main) as options.ligature:
-        done = list(side_by_side(lambda place: run_arm(*place), places, options.jobs))
-    found = {name: [one for place, one in zip(places, done, strict=True) if place[0] == name] for name in arms}
-    cues = list(done[0])
-    scores = {name: {cue: np.array([one[cue] for one in runs]) for cue in cues} for name, runs in found.items()}
+        results = list(side_by_side(lambda task: run_arm(*task), tasks, options.jobs))
+    by_arm = {name: [result for task, result in zip(tasks, results, strict=True) if task[0] == name] for name in arms}
+    cues = list(results[0])
+    scores = {name: {cue: np.array([run[cue] for run in runs]) for cue in cues} for name, runs in by_arm.items()}
     print(f"\n{options.seeds} seeds, {options.pairs} pairs a cue, percent right (chance 50)")
-    print(f"first: captions that find their image first of {options.pairs}, by what they tell, percent")
+    print(f"first: captions that find their image first of {options.pairs}, by what they mention, percent")
     for name, measured in scores.items():
         print(f"{name:12}" + "".join(f"  {cue} {values.mean():.1f}" for cue, values in measured.items()))
     for other in ("last_thrice", "last", "mean"):
         gains = {cue: scores["levels"][cue] - scores[other][cue] for cue in cues}
         for cue, gain in gains.items():
-            print(f"levels - {other}, {cue}: {spell(gain)}")
-        print(f"levels - {other}, texture more than layout: {spell(gains['texture'] - gains['layout'])}")
+            print(f"levels - {other}, {cue}: {format_differences(gain)}")
+        print(f"levels - {other}, texture more than layout: {format_differences(gains['texture'] - gains['layout'])}")
     return 0
 
 

@@ -1,33 +1,39 @@
-"""What a fusion model loses when it is taken apart, and what that buys: VLDeformer on drawn scenes.
+"""VLDeformer on drawn scenes: what a fusion model loses when it is decomposed, and how much faster it becomes.
 
     python -m benchmarks.campaigns.vldeformer_scenes --seeds 8
 
-It draws a small world, mostly two objects, of four colours, four shapes and two sizes: in the demo's large one relations are not
-learned at all (docs/shapes.md). Of each seed one joint model is pretrained, then tuned to match each caption against itself with place
-words exchanged, which teaches its fusion encoder who stands where. Its fusion is by cross-attention; `--fusion single_stream` has not
-learned relations in as many steps (docs/retrieval.md). Every arm is of that joint model, with the same data in the same order:
+It draws a small world, mostly two objects, of four colours, four shapes and two sizes. In the demo's larger world relations are not
+learned at all (docs/shapes.md). Each seed has one joint model. It is pretrained, then tuned to match each caption against the same
+caption with place words exchanged, which teaches its fusion encoder who stands where. It fuses by cross-attention;
+`--fusion single_stream` has not learned relations in as many steps (docs/retrieval.md). Every arm starts from that joint model and
+sees the same data in the same order:
 
     dual         its projected features
     fusion       its fusion encoder on every pair
     untuned      its fusion encoder run on each modality alone (the paper's "w/o decompose")
     dual_tuned   its projected features, tuned by contrast for as long as the arms below
-    vldeformer   taken apart and tuned by contrast, no hard negatives
+    vldeformer   decomposed and tuned by contrast, without hard negatives
     hard         the same with altered captions (left and right exchanged among others) and images in the denominators
-    fresh_joint  the same as `vldeformer`, the joint layers' weights made anew
+    fresh_joint  the same as `vldeformer`, with new random weights in the joint layers
     cls          the same as `vldeformer`, [CLS] in place of mean tokens
 
-Measured: `relation`, pairs of scenes that differ only in which group stands where, the captions made of the same words (a bag of
-words has 50 %); a pair's four comparisons count a quarter each. `choice`, a true caption against one with a shape's name
-exchanged, told of an image; the words exchanged in are none that training exchanged in. `words alone`, the same choice against
-the mean of all images: a model that looks has 50 %. And the milliseconds of one query in words over a gallery encoded before.
+Four figures are measured:
+
+    relation      pairs of scenes that differ only in which group stands where, with captions of the same words; a bag of words has
+                  50 %, and a pair's four comparisons count a quarter each
+    choice        an image's true caption against one with a shape's name exchanged, for words that training never put in
+    words alone   the same choice against the mean of all images; a model that looks has 50 %
+    milliseconds  one query in words over a gallery encoded before
 
 The predictions, written before any run: untuned has 50 % on relations; fusion is above vldeformer, and vldeformer above the dual head
-and above fresh_joint; mean tokens are above [CLS]; hard negatives raise `choice`, and `words alone` stays within 45 to 55 %. Made
-fairer later, before the arm it is about was run: the dual head that vldeformer is held against is tuned as long.
+and above fresh_joint; mean tokens are above [CLS]; hard negatives raise `choice`, and `words alone` stays within 45 to 55 %. One
+change came later, before its arm was run: the dual head that vldeformer is compared with is tuned as long.
 
-Results are kept one file a seed and arm, so the same command goes on where it stopped. It prints each arm's mean, 95 % t intervals
-of differences within seeds (`unresolved` where they hold zero), draws accuracy over latency, and makes a page of captions that
+Each seed and arm has its own result file, so the same command resumes. It prints each arm's mean and 95 % t intervals of the
+differences within seeds (`unresolved` where they hold zero). It draws accuracy over latency, and writes a page of captions that
 fusion answers right and VLDeformer wrong.
+
+Tested in tests/finetune/test_vldeformer_scenes.py.
 """
 
 from __future__ import annotations
@@ -43,7 +49,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.campaigns.hat_levels import claim_folder, half_interval, spell
+from benchmarks.campaigns.hat_levels import claim_folder, format_differences, half_interval
 from benchmarks.ratios import clock
 from data_tools.shapes.drawing import draw
 from data_tools.shapes.scenes import SHAPES, World, scenes
@@ -59,7 +65,7 @@ from runtime.figures import new_figure, save_figure
 from runtime.files import write_json
 
 TRAINED, HELD_OUT = ("circle", "square"), ("star", "cross")
-"""Shapes' names that training exchanges in, and those that the choices are made of."""
+"""Names of shapes that training puts in for others, and those that the choices put in."""
 WORLD = World(
     colours=("red", "green", "blue", "yellow"),
     shapes=(*TRAINED, *HELD_OUT),
@@ -70,16 +76,22 @@ WORLD = World(
 
 
 class Matched:
-    """A model's fusion encoder, its images encoded before, as a scorer of all pairs."""
+    """A model's fusion encoder as a scorer of all pairs; its images are encoded before."""
 
     def __init__(self, model: ImageTextModel) -> None:
         self.model = model
 
     def encode_image(self, images: Tensor) -> Tensor:
+        """Return image tokens (images, tokens, width)."""
         return self.model.network.image_encoder(images)
 
     def score(self, tokens: Tensor, captions: list[str]) -> Tensor:
-        """(images, tokens, width), captions -> logits (images, captions); a logit, for a probability of 1 would make ties."""
+        """Return logits (images, captions); probabilities of 1 would make ties.
+
+        Args:
+            tokens: (images, tokens, width).
+            captions: texts.
+        """
         network, (ids, mask) = self.model.network, self.model.tokenizer(captions)
         states, read = network.text_encoder(ids, mask), network.fusion_encoder.prepare_images(tokens)
         image, text = torch.meshgrid(torch.arange(len(tokens)), torch.arange(len(captions)), indexing="ij")
@@ -89,43 +101,51 @@ class Matched:
 
 
 class Embedded:
-    """A dual head or a VLDeformer."""
+    """A dual head or a VLDeformer as a scorer of all pairs."""
 
     def __init__(self, encoder: ImageTextModel | LoadedVLDeformer) -> None:
         self.model = self.encoder = encoder
 
     def encode_image(self, images: Tensor) -> Tensor:
+        """Return image features (images, width)."""
         return self.encoder.encode_image(images)
 
     def score(self, features: Tensor, captions: list[str]) -> Tensor:
+        """Return cosines (images, captions)."""
         return features @ self.encoder.encode_text(captions).T
 
 
 Scorer = Matched | Embedded
 
 
-def look(scorer: Scorer, pictures: list[Image.Image]) -> Tensor:
+def encode_pictures(scorer: Scorer, pictures: list[Image.Image]) -> Tensor:
+    """Return what the scorer keeps of pictures."""
     return scorer.encode_image(torch.stack([scorer.model.transform(picture) for picture in pictures]))
 
 
-def relation(scorer: Scorer, count: int, size: int) -> float:
-    """Percent of right comparisons; a tie is half."""
+def relation_accuracy(scorer: Scorer, count: int, size: int) -> float:
+    """Return the percentage of right comparisons of `count` pairs; a tie counts a half."""
     right = []
     for number, pair in enumerate(relation_pairs(count, world=WORLD)):
         scores = scorer.score(
-            look(scorer, [draw(scene, size, number) for scene, _ in pair]), [told.text for _, told in pair]
+            encode_pictures(scorer, [draw(scene, size, number) for scene, _ in pair]),
+            [caption.text for _, caption in pair],
         )
         for better, worse in (((0, 0), (0, 1)), ((0, 0), (1, 0)), ((1, 1), (1, 0)), ((1, 1), (0, 1))):
             right.append(float(scores[better] > scores[worse]) + 0.5 * float(scores[better] == scores[worse]))
     return 100 * float(np.mean(right))
 
 
-def choices(count: int) -> list[tuple[int, str, str]]:
-    """Numbers of test scenes, a true caption of each, and it with one shape's name exchanged for one not in the scene.
+def make_choices(count: int) -> list[tuple[int, str, str]]:
+    """Return numbers of test scenes, each with a true caption and the same with one shape's name exchanged.
 
-    As many stars become crosses as crosses stars, so whatever goes by the words alone has half of them.
+    The name put in is of a shape that the scene lacks. As many stars become crosses as crosses become stars, so that a model that
+    goes by the words alone has half of them right.
+
+    Raises:
+        ValueError: the scenes hold too few choices.
     """
-    found: dict[str, list[tuple[int, str, str]]] = {name: [] for name in HELD_OUT}
+    by_shape: dict[str, list[tuple[int, str, str]]] = {name: [] for name in HELD_OUT}
     for number, scene in enumerate(scenes("test", 4 * count, world=WORLD)):
         shapes = {group.shape for group in scene.groups} & set(HELD_OUT)
         if len(shapes) != 1:
@@ -133,68 +153,69 @@ def choices(count: int) -> list[tuple[int, str, str]]:
         (name,) = shapes
         other = next(held for held in HELD_OUT if held != name)
         for words in (caption.text.split() for caption in describe(scene)):
-            named = [place for place, word in enumerate(words) if single(word) == name]
-            if len(named) == 1:  # crosses are told as plus signs too: those have no word to exchange
-                place = named[0]
-                bare = words[place].rstrip(",")
-                instead = other + ("es" if other == "cross" else "s") * (bare not in SHAPES)
-                altered = [*words[:place], words[place].replace(bare, instead), *words[place + 1 :]]
-                found[name].append((number, " ".join(words), " ".join(altered)))
+            indices = [index for index, word in enumerate(words) if shape_name(word) == name]
+            if len(indices) == 1:  # crosses are called plus signs too: those have no word to exchange
+                index = indices[0]
+                bare = words[index].rstrip(",")
+                replacement = other + ("es" if other == "cross" else "s") * (bare not in SHAPES)
+                altered = [*words[:index], words[index].replace(bare, replacement), *words[index + 1 :]]
+                by_shape[name].append((number, " ".join(words), " ".join(altered)))
                 break
     half = count // 2
-    if (fewest := min(map(len, found.values()))) < half:
+    if (fewest := min(map(len, by_shape.values()))) < half:
         raise ValueError(f"{4 * count} scenes hold {fewest} choices of each kind, not {half}")
-    return [one for pair in zip(*found.values(), strict=False) for one in pair][: 2 * half]
+    return [item for pair in zip(*by_shape.values(), strict=False) for item in pair][: 2 * half]
 
 
-def single(word: str) -> str:
-    """A shape's name from a word of a caption, which may stand in the plural or before a comma; another word as it is."""
+def shape_name(word: str) -> str:
+    """Return the shape that a word of a caption names, also in the plural or before a comma; return another word as it is."""
     bare = word.rstrip(",")
     return next((name for name in SHAPES if bare in (name, name + "s", name + "es")), word)
 
 
-def choice(scorer: Scorer, count: int, size: int) -> dict[str, float]:
-    """Percent of right choices, with the image and, for embeddings, against the mean image."""
-    told, drawn = choices(count), scenes("test", 4 * count, world=WORLD)
-    features = look(scorer, [draw(drawn[number], size, number) for number, _, _ in told])
-    scores = [scorer.score(features[row, None], [true, altered])[0] for row, (_, true, altered) in enumerate(told)]
-    found = {"choice": share_right(torch.stack(scores))}
+def choice_accuracy(scorer: Scorer, count: int, size: int) -> dict[str, float]:
+    """Return the percentage of right choices with the image, and for embeddings with the mean of all images."""
+    choices, drawn = make_choices(count), scenes("test", 4 * count, world=WORLD)
+    features = encode_pictures(scorer, [draw(drawn[number], size, number) for number, _, _ in choices])
+    scores = [scorer.score(features[row, None], [true, altered])[0] for row, (_, true, altered) in enumerate(choices)]
+    figures = {"choice": share_right(torch.stack(scores))}
     if isinstance(scorer, Embedded):
         mean = features.mean(0, keepdim=True)
-        found["words alone"] = share_right(
-            torch.stack([scorer.score(mean, [true, altered])[0] for _, true, altered in told])
+        figures["words alone"] = share_right(
+            torch.stack([scorer.score(mean, [true, altered])[0] for _, true, altered in choices])
         )
-    return found
+    return figures
 
 
 def share_right(scores: Tensor) -> float:
-    """(choices, 2), the right one first -> percent; a tie is half."""
+    """Return the percentage of right choices; a tie counts a half. `scores`: (choices, 2), the right caption first."""
     return 100 * float(((scores[:, 0] > scores[:, 1]).float() + 0.5 * (scores[:, 0] == scores[:, 1]).float()).mean())
 
 
 def latency(scorer: Scorer, gallery: int, size: int) -> float:
-    """Milliseconds of one query over images encoded before: the median of 15 after 3 to warm up, of this process's own time."""
+    """Return the milliseconds of one query over images encoded before: the median of 15, after 3 that warm up."""
     shown = scenes("test", gallery, world=WORLD)
-    features = look(scorer, [draw(scene, size, number) for number, scene in enumerate(shown)])
+    features = encode_pictures(scorer, [draw(scene, size, number) for number, scene in enumerate(shown)])
     times = []
     for scene in shown[:18]:
-        began = clock()
+        start = clock()
         scorer.score(features, [describe(scene)[0].text])
-        times.append(clock() - began)
+        times.append(clock() - start)
     return 1000 * float(np.median(times[3:]))
 
 
 @torch.no_grad()
 def measure(scorer: Scorer, options: argparse.Namespace) -> dict[str, float]:
+    """Return all figures of one arm and seed."""
     return {
-        "relation": relation(scorer, options.pairs, options.size),
-        **choice(scorer, options.pairs, options.size),
+        "relation": relation_accuracy(scorer, options.pairs, options.size),
+        **choice_accuracy(scorer, options.pairs, options.size),
         "milliseconds": latency(scorer, options.gallery, options.size),
     }
 
 
 def draw_world(options: argparse.Namespace) -> Path:
-    """-> shards of the training scenes."""
+    """Draw the training scenes, and return their shard folder."""
     source, shards = options.out / "source", options.out / "train"
     if not source.exists():
         write_source(source, {"train": options.scenes}, options.size, world=WORLD)
@@ -205,6 +226,7 @@ def draw_world(options: argparse.Namespace) -> Path:
 
 
 def pretrain(seed: int, options: argparse.Namespace) -> Path:
+    """Pretrain a seed's model, and return its run folder."""
     name = f"pretrain-{seed}"
     steps = str(options.pretrain_steps)
     options.ligature(
@@ -219,7 +241,7 @@ def pretrain(seed: int, options: argparse.Namespace) -> Path:
 def tune(
     name: str, seed: int, recipe: str, source: str, steps: int, extra: list[str], options: argparse.Namespace
 ) -> Path:
-    """Fine-tune what run `source` of this seed left. A finished run does nothing."""
+    """Fine-tune the model of a seed's run `source`, and return the new run's folder. A finished run is left as it is."""
     options.ligature(
         "finetune", "--config", recipe, "--name", f"{name}-{seed}", "--runs", str(options.out),
         "--checkpoint", str(options.out / f"{source}-{seed}"), "--dataset", "shapes", "--data.train", str(options.train),
@@ -229,24 +251,25 @@ def tune(
     return options.out / f"{name}-{seed}"
 
 
-def joint(seed: int, options: argparse.Namespace) -> Path:
-    """The joint model of a seed, pretrained and tuned."""
+def make_joint_model(seed: int, options: argparse.Namespace) -> Path:
+    """Pretrain and tune the joint model of a seed, and return its run folder."""
     pretrain(seed, options)
+    # A seed learns relations all at once, or not yet: smaller batches and more weight bring that moment forward.
     sooner = [
         "--training.global_batch",
         "32",
         "--exchanged.weight",
         "3",
-    ]  # relations are learned all at once, or not yet
+    ]
     return tune("joint", seed, "finetune/shapes_relations.yaml", "pretrain", options.joint_steps, sooner, options)
 
 
 def arms(options: argparse.Namespace) -> dict[str, Callable[[int], Scorer]]:
-    """Arm -> what makes its scorer for a seed, the seed's joint model being there."""
-    taken_apart = ["--head", "vldeformer", "--vldeformer.temperature", str(options.temperature)]
-    plain = [*taken_apart, "--vldeformer.negatives.text", "false", "--vldeformer.negatives.image", "false"]
+    """Return for each arm a function that makes its scorer for a seed. The seed's joint model must exist."""
+    decomposed = ["--head", "vldeformer", "--vldeformer.temperature", str(options.temperature)]
+    plain = [*decomposed, "--vldeformer.negatives.text", "false", "--vldeformer.negatives.image", "false"]
     hard = [
-        *taken_apart,
+        *decomposed,
         "--vldeformer.negatives.lexicon",
         "built-in",
         "--vldeformer.negatives.objects",
@@ -272,19 +295,21 @@ def arms(options: argparse.Namespace) -> dict[str, Callable[[int], Scorer]]:
     }
 
 
-def plot(found: dict[str, list[dict[str, float]]], gallery: int, out: Path) -> None:
-    """Accuracy on relations over an arm's median milliseconds a query: a faint dot a seed, their mean with its 95 % t interval."""
-    figure, axes = new_figure(figsize=(8, 4.5))
-    axis = axes[0][0]
-    place = 0.0
-    for name, runs in sorted(found.items(), key=lambda arm: np.median([run["milliseconds"] for run in arm[1]])):
+def plot(figures: dict[str, list[dict[str, float]]], gallery: int, out: Path) -> None:
+    """Draw accuracy on relations over an arm's median milliseconds a query.
+
+    Each seed is a faint dot; each arm's mean has its 95 % t interval.
+    """
+    figure, ((axis,),) = new_figure(figsize=(8, 4.5))
+    x = 0.0
+    for name, runs in sorted(figures.items(), key=lambda arm: np.median([run["milliseconds"] for run in arm[1]])):
         milliseconds = float(np.median([run["milliseconds"] for run in runs]))
-        place = max(milliseconds, 1.09 * place)  # arms as fast as each other stand side by side
+        x = max(milliseconds, 1.09 * x)  # arms of equal speed stand side by side
         right = np.array([run["relation"] for run in runs])
         interval = half_interval(right) if len(right) > 1 else 0.0
-        told = f"{name}: {right.mean():.1f} %, {milliseconds:.3g} ms"
-        colour = axis.errorbar(place, right.mean(), interval, fmt="o", capsize=3, label=told).lines[0].get_color()
-        axis.scatter([place] * len(right), right, s=14, alpha=0.35, color=colour)
+        label = f"{name}: {right.mean():.1f} %, {milliseconds:.3g} ms"
+        colour = axis.errorbar(x, right.mean(), interval, fmt="o", capsize=3, label=label).lines[0].get_color()
+        axis.scatter([x] * len(right), right, s=14, alpha=0.35, color=colour)
     axis.axhline(50, color="grey", linestyle=":", linewidth=1)
     axis.set_xscale("log")
     axis.set_ylim(40, 100)
@@ -295,9 +320,9 @@ def plot(found: dict[str, list[dict[str, float]]], gallery: int, out: Path) -> N
     save_figure(figure, out, dpi=120)
 
 
-def page(options: argparse.Namespace) -> Path:
-    """Captions of new scenes whose image fusion finds and VLDeformer does not, by the first seed's models (the paper's figure 4)."""
-    shown, found = options.out / "shown", options.out / "flips.html"
+def write_flips(options: argparse.Namespace) -> Path:
+    """Write a page of new captions that fusion answers right and VLDeformer wrong, by the first seed (the paper's figure 4)."""
+    shown, page = options.out / "shown", options.out / "flips.html"
     if not shown.exists():
         write_source(shown, {"test": min(100, options.gallery)}, options.size, world=WORLD)
     data = ["--data", str(shown / "captions_test.json"), "--images", str(shown / "images")]
@@ -308,39 +333,42 @@ def page(options: argparse.Namespace) -> Path:
             "evaluate", "--checkpoint", str(options.out / run), *data, "--dataset", "shapes", "--split", "test",
             "--protocol", "full", "--heads", f"[{head}]", "--shortlist", "500", "--save_scores", "true", "--out", records[-1],
         )  # fmt: skip
-    options.ligature("compare", *records, "--page", str(found), *data)
-    return found
+    options.ligature("compare", *records, "--page", str(page), *data)
+    return page
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the campaign; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/vldeformer_scenes"))
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--scenes", type=int, default=3000, help="to train on")
-    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, a core each with OMP_NUM_THREADS=1")
+    parser.add_argument("--scenes", type=int, default=3000, help="scenes to train on (default 3000)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="seeds at a time; each needs one core with OMP_NUM_THREADS=1"
+    )
     parser.add_argument("--pretrain_steps", type=int, default=900)
-    parser.add_argument("--joint_steps", type=int, default=2000, help="of tuning the joint model")
-    parser.add_argument("--steps", type=int, default=250, help="of fine-tuning what was taken apart")
+    parser.add_argument("--joint_steps", type=int, default=2000, help="steps of tuning the joint model (default 2000)")
+    parser.add_argument("--steps", type=int, default=250, help="steps of tuning each arm (default 250)")
     parser.add_argument("--temperature", type=float, default=0.05)
     parser.add_argument("--pairs", type=int, default=300)
     parser.add_argument("--gallery", type=int, default=500)
     parser.add_argument("--size", type=int, default=32, help="pixels a side of the drawings")
     parser.add_argument("--fusion", default="cross_attention", choices=["cross_attention", "single_stream"])
-    parser.add_argument("--arms", nargs="*", help="some of them (default: all)")
+    parser.add_argument("--arms", nargs="*", help="arms to run (default: all)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     claim_folder(options, free=("out", "seeds", "jobs", "arms"))
     with Workers(options.jobs, cli.main) as options.ligature:
-        found = run_arms(options)
-        flips = page(options) if {"fusion", "vldeformer"} <= set(found) else None
-    show(found, options)
+        figures = run_arms(options)
+        flips = write_flips(options) if {"fusion", "vldeformer"} <= set(figures) else None
+    print_results(figures, options)
     if flips:
         print(flips)
     return 0
 
 
 def run_arms(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """Arm -> what was measured of each seed; what stands already is read."""
+    """Measure all arms of all seeds, and return each arm's figures by seed. Earlier results are read."""
     options.train = draw_world(options)
     makers = arms(options)
     names = options.arms or list(makers)
@@ -350,20 +378,21 @@ def run_arms(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
         for name in names:
             result = options.out / f"{name}-{seed}.json"
             if not result.exists():
-                joint(seed, options)
+                make_joint_model(seed, options)
                 write_json(result, measure(makers[name](seed), options))
             measured.append(json.loads(result.read_text()))
         return measured
 
     seeds = list(side_by_side(run_seed, range(options.seeds), options.jobs))
-    return {name: [measured[place] for measured in seeds] for place, name in enumerate(names)}
+    return {name: [measured[index] for measured in seeds] for index, name in enumerate(names)}
 
 
-def show(found: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> None:
+def print_results(figures: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> None:
+    """Print means and differences, and draw the plot. `figures`: arm -> figures of each seed."""
     print(
         f"\n{options.seeds} seeds, {options.pairs} pairs and choices; percent right (chance 50), a gallery of {options.gallery:,}"
     )
-    for name, runs in found.items():
+    for name, runs in figures.items():
         means = {key: np.mean([run[key] for run in runs]) for key in runs[0]}
         print(f"{name:12}" + "".join(f"  {key} {value:6.1f}" for key, value in means.items()))
     for one, other, key in (
@@ -376,11 +405,11 @@ def show(found: dict[str, list[dict[str, float]]], options: argparse.Namespace) 
         ("hard", "vldeformer", "relation"),
         ("hard", "vldeformer", "choice"),
     ):
-        if one in found and other in found:
+        if one in figures and other in figures:
             print(
-                f"{one} - {other}, {key}: {spell(np.array([a[key] - b[key] for a, b in zip(found[one], found[other], strict=True)]))}"
+                f"{one} - {other}, {key}: {format_differences(np.array([a[key] - b[key] for a, b in zip(figures[one], figures[other], strict=True)]))}"
             )
-    plot(found, options.gallery, options.out / "accuracy_latency.png")
+    plot(figures, options.gallery, options.out / "accuracy_latency.png")
     print(f"{options.out / 'accuracy_latency.png'}")
 
 

@@ -5,7 +5,7 @@ from statistics import mean
 import pytest
 import torch
 
-from benchmarks.campaigns.vldeformer_scenes import Embedded, Matched, look
+from benchmarks.campaigns.vldeformer_scenes import Embedded, Matched, encode_pictures
 from data_tools.shapes.drawing import draw
 from data_tools.shapes.scenes import World
 from data_tools.shapes.sentences import relation_pairs
@@ -30,7 +30,7 @@ def accuracy(scorer: Matched | Embedded) -> float:
     right = []
     for number, pair in enumerate(relation_pairs(300, seed=1, world=WORLD)):
         pictures = [draw(scene, SIZE, number) for scene, _ in pair]
-        scores = scorer.score(look(scorer, pictures), [told.text for _, told in pair])
+        scores = scorer.score(encode_pictures(scorer, pictures), [caption.text for _, caption in pair])
         right += [scores[one, one] > scores[pair] for one in (0, 1) for pair in ((one, 1 - one), (1 - one, one))]
     return 100 * mean(float(one) for one in right)
 

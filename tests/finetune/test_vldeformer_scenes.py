@@ -1,4 +1,4 @@
-"""The questions of benchmarks/campaigns/vldeformer_scenes.py: what does not look at the picture gets half of them."""
+"""The campaign benchmarks/campaigns/vldeformer_scenes.py: a model that does not look at the picture gets half of its questions right."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ class BagOfWords:
 
 
 def test_a_bag_of_words_has_half_of_the_relations():
-    assert campaign.relation(BagOfWords(), 20, 32) == 50
+    assert campaign.relation_accuracy(BagOfWords(), 20, 32) == 50
 
 
 def test_a_choice_is_one_name_of_a_shape_that_is_not_there_and_was_not_trained():
-    told = campaign.choices(60)
+    choices = campaign.make_choices(60)
     drawn = scenes("test", 240, world=campaign.WORLD)
-    assert len(told) == 60
-    for number, true, altered in told:
-        (place,) = (i for i, (a, b) in enumerate(zip(true.split(), altered.split(), strict=True)) if a != b)
-        old, new = (campaign.single(caption.split()[place]) for caption in (true, altered))
+    assert len(choices) == 60
+    for number, true, altered in choices:
+        (index,) = (i for i, (a, b) in enumerate(zip(true.split(), altered.split(), strict=True)) if a != b)
+        old, new = (campaign.shape_name(caption.split()[index]) for caption in (true, altered))
         assert {old, new} == set(campaign.HELD_OUT) and not {old, new} & set(campaign.TRAINED)
         shapes = [group.shape for group in drawn[number].groups]
         assert old in shapes and new not in shapes
-        assert true.split()[place].endswith("s") in (
-            altered.split()[place].endswith("s"),
+        assert true.split()[index].endswith("s") in (
+            altered.split()[index].endswith("s"),
             old == "cross",
             new == "cross",
         )
 
 
 def test_a_rule_over_words_has_half_of_the_choices():
-    told = campaign.choices(300)
-    assert len(told) == 300
+    choices = campaign.make_choices(300)
+    assert len(choices) == 300
     for liked in SHAPES:
-        rule = torch.tensor([[float(liked in one), float(liked in other)] for _, one, other in told])
+        rule = torch.tensor([[float(liked in one), float(liked in other)] for _, one, other in choices])
         assert campaign.share_right(rule) == 50
 
 
@@ -66,25 +66,25 @@ def test_the_arms_measure_what_the_model_scores(single, drawn):
     pictures = [campaign.draw(scene, 32) for scene in scenes("test", 3, world=campaign.WORLD)]
     words = ["a red circle", "two blue stars"]
     with torch.no_grad():
-        scores = matched.score(campaign.look(matched, pictures), words)
+        scores = matched.score(campaign.encode_pictures(matched, pictures), words)
         for row, picture in enumerate(pictures):
             expected = model.match([picture, picture], words)
             torch.testing.assert_close(torch.sigmoid(scores[row]), expected, atol=1e-5, rtol=1e-4)
         expected = embedded.encoder.encode_image(pictures) @ embedded.encoder.encode_text(words).T
-        torch.testing.assert_close(embedded.score(campaign.look(embedded, pictures), words), expected)
+        torch.testing.assert_close(embedded.score(campaign.encode_pictures(embedded, pictures), words), expected)
 
 
 def test_a_small_campaign_from_drawing_to_the_plot_and_again(tmp_path, capfd):
     small = ["--seeds", "2", "--scenes", "300", "--pretrain_steps", "2", "--joint_steps", "2", "--steps", "2"]
     small += ["--pairs", "12", "--gallery", "20", "--out", str(tmp_path / "campaign")]
-    told = [*small, "--arms", "dual", "fusion", "untuned", "vldeformer", "hard"]
-    assert campaign.main(told) == 0
+    arguments = [*small, "--arms", "dual", "fusion", "untuned", "vldeformer", "hard"]
+    assert campaign.main(arguments) == 0
     table = capfd.readouterr().out.split("\n2 seeds, 12 pairs")[1]
     assert all(f"\n{arm}" in table for arm in ("dual", "fusion", "untuned", "vldeformer", "hard"))
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "campaign").glob("*/checkpoints/step-*")}
-    assert len(made) == 8 and (tmp_path / "campaign" / "accuracy_latency.png").stat().st_size > 10_000
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "campaign").glob("*/checkpoints/step-*")}
+    assert len(times) == 8 and (tmp_path / "campaign" / "accuracy_latency.png").stat().st_size > 10_000
     assert "fusion of all pairs right, vldeformer" in (tmp_path / "campaign" / "flips.html").read_text()
     (tmp_path / "campaign" / "dual-0.json").unlink()
-    assert campaign.main(told) == 0, "what stands is not made again"
+    assert campaign.main(arguments) == 0, "results that exist are kept"
     assert table.splitlines()[2:6] == capfd.readouterr().out.split("\n2 seeds, 12 pairs")[1].splitlines()[2:6]
-    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert {path: path.stat().st_mtime_ns for path in times} == times
