@@ -1,4 +1,4 @@
-"""What ranks do in the tests of indexing."""
+"""What each rank runs in the tests of indexing."""
 
 from __future__ import annotations
 
@@ -7,4 +7,5 @@ from finetune.search.indexing import build_index
 
 
 def make_index(settings: dict) -> None:
+    """Build an index from the settings of its recipe."""
     build_index(IndexRecipe(**settings))

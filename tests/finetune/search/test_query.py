@@ -1,4 +1,4 @@
-"""`ligature index` ends with the same bytes however often it is killed; `ligature search` answers from it, and refuses in one line."""
+"""`ligature index` ends with the same bytes however often it is killed; `ligature search` answers from it and refuses in one line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from retrieval.index import Index
 from runtime.checkpoint import write_checkpoint
 
 IMAGES = 112
-"""That `drawn` has in its source's folder."""
+"""Images in the source folder of `drawn`."""
 
 
 def settings(pretrained, data, out, **more) -> dict:
@@ -49,7 +49,7 @@ def contents(folder) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def photos(drawn, tmp_path_factory):
-    """The drawn pictures in folders, one of them broken and one no picture."""
+    """The drawn pictures in folders, beside two broken files."""
     folder = tmp_path_factory.mktemp("photos") / "all"
     shutil.copytree(drawn / "source" / "images", folder / "drawn")
     (folder / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut short")
@@ -59,7 +59,7 @@ def photos(drawn, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(pretrained, photos, tmp_path_factory):
-    """An index of the photos that nobody disturbed."""
+    """An index of the photos, made without interruption."""
     out = tmp_path_factory.mktemp("made") / "index"
     assert main(["index", *options(settings(pretrained, photos, out))]) == 0
     return out
@@ -81,10 +81,12 @@ def answer(capsys):
 def test_vectors_are_the_models_own(made, photos, pretrained):
     index, model = Index(made), load_model(pretrained)
     assert len(index) == IMAGES and index.about["images"] == IMAGES + 2
-    told = index.images(np.array([0, 57, IMAGES - 1]))
-    pictures = [Image.open(photos / one["name"]) for one in told]
-    wanted = model.encode_image([upright(one) for one in pictures])
-    torch.testing.assert_close(torch.tensor(np.asarray(index.vectors[[0, 57, IMAGES - 1]])), wanted, atol=1e-6, rtol=0)
+    images = index.images(np.array([0, 57, IMAGES - 1]))
+    pictures = [Image.open(photos / image["name"]) for image in images]
+    expected = model.encode_image([upright(picture) for picture in pictures])
+    torch.testing.assert_close(
+        torch.tensor(np.asarray(index.vectors[[0, 57, IMAGES - 1]])), expected, atol=1e-6, rtol=0
+    )
 
 
 def test_broken_images_are_listed_and_the_rest_indexed(made, pretrained, photos, tmp_path, capsys):
@@ -98,26 +100,26 @@ def killed_at(moment: str, count: int, recipe: dict) -> None:
     """Index in a child process that is killed, as by kill -9, when `moment` comes for the count-th time."""
     child = os.fork()
     if child:
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, f"{moment} {count} came too late"
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, f"{moment} {count} never came"
         return
     try:
-        seen = 0
+        calls = 0
 
-        def dying(function, before):
+        def kill_at_call(function, before):
             def call(*arguments, **more):
-                nonlocal seen
-                seen += 1
-                if seen == count and before:
+                nonlocal calls
+                calls += 1
+                if calls == count and before:
                     os.kill(os.getpid(), signal.SIGKILL)
                 result = function(*arguments, **more)
-                if seen == count:
+                if calls == count:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return result
 
             return call
 
         name = {"part": "rename", "file": "replace"}[moment.split()[1]]
-        setattr(runtime.files.os, name, dying(getattr(os, name), moment.startswith("before")))
+        setattr(runtime.files.os, name, kill_at_call(getattr(os, name), moment.startswith("before")))
         index_jobs.make_index(recipe)
     finally:
         os._exit(1)
@@ -139,12 +141,12 @@ def test_a_killed_index_goes_on_to_the_same_bytes(made, photos, pretrained, tmp_
     for moment, count in kills:
         killed_at(moment, count, recipe)
     assert (out / "index.json").exists() == (kills == MOMENTS[4])
-    stood = len(list(out.glob("parts/part-????????")))
+    committed = len(list(out.glob("parts/part-????????")))
     write = indexing.write_part
-    monkeypatch.setattr(indexing, "write_part", lambda *given: (written.append(given[1]), write(*given)))
+    monkeypatch.setattr(indexing, "write_part", lambda *arguments: (written.append(arguments[1]), write(*arguments)))
     index_jobs.make_index(recipe)
     assert contents(out) == contents(made)
-    assert len(written) == (0 if kills == MOMENTS[4] else 8 - stood)  # what was committed is not done again
+    assert len(written) == (0 if kills == MOMENTS[4] else 8 - committed)  # committed parts are not encoded again
 
 
 def test_two_ranks_make_the_bytes_of_one(gloo_pool, made, photos, pretrained, tmp_path):
@@ -152,7 +154,7 @@ def test_two_ranks_make_the_bytes_of_one(gloo_pool, made, photos, pretrained, tm
     assert contents(tmp_path / "index") == contents(made)
 
 
-def test_files_that_come_while_it_is_made_are_not_of_it(made, photos, pretrained, tmp_path):
+def test_files_added_while_an_index_is_made_are_left_out(made, photos, pretrained, tmp_path):
     recipe = settings(pretrained, photos, tmp_path / "index")
     killed_at("after part", 3, recipe)
     late = photos / "a.png"
@@ -164,7 +166,7 @@ def test_files_that_come_while_it_is_made_are_not_of_it(made, photos, pretrained
     assert contents(tmp_path / "index") == contents(made)
 
 
-def test_what_was_begun_otherwise_does_not_go_on(answer, photos, pretrained, drawn, tmp_path):
+def test_an_index_with_other_settings_is_not_resumed(answer, photos, pretrained, drawn, tmp_path):
     recipe = settings(pretrained, photos, tmp_path / "index")
     killed_at("after part", 1, recipe)
     code, line = answer("index", *options(recipe | {"batch_size": 4}))
@@ -188,7 +190,7 @@ def test_an_index_is_locked_while_it_is_made(answer, photos, pretrained, tmp_pat
     assert code == 1 and "another `ligature index`" in line
 
 
-def test_what_cannot_be_indexed(answer, made, photos, pretrained, other, tmp_path):
+def test_an_index_that_cannot_be_made_is_refused(answer, made, photos, pretrained, other, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     code, line = answer("index", *options(settings(pretrained, photos, tmp_path / "full")))
@@ -230,12 +232,12 @@ def test_a_vldeformer_is_indexed_by_its_own_embeddings(pretrained, photos, tmp_p
     save = start.tokenizer.save
     write_checkpoint(tmp_path / "tuned", {"model": start.model.state_dict()}, {"model": about}, save)
     assert main(["index", *options(settings(tmp_path / "tuned", photos, tmp_path / "index"))]) == 0
-    tuned, made = LoadedVLDeformer(tmp_path / "tuned"), Index(tmp_path / "index")
-    picture = upright(Image.open(photos / made.images(np.array([5]))[0]["name"]))
-    torch.testing.assert_close(torch.tensor(np.array(made.vectors[5])), tuned.encode_image([picture])[0])
-    (found,) = results(capsys, "a red circle", "--index", tmp_path / "index", "--top", 1)
-    scores = np.asarray(made.vectors) @ tuned.encode_text(["a red circle"])[0].numpy()
-    assert found["results"][0]["score"] == pytest.approx(float(scores.max()), abs=1e-6)
+    tuned, index = LoadedVLDeformer(tmp_path / "tuned"), Index(tmp_path / "index")
+    picture = upright(Image.open(photos / index.images(np.array([5]))[0]["name"]))
+    torch.testing.assert_close(torch.tensor(np.array(index.vectors[5])), tuned.encode_image([picture])[0])
+    (result,) = results(capsys, "a red circle", "--index", tmp_path / "index", "--top", 1)
+    scores = np.asarray(index.vectors) @ tuned.encode_text(["a red circle"])[0].numpy()
+    assert result["results"][0]["score"] == pytest.approx(float(scores.max()), abs=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -255,23 +257,23 @@ def results(capsys, *arguments) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_words_find_what_all_cosines_say(made, pretrained, capsys, tmp_path):
+def test_words_find_the_images_with_the_highest_cosines(made, pretrained, capsys, tmp_path):
     (tmp_path / "more.txt").write_text("two blue squares\n")
-    found = results(capsys, "a red circle", "--index", made, "--top", 7, "--queries", tmp_path / "more.txt")
-    assert [one["query"] for one in found] == ["a red circle", "two blue squares"]
+    answers = results(capsys, "a red circle", "--index", made, "--top", 7, "--queries", tmp_path / "more.txt")
+    assert [answer["query"] for answer in answers] == ["a red circle", "two blue squares"]
     vectors = np.asarray(Index(made).vectors, np.float64)
-    for one in found:
-        query = load_model(pretrained).encode_text([one["query"]])[0].double().numpy()
+    for answer in answers:
+        query = load_model(pretrained).encode_text([answer["query"]])[0].double().numpy()
         order = np.argsort(-(vectors @ query), kind="stable")[:7]
-        assert [hit["number"] for hit in one["results"]] == [row["number"] for row in Index(made).images(order)]
-        assert [hit["score"] for hit in one["results"]] == pytest.approx((vectors @ query)[order].tolist(), abs=1e-6)
+        assert [hit["number"] for hit in answer["results"]] == [row["number"] for row in Index(made).images(order)]
+        assert [hit["score"] for hit in answer["results"]] == pytest.approx((vectors @ query)[order].tolist(), abs=1e-6)
 
 
 def test_an_image_finds_itself_first(made, photos, capsys):
     name = Index(made).images(np.array([40]))[0]["name"]
-    (found,) = results(capsys, photos / name, "--index", made, "--top", 3)
-    assert found["kind"] == "image" and found["results"][0]["score"] == pytest.approx(1, abs=1e-5)
-    same = [hit["name"] for hit in found["results"] if hit["score"] > 1 - 1e-5]
+    (answer,) = results(capsys, photos / name, "--index", made, "--top", 3)
+    assert answer["kind"] == "image" and answer["results"][0]["score"] == pytest.approx(1, abs=1e-5)
+    same = [hit["name"] for hit in answer["results"] if hit["score"] > 1 - 1e-5]
     assert name in same
 
 
@@ -279,12 +281,12 @@ def test_a_shard_folders_captions_come_along(pretrained, drawn, tmp_path, capsys
     out, page = tmp_path / "index", tmp_path / "page.html"
     assert main(["index", *options(settings(pretrained, drawn / "test", out))]) == 0
     assert main(["search", "a <b>red</b> circle", "--index", str(out), "--top", "3", "--html", str(page)]) == 0
-    told = Index(out).images(np.arange(24))
-    assert all(one["captions"] for one in told)
+    images = Index(out).images(np.arange(24))
+    assert all(image["captions"] for image in images)
     shown = page.read_text()
     assert shown.count('src="data:image/jpeg;base64,') == 3 and "&lt;b&gt;red" in shown and "<b>red" not in shown
     assert "http" not in shown, "it fetches something"
-    assert any(one["captions"][0] in shown for one in told)
+    assert any(image["captions"][0] in shown for image in images)
 
 
 def test_a_page_without_its_pictures_says_so(made, tmp_path):
@@ -305,16 +307,16 @@ def test_inverted_lists_are_added_to_a_finished_index(made, pretrained, photos, 
     assert main(["search", "a circle", "--index", str(out), "--approximate"]) == 1
     assert "no inverted lists" in capsys.readouterr().err
     assert main(["index", *options(recipe)]) == 0
-    said = capsys.readouterr().out
-    assert "nothing to do" in said and "recall@10 against exact search" in said and "words may find less" in said
+    output = capsys.readouterr().out
+    assert "nothing to do" in output and "recall@10 against exact search" in output and "words may find less" in output
     assert main(["index", *options(recipe)]) == 0
     assert "has its inverted lists already; nothing to do" in capsys.readouterr().out
     assert main(["index", *options(recipe | {"recall": 0.99})]) == 0
-    assert "has its inverted lists" not in capsys.readouterr().out, "another recall asks for others"
-    asked = recipe | {"queries": str(tmp_path / "queries.txt")}
+    assert "has its inverted lists" not in capsys.readouterr().out, "another recall needs other lists"
+    with_queries = recipe | {"queries": str(tmp_path / "queries.txt")}
     for words, again in (("a circle\n", False), ("a circle\n", True), ("a square\n", False)):
         (tmp_path / "queries.txt").write_text(words)
-        assert main(["index", *options(asked)]) == 0
+        assert main(["index", *options(with_queries)]) == 0
         assert ("has its inverted lists already" in capsys.readouterr().out) is again, "the same name, other words"
     (photos / "new.png").write_bytes(b"a photo that came later")
     try:
@@ -327,7 +329,7 @@ def test_inverted_lists_are_added_to_a_finished_index(made, pretrained, photos, 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         ([""], 2, "the query is empty"),
         (["  \n"], 2, "the query is empty"),
@@ -342,10 +344,10 @@ def test_inverted_lists_are_added_to_a_finished_index(made, pretrained, photos, 
     ],
     ids=str,
 )
-def test_mistakes_of_a_search_are_one_line(answer, made, arguments, code, said):
-    place = [] if "--index" in arguments else ["--index", made]
-    found, line = answer("search", *arguments, *place)
-    assert found == code and said in line
+def test_mistakes_of_a_search_are_one_line(answer, made, arguments, code, message):
+    index = [] if "--index" in arguments else ["--index", made]
+    exit_code, line = answer("search", *arguments, *index)
+    assert exit_code == code and message in line
 
 
 def test_an_empty_line_in_a_file_of_queries_is_named(answer, made, tmp_path):
