@@ -53,6 +53,12 @@ def test_no_function_takes_many_parameters():
     assert not {name: count for name, count in counts.items() if count > PARAMETERS}
 
 
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports them by their base name."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_file_has_a_test_that_names_it(path):
     """`x.py` has `test_x.py` on its floor, or its docstring ends by saying which file tests it."""

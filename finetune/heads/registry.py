@@ -8,6 +8,8 @@ To add a head:
 4. Add its recipe to `configs/finetune/` and its test to `tests/finetune/heads/`.
 
 This module imports no torch: a head's own modules load when the head is first used.
+
+Tested in tests/finetune/heads/test_head_registry.py.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ An objective has no parameters of its own. If it needs more of the teacher than 
 `PretrainTask.prepare` calls it (`mask_captions` of `masked_language.py` is the example).
 
 An objective that lives outside this package needs none of these steps: the recipe names its class (`objectives.others`, docs/codis.md).
+
+Tested in tests/pretrain/objectives/test_objective_registry.py.
 """
 
 from __future__ import annotations
