@@ -3,7 +3,7 @@
 `finetune/train.py` drives any `HeadTask`, `finetune/evaluate.py` reads any head's `Scored`. Neither knows which head it
 holds; `finetune/heads/registry.py` says how to add one.
 
-Tested in tests/finetune/heads/test_registry.py.
+Tested in tests/finetune/heads/test_head_registry.py.
 """
 
 from __future__ import annotations
