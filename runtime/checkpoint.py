@@ -122,7 +122,8 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 def _discard(path: Path, staging: Path) -> None:
     """Remove a checkpoint, or a pointer to one, by a rename into `staging`.
 
-    So nobody sees half of it. A process that has lost its lease has lost `staging` too, and removes nothing.
+    Because of the rename, no reader sees half a checkpoint. A process that has lost its lease has lost `staging` too, so its
+    rename fails and it removes nothing.
     """
     discarded = staging / f".{path.name}.discarded"
     shutil.rmtree(discarded, ignore_errors=True)
@@ -168,11 +169,11 @@ class CheckpointFolder:
         return sorted(int(path.name[5:]) for path in self.folder.glob("step-*") if path.name[5:].isdigit())
 
     def newest_valid(self, until: int | None = None) -> Path | None:
-        """Return the newest checkpoint that verifies, or None. It prints why it skips a newer one.
+        """Return the newest checkpoint that verifies, or None. The reason for skipping a newer one is printed to stderr.
 
         Args:
-            until: only checkpoints of this step or before count. The run goes back to the one returned, so checkpoints of
-                later steps are removed; they stay where nothing can be returned.
+            until: last step to consider; None considers every step. With a step, the run goes back to the checkpoint that is
+                returned, so checkpoints of steps after `until` are removed. If none verifies, nothing is removed.
         """
         later = [step for step in self.steps() if until is not None and step > until]
         for step in reversed(self.steps()):
@@ -188,6 +189,7 @@ class CheckpointFolder:
                     for late_step in later:
                         _discard(self.path_of(late_step), staging)
                     write_text(self.folder / "latest", self.path_of(step).name + "\n", staging)
+                    # Names sort as their steps do. A best checkpoint of a later step is one of those just removed.
                     if (self._pointer_target("best") or "") > self.path_of(step).name:
                         _discard(self.folder / "best", staging)
             return self.path_of(step)
@@ -222,6 +224,7 @@ class CheckpointFolder:
             write_text(self.folder / "latest", path.name + "\n", staging)
             if best:
                 write_text(self.folder / "best", path.name + "\n", staging)
+            # A best checkpoint of a later step belongs to the history that this run has left.
             elif (self._pointer_target("best") or "") > path.name:
                 _discard(self.folder / "best", staging)
             past = [other for other in self.steps() if other <= step]
@@ -246,7 +249,7 @@ class CheckpointFolder:
     def try_commit(self, step: int, best: bool, write: Callable[[Path, Path], None]) -> bool:
         """Commit a checkpoint as `commit` does, but survive a disk that is full, read-only or gone.
 
-        It then prints a warning. The run goes on and tries again at its next interval, and older checkpoints stay.
+        On such a disk it prints a warning. The run goes on and tries again at its next interval, and older checkpoints stay.
 
         Returns:
             Whether the checkpoint was saved.

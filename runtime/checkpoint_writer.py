@@ -41,7 +41,7 @@ class CheckpointWriter:
         self._error: BaseException | None = None
 
     def start(self, write: Write | None) -> None:
-        """Begin a write, or nothing for None. `finish` must have ended the previous write."""
+        """Begin a write; None begins none. `finish` must have ended the previous write."""
         assert self._thread is None, "finish comes before start"
         if write is not None:
             self._thread = threading.Thread(target=self._run, args=(write,), name="checkpoint", daemon=True)

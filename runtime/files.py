@@ -52,7 +52,7 @@ def replaced_file(path: Path, staging: Path | None = None) -> Iterator[Path]:
     # A random name, not the process id: several machines or containers may write into one folder.
     temporary = (staging or path.parent) / f".{path.name}.{secrets.token_hex(6)}{PARTIAL}"
     try:
-        # Inside an uncommitted folder create nothing: when that folder is gone, another process has ended the commit.
+        # Create nothing inside an uncommitted folder. If that folder is gone, another process has ended its commit.
         if not any(part.endswith(PARTIAL) for part in path.parent.parts):
             path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -4,9 +4,9 @@
 
 The one folder in `lease/` names the holder, or is called `free` after an orderly end. A process takes over by renaming that
 folder, and the file system lets only one of many do it. The holder prepares its commits in its `work-…` folder and renames
-them from there. What it removes, it first renames into there. The successor removes that folder before it reads anything.
-From then on no rename of its predecessor can succeed, not even one that was checked before and delayed: its source or its
-target is gone.
+them from there. Before it removes something, it renames it into that folder. The successor removes the folder before it reads
+anything. From then on no rename of its predecessor can succeed, because its source or its target is gone. This holds even for a
+rename that passed its check earlier and was delayed.
 
 Who may take over:
 
@@ -123,7 +123,7 @@ class Lease:
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
     def check(self) -> None:
-        """Return where this process still holds the run.
+        """Check that this process still holds the run.
 
         Raises:
             Superseded: another process has taken the run over.
@@ -189,8 +189,8 @@ def take_lease(run: Path) -> Lease:
     lease = Lease(run, holder)
     run.mkdir(parents=True, exist_ok=True)
     while not _try_to_take(lease.folder, holder):
-        pass  # another process was faster: look at the lease as that one left it
-    # Remove the predecessor's unfinished work before reading anything of the run. It can then no longer finish it.
+        pass  # another process was faster; look again at the lease that it left
+    # Remove the predecessor's unfinished work before reading anything of the run, so that it can no longer finish that work.
     for entry in (lease.folder / holder.name).iterdir():
         _remove(entry)
     lease.work.mkdir()
@@ -200,7 +200,7 @@ def take_lease(run: Path) -> Lease:
 
 
 def _try_to_take(folder: Path, me: Holder) -> bool:
-    """Return whether the one entry of `folder` now names `me`; False where another process was faster.
+    """Put `me` into `folder` as its only entry. Return False if another process was faster.
 
     Raises:
         RunHeld: another process holds the lease.
@@ -233,7 +233,7 @@ def _try_to_take(folder: Path, me: Holder) -> bool:
 
 
 def _refuse_living_holder(folder: Path, holder: Holder, me: Holder) -> None:
-    """Return where the holder is dead or has to give way to `me`.
+    """Refuse to take over from a holder that is alive and need not give way to `me`.
 
     Raises:
         RunHeld: the holder is alive.

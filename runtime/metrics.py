@@ -22,8 +22,8 @@ from runtime.lease import Lease
 class MetricsLog:
     """Appends one JSON object per logged step.
 
-    Opened again at `step`, it first removes what an interrupted run logged after that step. A full disk stops nothing:
-    lines wait in memory until the disk takes them, and tensorboard's events end with a warning.
+    A log that is opened again at `step` first removes what an interrupted run logged after that step. A full disk does not
+    stop the run. Lines wait in memory until the disk takes them, and tensorboard's events end with a warning.
     """
 
     def __init__(self, folder: Path, step: int = 0, lease: Lease | None = None) -> None:
@@ -78,7 +78,7 @@ class MetricsLog:
             self._waiting.clear()
             raise
         except (OSError, LigatureError) as error:
-            if len(self._waiting) == 1:
+            if len(self._waiting) == 1:  # warn at the first line that has to wait, not at every one
                 print(f"ligature: WARNING: {self.path}: {error}; its lines wait in memory", file=sys.stderr)
         else:
             self._waiting.clear()

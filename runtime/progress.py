@@ -19,7 +19,7 @@ def format_duration(seconds: float) -> str:
 
 
 class Progress:
-    """A count of finished units of work, shown nowhere. `progress` makes one, or one of the classes below that show it."""
+    """A count of finished units of work that is not shown. `progress` makes one, or one of the subclasses that show it."""
 
     def __init__(self, title: str, total: int, unit: str, done: int) -> None:
         self.title, self.total, self.unit, self.done = title, total, unit, done

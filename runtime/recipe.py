@@ -53,7 +53,7 @@ def read_recipe(kind: type[Recipe], arguments: list[str], command: str) -> Recip
     parser.add_argument(
         "--config", action="config", help="a recipe (YAML); may be given more than once, later ones win"
     )
-    # The parser checks the types. `build_config` makes the dataclasses, so that messages of __post_init__ stay one line.
+    # The parser only checks types. `build_config` builds the dataclasses, so that errors of __post_init__ stay one line.
     parser.add_class_arguments(kind, as_group=False)
     arguments = [part for argument in arguments for part in _split_config_option(argument)]
     for number, argument in enumerate(arguments[:-1]):
@@ -69,10 +69,10 @@ def read_recipe(kind: type[Recipe], arguments: list[str], command: str) -> Recip
 
 
 def build_config(kind: type[Recipe], values: dict[str, Any], prefix: str = "") -> Recipe:
-    """Return a dataclass made from nested dictionaries. The parser's own key `config` is ignored.
+    """Build a dataclass from nested dictionaries. The parser's own key `config` is ignored.
 
     Args:
-        kind: the dataclass; fields that are dataclasses are made in the same way.
+        kind: the dataclass; fields that are dataclasses are built in the same way.
         values: by field name. Missing fields take their defaults.
         prefix: what errors write before a key.
 
@@ -242,7 +242,7 @@ def _group_of(hint: Any) -> Any:
 
 
 def _suggest_key(key: str, keys: list[str]) -> str:
-    """Return `; did you mean …?` with the nearest of `keys` by its whole name, or else by its last part."""
+    """Return `; did you mean …?` with the key nearest to `key` by its whole name, or else by its last part."""
     groups = sorted({known.rsplit(".", 1)[0] for known in keys if "." in known})
     close = difflib.get_close_matches(key, keys + groups, n=1, cutoff=0.7)
     last_part = key.rsplit(".", 1)[-1]

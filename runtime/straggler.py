@@ -13,9 +13,9 @@ from runtime.files import write_json
 from runtime.ranks import Ranks, gather_values
 
 SLOW = 1.5
-"""A rank falls behind when its own work takes more than this many times the median rank's, and `SHARE` holds too."""
+"""A rank falls behind only when its own work takes more than this many times as long as the median rank's."""
 SHARE = 0.1
-"""What its own work takes beyond the median must be more than this share of the step."""
+"""A rank falls behind only when its own work exceeds the median rank's by more than this share of the step."""
 WRITE_EVERY = 60.0
 """Seconds between two writes of `ranks.json`, at least."""
 
@@ -31,7 +31,10 @@ class StragglerWatch:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._data_wait, self._own_work, self._step_seconds, self._count = 0.0, 0.0, 0.0, 0
-        self._named, self._written = -1, -WRITE_EVERY
+        self._reported_rank = -1
+        """The rank that was behind at the last report, -1 for none. It is not printed again while it stays behind."""
+        self._last_write = -WRITE_EVERY
+        """When `ranks.json` was last written, in seconds of the monotonic clock."""
 
     def add(self, data_wait: float, own_work: float, step_seconds: float) -> None:
         """Add a step of this rank.
@@ -66,7 +69,7 @@ class StragglerWatch:
         lost = own_work[slowest] - median
         is_behind = own_work[slowest] > SLOW * median and lost > SHARE * step_seconds
         if self.ranks.first:
-            if is_behind and slowest != self._named:
+            if is_behind and slowest != self._reported_rank:
                 data_wait, _, _, host = rows[slowest]
                 print(
                     f"ligature: rank {slowest} ({host}) falls behind at step {step}: {own_work[slowest]:.3g} s of own work a "
@@ -75,7 +78,7 @@ class StragglerWatch:
                     file=sys.stderr,
                 )
             self._write(step, rows, folder)
-        self._named = slowest if is_behind else -1
+        self._reported_rank = slowest if is_behind else -1
         return {
             "step_seconds": step_seconds,
             "data_wait": statistics.fmean(row[0] for row in rows) / max(step_seconds, 1e-9),
@@ -86,10 +89,10 @@ class StragglerWatch:
 
     def _write(self, step: int, rows: list[tuple[float, float, float, str]], folder: Path) -> None:
         now = time.monotonic()
-        # Where a mount has gone away, writing would create the folder on the disk below it.
-        if now - self._written < WRITE_EVERY or not folder.is_dir():
+        # If the mount has gone away, a write would create the folder on the disk below it.
+        if now - self._last_write < WRITE_EVERY or not folder.is_dir():
             return
-        self._written = now
+        self._last_write = now
         names = ("data_wait_seconds", "own_work_seconds", "step_seconds", "host")
         ranks = [{"rank": rank} | dict(zip(names, row, strict=True)) for rank, row in enumerate(rows)]
         try:

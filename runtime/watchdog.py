@@ -1,7 +1,7 @@
 """The watchdog names a rank that died or hangs within the recipe's limit, and stops the others with what each was doing.
 
-Without it the other ranks wait in a collective until its timeout (30 minutes) or for ever. A thread of each rank writes a beat
-to the store that the ranks joined through. A beat holds the number of beats so far, the number of phases that the main thread
+Without it the other ranks wait in a collective until its timeout (30 minutes) or for ever. A thread on each rank writes a beat
+to the store through which the ranks joined. A beat holds the number of beats so far, the number of phases that the main thread
 has entered, and the phase it is in. Rank 0 reads every rank's beats and the others read rank 0's alone. So a thousand ranks
 cost a thousand small reads per beat.
 
@@ -10,7 +10,7 @@ A rank is lost in one of three ways:
 dead    it has sent no new beat for `MISSED_BEATS` beats
 hung    it beats, but its main thread has entered no new phase for the limit. Where every rank stands still, the others wait
         for the ranks that have entered the fewest phases
-failed  it stopped by an error of its own, and wrote down which
+failed  it stopped because of an error of its own, and its last beat says which
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class Watchdog:
         self._thread.join()
 
     def leave(self, error: BaseException) -> None:
-        """Tell the other ranks, which may be waiting for this one, that it stops by an error.
+        """Tell the other ranks, which may be waiting for this one, that it stops because of an error.
 
         A broken connection is usually another rank's fault. The watching thread then gets time to find out whose, and ends
         this process with that verdict.
@@ -186,7 +186,7 @@ class Watchdog:
             count = self._store.add("left", 1)
             if not self.ranks.first:
                 return
-            # The store ends with this process. Ranks that leave by the same error get time to do so; the rest are told.
+            # The store ends with this process. Ranks that leave because of the same error get time to do so. Then the rest are told.
             deadline = time.monotonic() + 2 * self.beat_seconds
             while count < self.ranks.world and time.monotonic() < deadline:
                 time.sleep(self.beat_seconds / 20)
@@ -205,7 +205,7 @@ class RankStatus:
         self.last_beat = self.last_phase = now
 
     def update(self, beat: dict[str, Any], now: float) -> None:
-        """Take note of the beat that the store holds at `now`, in seconds."""
+        """Record the beat that the store holds at `now`, in seconds."""
         if beat["beats"] != self.beat["beats"]:
             self.last_beat = now
         if beat["phases"] != self.beat["phases"]:
@@ -290,7 +290,7 @@ def _format_spans(ranks: list[int]) -> str:
 
 
 def _innermost_frame(thread: int | None) -> str:
-    """Return where a thread stands in our own code, as `task.py:103 prepare`."""
+    """Return the innermost frame of a thread in our own code, as `task.py:103 prepare`."""
     frame = sys._current_frames().get(thread or 0)
     while frame is not None:
         folder, name = os.path.split(frame.f_code.co_filename)
@@ -305,9 +305,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _device_is_idle(step: int) -> bool:
-    """Return whether the clock measures this rank's work. On a GPU it does so in one step of ten.
+    """Return whether the device has finished, so that the clock measures this rank's work. False in nine of ten GPU steps.
 
-    The host runs ahead of the GPU, so the clock is right only after the host has waited for it, which costs time.
+    The host runs ahead of the GPU, so the clock is right only after the host has waited for it. Waiting costs time.
     """
     import torch
 

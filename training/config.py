@@ -51,10 +51,10 @@ class OptimizerConfig:
         if self.schedule == "epoch":
             if epoch >= 1:
                 return self._cosine(min(1.0, int(epoch) / epochs))
-            # ALBEF tells its scheduler every 100th of 2,000 warm-up iterations, which makes 20 stairs.
+            # ALBEF advances its scheduler once in 100 of its 2,000 warm-up iterations, which makes 20 stairs.
             stair = min(20, step * 20 // max(1, self.warmup_steps))
             return self.warmup_lr + (self.lr - self.warmup_lr) * stair / 20
-        if step < self.warmup_steps:  # the first step is one above `warmup_lr`: at 0 it would be lost
+        if step < self.warmup_steps:  # step + 1, because a first step at a rate of 0 would change nothing
             return self.warmup_lr + (self.lr - self.warmup_lr) * (step + 1) / self.warmup_steps
         return self._cosine((step - self.warmup_steps) / max(1, steps - self.warmup_steps))
 
@@ -125,7 +125,7 @@ class LoopConfig:
     rank_timeout: float = free(600.0)
     """Seconds without progress after which a rank counts as hung and the run stops, naming it. It must exceed the longest
     validation, compilation or part of the start; taking over from a process that vanished takes a minute. A rank that died is
-    noticed within a twentieth of it, and within 30 seconds at most."""
+    noticed after three tenths of this time, or after about 30 seconds if that is sooner."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -29,7 +29,7 @@ class RunContext:
     device: torch.device
     """The device that this rank computes on."""
     watchdog: Watchdog
-    """It hears which phase this rank is in, and stops all ranks when one hangs."""
+    """Records which phase this rank is in, and stops all ranks when one hangs."""
 
 
 def hold_run(recipe: Any, train: Callable[[Any, RunContext], None]) -> Path:

@@ -54,13 +54,13 @@ class TrainingLoop:
         """Train up to the last step and mark the run as finished.
 
         Raises:
-            Interrupted: a rank was asked to stop; the state is saved.
+            Interrupted: a rank was asked to stop; the message says whether the state is saved.
             SickRun: too many steps in a row were sick.
             LigatureError: the last checkpoint cannot be written.
         """
         state, first = self.state, self.context.ranks.first
-        counting = progress(self.context.folder.path.name, self.steps, "steps", state.step, silent=not first)
-        with CheckpointWriter() as self.writer, watch_interrupts() as self.interrupts, counting as self.bar:
+        bar = progress(self.context.folder.path.name, self.steps, "steps", state.step, silent=not first)
+        with CheckpointWriter() as self.writer, watch_interrupts() as self.interrupts, bar as self.bar:
             if self.interrupts.received_on_any_rank():
                 raise Interrupted(
                     f"stopped at step {state.step} of {self.steps}, before a step was taken; the same command goes on"
@@ -115,7 +115,7 @@ class TrainingLoop:
             sick.record(step, float(figures["loss"]), batch["keys"], ranks, self.sick_log)
 
     def go_back(self) -> None:
-        """Restore the last checkpoint before a row of sick steps. The data go on after them. A collective."""
+        """Restore the last checkpoint before a row of sick steps, and continue with the data after them. A collective."""
         state = self.state
         self.wait_for_checkpoint()
         healthy = state.sick.count_return(state.step, self.sick_log)
@@ -145,7 +145,7 @@ class TrainingLoop:
             The new best rsum, or None when it is no better than the best so far.
         """
         state = self.state
-        # A checkpoint that fails to be written takes its rsum with it, so the best is known only after it.
+        # A checkpoint that cannot be written does not count as the best, so wait until its outcome is known.
         self.wait_for_checkpoint()
         self.context.watchdog.enter_phase("validating", state.step)
         validation = self.stage.validate()
@@ -164,7 +164,7 @@ class TrainingLoop:
         state, last = self.state, self.at_last_step
         stopping = self.interrupts.received_on_any_rank()
         improved = new_best is not None
-        # Within a row of sick steps only a stop is saved: the last good checkpoint must not be pushed out.
+        # During a row of sick steps save only when stopping, so that the last good checkpoint is not pushed out.
         due = (improved or state.step % self.config.checkpoint_every == 0) and not state.sick.in_a_row
         if due or last or stopping:
             self.start_checkpoint(new_best)

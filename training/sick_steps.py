@@ -30,14 +30,14 @@ ENOUGH = 4
 
 
 class SickSteps:
-    """Judges steps, counts the skipped ones, and tells when there are too many."""
+    """Judges each step, counts the skipped ones, and knows when too many were sick in a row."""
 
     def __init__(self, config: SickStepConfig) -> None:
         self.config = config
         self.norms: deque[float] = deque(maxlen=config.window)
         self.losses: deque[float] = deque(maxlen=config.window)
         self.streak: list[tuple[float, float]] = []
-        """(loss, gradient norm) of each sick step since the last one that was applied."""
+        """(loss, gradient norm) of each sick step since the last applied step."""
         self.skipped = 0
         """Steps skipped in the history of the present weights. Going back to a checkpoint restores its count."""
         self.returns = 0
@@ -62,7 +62,7 @@ class SickSteps:
         if self.reason:
             self.streak.append((loss, norm))
             if self._is_steeper():
-                self.steeper = f"{self.reason} for {self.in_a_row} steps, and the loss no higher than before: this is its usual now"
+                self.steeper = f"{self.reason} for {self.in_a_row} steps, and the loss is no higher than before; such gradients count as usual from now on"
                 self.reason = ""
                 self.norms.clear()
                 self.losses.clear()

@@ -30,8 +30,8 @@ class LoopState:
     step: int = 0
     """Training steps taken, skipped ones included."""
     best_rsum: float = -1.0
-    """The highest value so far of the figure that chooses the best checkpoint, for retrieval rsum (the sum of six recalls, in
-    percent); -1 before the first validation."""
+    """The highest value so far of the figure that chooses the best checkpoint; -1 before the first validation. For retrieval
+    it is rsum, the sum of six recalls in percent."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the content of `state.json`."""
@@ -61,7 +61,7 @@ class Validation:
 
     @classmethod
     def of_recalls(cls, recalls: dict[str, float]) -> Validation:
-        """Return the validation of a retrieval model: rsum chooses.
+        """Return the validation of a retrieval model, for which rsum chooses the best checkpoint.
 
         Args:
             recalls: R@1, R@5 and R@10 in percent both ways, and rsum, their sum (`retrieval.protocols.recalls`).
