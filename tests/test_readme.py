@@ -34,7 +34,7 @@ def test_links_and_folders_exist():
         assert (ROOT / folder).is_dir(), folder
 
 
-def test_every_command_it_shows_exists():
+def test_every_command_in_the_readme_exists():
     from launch.table import COMMANDS
 
     code = "\n".join(code for language, code in BLOCKS if language in ("bash", "sh"))
@@ -52,7 +52,7 @@ def run(language: str, code: str, folder: Path) -> subprocess.CompletedProcess[s
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT)
 
 
-def test_its_blocks_run_as_written(tmp_path: Path):
+def test_code_blocks_of_the_readme_run_as_written(tmp_path: Path):
     assert [language for language, _ in TO_RUN] == ["bash"] * 4 + ["python"] * 2
     printed = []
     for language, code in TO_RUN:

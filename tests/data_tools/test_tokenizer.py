@@ -96,7 +96,7 @@ def test_the_vocabulary_keeps_to_its_size():
     assert train_tokenizer(CAPTIONS, vocabulary=60, caption_tokens=12).vocabulary == 60
 
 
-def test_letters_are_no_special_tokens(tokenizer):
+def test_only_the_five_special_tokens_are_special(tokenizer):
     assert set(tokenizer.pipeline.get_added_tokens_decoder()) == {0, 1, 2, 3, 4}
 
 
@@ -139,7 +139,7 @@ def test_padding_counts_tokens_not_zeros():
     assert mask.tolist() == [[True, True, True], [True, False, False]]
 
 
-def test_a_tokenizer_that_is_no_berts_is_refused_by_what_it_lacks():
+def test_a_tokenizer_is_refused_by_the_special_tokens_it_lacks():
     with pytest.raises(DataError, match=r"lacks \[PAD\] \[CLS\] \[SEP\] \[MASK\]"):
         CaptionTokenizer(Tokenizer(models.WordPiece(vocab={"[UNK]": 0, "a": 1}, unk_token="[UNK]")), 12)
 
@@ -177,7 +177,7 @@ def test_a_damaged_tokenizer_is_named(tmp_path):
     assert str(tmp_path / "tokenizer.json") in one_line(tmp_path)
 
 
-def test_a_name_the_hub_does_not_give_is_one_line(monkeypatch):
+def test_a_name_missing_from_the_hub_gives_a_one_line_error(monkeypatch):
     def offline(name):
         raise OSError("We couldn't connect to the hub\nto load this file")
 

@@ -126,7 +126,7 @@ def test_a_run_killed_in_mid_save_and_elsewhere_ends_as_if_undisturbed(drawn, tm
 
 
 @pytest.mark.faults
-def test_twenty_kills(drawn, tmp_path):
+def test_a_run_killed_twenty_times_ends_as_if_undisturbed(drawn, tmp_path):
     kinds = [Kill(who, when) for when in ("training", "mid-save") for who in ("all ranks", "rank 0", "rank 1")]
     kills = [*kinds * 3, Kill("all ranks", "starting"), Kill("rank 1", "starting")]
     random.Random(1).shuffle(kills)

@@ -37,7 +37,7 @@ def test_every_objective_is_logged_and_validation_too(demo):
     assert list((demo / "pretrain" / "tensorboard").glob("events.*"))
 
 
-def test_the_same_command_again_says_that_all_is_done(demo, capfd):
+def test_repeating_a_finished_command_reports_that_it_is_done(demo, capfd):
     data = ["--data.train", str(demo / "shards" / "train"), "--data.validation", str(demo / "shards" / "validation")]
     recipe = ["--config", "pretrain/demo.yaml", "--runs", str(demo), *data, "--training.steps", "6"]
     assert main(["launch", "local", "--nproc", "2", "pretrain", *recipe]) == 0
@@ -51,7 +51,7 @@ def test_a_run_folder_of_another_recipe_is_refused(demo, capfd):
     assert "optimizer.lr: 0.0015 -> 0.5" in capfd.readouterr().err
 
 
-def test_five_lines_of_python(demo):
+def test_load_model_encodes_images_and_texts(demo):
     import torch
     from PIL import Image
 

@@ -112,7 +112,7 @@ def test_a_checkpoint_scores_a_caption_file_as_its_shards(pretrained, drawn, tmp
         ({"scores": (24,)}, "scores is float64 of shape"),
     ],
 )
-def test_own_scores_that_do_not_fit_are_one_line(drawn, tmp_path, capfd, arrays, message):
+def test_own_scores_that_do_not_fit_give_a_one_line_error(drawn, tmp_path, capfd, arrays, message):
     random = np.random.default_rng(0)
     np.savez(tmp_path / "own.npz", **{name: random.normal(size=shape) for name, shape in arrays.items()})
     assert own(tmp_path / "own.npz", tmp_path / "s.json", "--data", str(drawn / "test")) == 1
@@ -120,7 +120,7 @@ def test_own_scores_that_do_not_fit_are_one_line(drawn, tmp_path, capfd, arrays,
     assert not (tmp_path / "s.json").exists()
 
 
-def test_a_file_whose_captions_are_in_another_order_than_the_datas_is_refused(drawn, embeddings, tmp_path, capfd):
+def test_a_caption_file_in_another_order_than_the_data_is_refused(drawn, embeddings, tmp_path, capfd):
     image, text = embeddings
     order = np.roll(np.repeat(np.arange(24), 5), 1)
     np.savez(tmp_path / "own.npz", image=image, text=np.roll(text, 1, axis=0), caption_image=order)
@@ -129,7 +129,7 @@ def test_a_file_whose_captions_are_in_another_order_than_the_datas_is_refused(dr
     assert "caption_image differs from" in one_line(capfd)
 
 
-def test_scores_that_are_no_numbers_and_embeddings_without_length_are_refused(drawn, embeddings, tmp_path, capfd):
+def test_nan_scores_and_zero_embeddings_are_refused(drawn, embeddings, tmp_path, capfd):
     image, text = embeddings
     scores = unit(image) @ unit(text).T
     scores[3, 7] = np.nan
@@ -149,7 +149,7 @@ def test_scores_that_are_no_numbers_and_embeddings_without_length_are_refused(dr
     assert "broken.npz cannot be read" in one_line(capfd)
 
 
-def test_cocos_own_names_and_captions_in_the_small(shared_data, tmp_path):
+def test_the_coco_campaign_runs_on_a_few_images_with_real_names_and_captions(shared_data, tmp_path):
     """The campaign of benchmarks/campaigns/coco_protocols.py, cut down: generated images under the real names, a HAT of random weights."""
     path = Path(__file__).parents[2] / "benchmarks" / "campaigns" / "coco_protocols.py"
     spec = importlib.util.spec_from_file_location("coco_protocols", path)
@@ -170,30 +170,30 @@ def test_cocos_own_names_and_captions_in_the_small(shared_data, tmp_path):
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
-def test_a_protocol_for_another_number_of_images_is_refused_before_the_work(pretrained, drawn, tmp_path, capfd):
+def test_a_protocol_for_another_number_of_images_is_refused_before_scoring(pretrained, drawn, tmp_path, capfd):
     assert main(small.evaluate(pretrained, drawn, tmp_path / "s.json", "--protocol", "coco_5k")) == 1
     assert "coco_5k is defined on 5,000 images, not on 24" in one_line(capfd)
 
 
-def test_a_gpus_precision_is_refused_on_a_cpu(pretrained, drawn, tmp_path, capfd):
+def test_tf32_is_refused_on_a_cpu(pretrained, drawn, tmp_path, capfd):
     assert main(small.evaluate(pretrained, drawn, tmp_path / "scores.json", "--precision", "tf32")) == 2
     assert "precision is tf32, which a GPU computes in, and this runs on the cpu" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("more", [["--heads", "[dual, fusion]"], ["--shortlist_from", "runs/dual"]], ids=str)
-def test_extended_positives_are_not_of_lists_within_folds(pretrained, drawn, tmp_path, capfd, more):
+def test_extended_positives_are_refused_for_shortlists_within_folds(pretrained, drawn, tmp_path, capfd, more):
     asked = ["--extended", "true", "--protocol", "coco_1k", *more]
     assert main([*small.evaluate(pretrained, drawn, tmp_path / "s.json"), *asked]) == 2
     assert "use --protocol coco_5k" in one_line(capfd)
 
 
-def test_extended_positives_of_other_data_are_refused_before_the_work(pretrained, drawn, tmp_path, capfd):
+def test_extended_positives_of_other_data_are_refused_before_scoring(pretrained, drawn, tmp_path, capfd):
     pytest.importorskip("eccv_caption")
     assert main(small.evaluate(pretrained, drawn, tmp_path / "s.json", "--extended", "true")) == 1
     assert "are for COCO's Karpathy test split" in capfd.readouterr().err and not (tmp_path / "s.json").exists()
 
 
-def test_selecting_on_a_test_split_is_refused_unless_insisted_on(pretrained, drawn, tmp_path, capfd):
+def test_selecting_on_a_test_split_is_refused_unless_forced(pretrained, drawn, tmp_path, capfd):
     with pytest.raises(RecipeError, match=r"captions_test.json', a test split.*insist with --data.select_on_test true"):
         validation_collection(drawn / "test", False)
     assert len(validation_collection(drawn / "test", True)) == 24
@@ -244,7 +244,7 @@ def test_shortlists_stay_within_their_fold():
     assert ceiling["recall"]["image_to_text"] == pytest.approx(100 * np.mean(held))
 
 
-def test_extended_positives_have_their_numbers_in_the_test_files_order(shared_data):
+def test_extended_positives_are_numbered_in_the_test_files_order(shared_data):
     """The package numbers captions; a caption file has none. Its images are in the file's order, its captions too, as far as
     another copy of the annotations (a part of val2014) shows."""
     eccv = pytest.importorskip("eccv_caption")

@@ -31,7 +31,7 @@ def weights(folder):
     return dict(load_model(folder).network.named_parameters())
 
 
-def test_fine_tuning_that_was_stopped_ends_as_if_it_had_not_been(pretrained, drawn, tmp_path, monkeypatch):
+def test_stopped_and_resumed_fine_tuning_equals_an_uninterrupted_run(pretrained, drawn, tmp_path, monkeypatch):
     assert tune(pretrained, drawn, tmp_path / "whole") == 0
     # The first attempt dies at the fourth step, after the checkpoint of the second.
     import finetune.train as stage
@@ -59,7 +59,7 @@ def test_fine_tuning_that_was_stopped_ends_as_if_it_had_not_been(pretrained, dra
     assert load_model(tmp_path / "whole" / "finetune").training == "fine-tuned-on shapes"
 
 
-def test_a_fusion_head_that_was_not_tuned_is_told_of_when_it_scores(pretrained, drawn, tmp_path, capsys):
+def test_scoring_by_an_untuned_fusion_head_prints_a_note(pretrained, drawn, tmp_path, capsys):
     for name, weight in (("tuned", "1"), ("untuned", "0")):
         command = small.finetune(pretrained, drawn, tmp_path, "--name", name, "--matching_weight", weight, steps=1)
         assert main(command) == 0
@@ -71,7 +71,7 @@ def test_a_fusion_head_that_was_not_tuned_is_told_of_when_it_scores(pretrained, 
         assert said == (name == "untuned") == ("fusion_tuned" in read_json(scores))
 
 
-def test_without_matching_the_fusion_head_stays_as_it_was(pretrained, drawn, tmp_path):
+def test_without_matching_the_fusion_head_does_not_change(pretrained, drawn, tmp_path):
     assert tune(pretrained, drawn, tmp_path, "--matching_weight", "0") == 0
     before, after = weights(pretrained), weights(tmp_path / "finetune")
     moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
@@ -80,7 +80,7 @@ def test_without_matching_the_fusion_head_stays_as_it_was(pretrained, drawn, tmp
 
 
 @pytest.mark.parametrize("head", ["dual", "hat", "vldeformer"])
-def test_activations_computed_again_train_the_same_model(head, pretrained, drawn, tmp_path, monkeypatch):
+def test_activation_checkpointing_trains_the_same_model(head, pretrained, drawn, tmp_path, monkeypatch):
     """With dropout, which must draw the same again."""
     from pretrain.model import activations
 
@@ -146,7 +146,7 @@ def test_a_recipe_that_cannot_be_run_names_its_key(kind, values, named):
         kind(**values)
 
 
-def test_ranks_that_srun_started_alone_train_one_model(pretrained, drawn, tmp_path):
+def test_ranks_started_by_srun_train_one_model(pretrained, drawn, tmp_path):
     """As under `srun ligature finetune`, without torchrun's variables, which are the only ones accelerate knows."""
     command = [sys.executable, "-m", "launch.cli", *small.finetune(pretrained, drawn, tmp_path / "srun", steps=2)]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "SLURM_NTASKS": "2", "OMP_NUM_THREADS": "1"}
@@ -159,7 +159,7 @@ def test_ranks_that_srun_started_alone_train_one_model(pretrained, drawn, tmp_pa
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_what_the_dual_head_cannot_train_is_left_out_or_refused(drawn, tmp_path, capsys):
+def test_parts_the_dual_head_cannot_train_are_left_out_or_refused(drawn, tmp_path, capsys):
     levels = ["--model.levels", "[[1,1]]", "--objectives.levels.weight", "0.5", "--name", "levels"]
     small.pretrain(tmp_path, drawn, *levels)
     task = DualTask(FinetuneRecipe(checkpoint=str(tmp_path / "levels"), dataset="shapes"))

@@ -24,11 +24,11 @@ class BagOfWords:
         return torch.tensor([[float(sum(map(hash, caption.split())) % 1000) for caption in captions]] * len(features))
 
 
-def test_a_bag_of_words_has_half_of_the_relations():
+def test_a_bag_of_words_gets_half_of_the_relations_right():
     assert campaign.relation_accuracy(BagOfWords(), 20, 32) == 50
 
 
-def test_a_choice_is_one_name_of_a_shape_that_is_not_there_and_was_not_trained():
+def test_a_choice_offers_one_absent_untrained_shape():
     choices = campaign.make_choices(60)
     drawn = scenes("test", 240, world=campaign.WORLD)
     assert len(choices) == 60
@@ -45,7 +45,7 @@ def test_a_choice_is_one_name_of_a_shape_that_is_not_there_and_was_not_trained()
         )
 
 
-def test_a_rule_over_words_has_half_of_the_choices():
+def test_a_rule_over_words_gets_half_of_the_choices_right():
     choices = campaign.make_choices(300)
     assert len(choices) == 300
     for liked in SHAPES:
@@ -53,7 +53,7 @@ def test_a_rule_over_words_has_half_of_the_choices():
         assert campaign.share_right(rule) == 50
 
 
-def test_ties_are_half():
+def test_a_tie_counts_half():
     assert campaign.share_right(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [3.0, 1.0]])) == 62.5
 
 
@@ -74,7 +74,7 @@ def test_the_arms_measure_what_the_model_scores(single, drawn):
         torch.testing.assert_close(embedded.score(campaign.encode_pictures(embedded, pictures), words), expected)
 
 
-def test_a_small_campaign_from_drawing_to_the_plot_and_again(tmp_path, capfd):
+def test_a_small_campaign_runs_from_drawing_to_plot_and_keeps_its_results(tmp_path, capfd):
     small = ["--seeds", "2", "--scenes", "300", "--pretrain_steps", "2", "--joint_steps", "2", "--steps", "2"]
     small += ["--pairs", "12", "--gallery", "20", "--out", str(tmp_path / "campaign")]
     arguments = [*small, "--arms", "dual", "fusion", "untuned", "vldeformer", "hard"]

@@ -61,7 +61,7 @@ def test_a_missing_caption_file_is_named(answer, tmp_path):
     assert code == 1 and str(tmp_path / "captions.json") in line
 
 
-def test_sharding_without_out_says_so(answer):
+def test_sharding_without_out_is_refused(answer):
     code, line = answer("shard", "captions.json")
     assert code == 2 and "out" in line
 
@@ -77,12 +77,12 @@ def test_a_missing_shard_folder_is_named(answer, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["inspect", "plot", "launch", "shapes"])
-def test_a_command_without_what_it_needs_says_so(answer, command):
+def test_a_command_without_a_required_option_is_refused(answer, command):
     code, line = answer(command)
     assert code == 2 and f"{command}: " in line and f"ligature {command} --help" in line
 
 
-def test_a_wrong_option_of_the_demo_is_one_line(answer):
+def test_a_wrong_option_of_the_demo_gives_a_one_line_error(answer):
     code, line = answer("demo", "--image", "3")
     assert code == 2 and "--image" in line
 
@@ -97,7 +97,7 @@ def test_a_shard_folder_is_described(drawn, capsys):
     [(LigatureError, 1), (DataError, 1), (RecipeError, 2), (Interrupted, 75)],
     ids=lambda value: str(value),
 )
-def test_an_error_is_one_line_and_its_exit_code(answer, monkeypatch, error, code):
+def test_an_error_gives_a_one_line_error_and_its_exit_code(answer, monkeypatch, error, code):
     def fail(arguments):
         raise error("what is wrong\n  and what to do")
 
@@ -111,7 +111,7 @@ def test_other_ranks_say_who_they_are(capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("ligature (rank 3): ")
 
 
-def test_a_full_disk_is_one_line(answer, monkeypatch):
+def test_a_full_disk_gives_a_one_line_error(answer, monkeypatch):
     def fail(arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/metrics.jsonl")
 
@@ -120,7 +120,7 @@ def test_a_full_disk_is_one_line(answer, monkeypatch):
     assert code == 1 and "No space left" in line and "runs/x/metrics.jsonl" in line
 
 
-def test_a_place_that_cannot_be_written_is_one_line(answer, monkeypatch):
+def test_an_unwritable_path_gives_a_one_line_error(answer, monkeypatch):
     monkeypatch.setattr("launch.commands.demo.run", lambda arguments: os.mkdir(f"{__file__}/runs"))
     code, line = answer("demo")
     assert code == 1 and "Not a directory" in line and f"{__file__}/runs" in line and "name a place" in line
@@ -154,7 +154,7 @@ def test_the_process_leaves_with_the_exit_code_and_the_line():
     assert result.stderr == "ligature: no command `pretrian`; did you mean pretrain?\n"
 
 
-def test_a_reader_that_goes_away_is_no_error():
+def test_a_closed_output_pipe_is_no_error():
     """`ligature --help | head -1`"""
     read, write = os.pipe()
     os.close(read)

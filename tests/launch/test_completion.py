@@ -14,7 +14,7 @@ def empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def test_completion_knows_commands_and_keys(capsys, tmp_path):
+def test_completion_offers_commands_and_keys(capsys, tmp_path):
     assert main(["--completion", "bash"]) == 0
     (tmp_path / "ligature.sh").write_text(capsys.readouterr().out)
 

@@ -40,13 +40,13 @@ def test_the_plan_needs_no_torch():
         (["--optimizer.lrr", "1"], "did you mean optimizer.lr?"),
     ],
 )
-def test_a_mistake_is_one_line(capsys, change, says):
+def test_a_mistake_gives_a_one_line_error(capsys, change, says):
     assert main([*PLAN, *change]) == 2
     said = capsys.readouterr().err
     assert says in said and said.count("\n") == 1
 
 
-def test_zero_divides_what_it_says():
+def test_zero_divides_the_stated_parts():
     budget = Budget(PretrainRecipe(), 8)
     memory = {stage: budget.memory(stage, 64) for stage in range(4)}
     assert memory[1]["moments"] * 64 == memory[0]["moments"] == 8 * budget.total_parameters

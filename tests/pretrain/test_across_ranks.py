@@ -19,7 +19,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
-def test_two_ranks_compute_what_one_process_does_with_all_of_the_batch(gloo_pool, lone_process, changes):
+def test_two_ranks_compute_the_same_as_one_process_with_the_whole_batch(gloo_pool, lone_process, changes):
     told = gloo_pool.run(across_ranks_jobs.gradients, changes)
     losses, gradients, plan, queue = lone_process.run(
         across_ranks_jobs.gradients, changes | {"training__micro_batch": 16}

@@ -77,7 +77,7 @@ def close_to_scale(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found / scale, wanted / scale, atol=1e-5, rtol=0)
 
 
-def test_every_tensor_of_the_checkpoint_has_a_place(albef):
+def test_every_tensor_of_the_checkpoint_is_mapped(albef):
     student = albef.read.student
     assert set(student) == {name for name, _ in albef.model.named_parameters()} - {"temperature.logit"}
     assert set(albef.read.teacher) == set(albef.teacher().averages)
@@ -85,7 +85,7 @@ def test_every_tensor_of_the_checkpoint_has_a_place(albef):
     assert torch.equal(tied, student["text_encoder.words.weight"])
 
 
-def test_encoders(albef):
+def test_encoders_give_albefs_features(albef):
     tokens = albef.model.image_encoder.vit(albef.image)
     states = albef.model.text_encoder(albef.text.ids, albef.text.mask)
     close(tokens, albef.expected["image_tokens"])
@@ -94,7 +94,7 @@ def test_encoders(albef):
     close(albef.model.text_features(states), albef.expected["text_feature"])
 
 
-def test_fusion_and_heads(albef):
+def test_fusion_and_heads_give_albefs_outputs(albef):
     tokens = albef.model.image_encoder.vit(albef.image)
     fused = albef.fuse(albef.model, tokens, albef.text.ids)
     close(fused[albef.text.mask], albef.expected["fusion_tokens"][albef.text.mask])
@@ -105,7 +105,7 @@ def test_fusion_and_heads(albef):
     close_to_scale(logits[albef.text.mask], albef.expected["mlm_logits"][albef.text.mask])
 
 
-def test_the_teacher_after_one_update(albef):
+def test_the_teacher_equals_albefs_after_one_update(albef):
     teacher = albef.teacher()
     close(teacher.averages["image_projection.weight"], albef.expected["teacher_vision_proj_after_update"])
     tokens = teacher.model.image_encoder.vit(albef.image)
@@ -116,7 +116,7 @@ def test_the_teacher_after_one_update(albef):
     close_to_scale(logits[albef.text.mask], albef.expected["mlm_teacher_logits"][albef.text.mask])
 
 
-def test_weights_of_hard_negatives(albef):
+def test_weights_of_hard_negatives_equal_albefs(albef):
     """Draws at 200,000 even points of the unit interval count the weights out."""
     points, size = 200_000, albef.sizes["batch"]
     draws = ((torch.arange(points, dtype=torch.float64) + 0.5) / points)[:, None].expand(-1, size)
@@ -174,7 +174,7 @@ def losses(albef: Albef) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("name", "figure"), [("itc", "loss_itc"), ("itm", "loss_itm_matched_and_rolled"), ("mlm", "loss_mlm")]
 )
-def test_losses_and_the_gradient_of_every_parameter(albef, name, figure):
+def test_losses_and_all_gradients_equal_albefs(albef, name, figure):
     found = losses(albef)[name]
     close(found, albef.expected[figure])
     theirs = {

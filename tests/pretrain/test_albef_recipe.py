@@ -60,12 +60,12 @@ def test_local_keys_are_the_micro_batchs_own_and_the_queue():
             either.finish((name, p.data) for name, p in either.student.model.named_parameters())
 
 
-def test_local_keys_do_not_go_with_what_needs_global_ones():
+def test_local_keys_are_refused_beside_objectives_that_need_global_keys():
     with pytest.raises(RecipeError, match=r"teacher\.keys is local"):
         tiny.recipe(teacher__keys="local", objectives__matching={"negatives": "all_ranks"})
 
 
-def test_separators_are_chosen_where_asked_and_nowhere_else():
+def test_separators_are_masked_only_where_configured():
     tokenizer = tiny.tokenizer()
     ids, mask = tiny.captions(500, torch.Generator().manual_seed(0))
     text, positions = TextBatch(ids, mask), torch.arange(500)

@@ -24,7 +24,7 @@ def budget(**changes) -> Budget:
 
 
 @pytest.mark.parametrize("changes", SHAPES)
-def test_parameters_are_the_models(changes):
+def test_counted_parameters_equal_the_models(changes):
     counted = budget_jobs.parameters(tiny.model(tiny.recipe(**changes)))
     planned = budget(**changes)
     assert (planned.total_parameters, planned.teacher) == counted
@@ -42,13 +42,13 @@ def test_flops_are_torchs_count_within_2_percent(lone_process, changes):
 
 
 @pytest.mark.parametrize("changes", SHAPES)
-def test_activations_are_what_autograd_keeps(lone_process, changes):
+def test_planned_activations_match_what_autograd_keeps(lone_process, changes):
     """Within 15 %: softmaxes of attention, norms' statistics and the like are left out."""
     kept = lone_process.run(budget_jobs.saved_bytes, changes)[0]
     assert budget(**changes).activation_bytes == pytest.approx(kept, rel=0.15)
 
 
-def test_a_layer_that_is_not_there_is_not_the_largest():
+def test_an_absent_layer_is_not_the_largest():
     one = {"model__fusion": {"kind": "single_stream", "layers": 1}}
     kept, again = budget(**one).activation_bytes, budget(**one, **AGAIN).activation_bytes
     assert again < kept
@@ -75,12 +75,12 @@ LARGER = {
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_memory_is_a_measured_runs_within_15_percent(stage):
+def test_planned_memory_matches_a_measured_run_within_15_percent(stage):
     changes = LARGER | {"training__zero_stage": stage}
     assert planned_peak(changes, stage) == pytest.approx(measured_peak(changes), rel=0.15)
 
 
-def test_activations_computed_again_save_what_a_measured_run_saves_within_20_percent():
+def test_planned_savings_of_recomputed_activations_match_a_run_within_20_percent():
     """Of a model with many tokens and little width, whose activations are half of its memory."""
     changes = LARGER | {"model__image__patch": 4, "model__image__width": 192, "model__image__depth": 12}
     changes["training__zero_stage"] = 0

@@ -9,9 +9,7 @@ import torch
 
 @pytest.mark.parametrize(("count", "each"), [(5, 2), (1, 1), (3, 1), (4, 5)], ids=str)
 @pytest.mark.parametrize("keep_tokens", [True, False], ids=["tokens too", "features alone"])
-def test_two_ranks_encode_what_one_does_even_where_one_has_nothing_to_do(
-    gloo_pool, lone_process, count, each, keep_tokens
-):
+def test_two_ranks_encode_like_one_even_where_one_rank_is_idle(gloo_pool, lone_process, count, each, keep_tokens):
     (alone,) = lone_process.run(encode_jobs.encode, count, each, keep_tokens)
     for together in gloo_pool.run(encode_jobs.encode, count, each, keep_tokens):
         assert together.keys() == alone.keys()

@@ -89,7 +89,7 @@ def test_offloading_the_optimizer_changes_rounding_alone(runs, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_activations_computed_again_are_the_same(runs, stage):
+def test_recomputed_activations_are_the_same(runs, stage):
     results, expected = (
         runs(2, stage, training__checkpoint_activations=True, model__text__dropout=0.1),
         runs(2, 1, model__text__dropout=0.1),
@@ -275,7 +275,7 @@ def test_a_checkpoint_of_two_ranks_loads_on_three_and_four(checkpoint, larger_po
         assert losses_of(results) == pytest.approx(after, rel=1e-5 if precision == "fp32" else 2e-2)
 
 
-def test_where_plans_start_is_in_the_checkpoint(lone_process, tmp_path):
+def test_starting_potentials_of_plans_are_in_the_checkpoint(lone_process, tmp_path):
     warm = changes(1, transport__warm_start=True, **WORLDS)
     whole, cold = (
         losses_of(lone_process.run(engine_jobs.train, recipe, 4)[0]) for recipe in (warm, changes(1, **WORLDS))
@@ -294,7 +294,7 @@ def test_a_checkpoint_of_two_ranks_loads_on_one(checkpoint, lone_process):
         assert losses_of(results) == pytest.approx(after, rel=1e-5 if precision == "fp32" else 2e-2)
 
 
-def test_digests_tell_a_tensor_that_was_reset(checkpoint, lone_process):
+def test_digests_detect_a_tensor_that_was_reset(checkpoint, lone_process):
     precision, folder, digests, _ = checkpoint
     fresh = lone_process.run(engine_jobs.train, changes(1, precision, **WORLDS), 0)[0].state
     results = engine_jobs.digests(fresh)

@@ -26,7 +26,7 @@ def numbers_in(queue: FeatureQueue) -> list[int]:
 
 @pytest.mark.parametrize("length", [1, 5, 7, 24])
 @pytest.mark.parametrize("sizes", [[3] * 20, [1, 2, 5, 4], [7, 7, 7], [30, 1, 50, 2], [5], [24, 24], [1]])
-def test_it_holds_the_newest_entries_whatever_the_batch_sizes(length, sizes):
+def test_the_queue_holds_the_newest_entries_for_any_batch_sizes(length, sizes):
     queue, arrived = FeatureQueue(length, 3), 0
     for size in sizes:
         queue.enqueue(*entries(arrived, size))
@@ -35,14 +35,14 @@ def test_it_holds_the_newest_entries_whatever_the_batch_sizes(length, sizes):
         assert queue.filled == min(length, arrived)
 
 
-def test_it_wraps_around_and_overwrites_the_oldest():
+def test_the_queue_wraps_around_and_overwrites_the_oldest():
     queue = FeatureQueue(5, 3)
     queue.enqueue(*entries(0, 4))
     queue.enqueue(*entries(4, 3))
     assert numbers_in(queue) == [5, 6, 2, 3, 4] and queue.pointer == 2
 
 
-def test_a_cold_queue_offers_only_what_was_put_in():
+def test_a_new_queue_offers_only_added_entries():
     queue = FeatureQueue(8, 3)
     assert [len(part) for part in kept(queue)] == [0, 0, 0]
     queue.enqueue(*entries(0, 3))
@@ -59,7 +59,7 @@ def test_a_queue_of_length_0_stays_empty():
 
 
 @pytest.mark.parametrize("before", [0, 3, 5, 8])
-def test_its_state_goes_round_and_the_copy_goes_on_alike(before):
+def test_a_queue_restored_from_its_state_continues_alike(before):
     queue = FeatureQueue(5, 3)
     if before:
         queue.enqueue(*entries(0, before))

@@ -25,6 +25,6 @@ def test_an_exception_in_one_rank_fails_with_its_traceback_and_the_pool_starts_a
     assert gloo_pool.run(pool_jobs.rank_and_sum, 1) == [(0, 3), (1, 3)]
 
 
-def test_a_rank_that_dies_is_told_of(gloo_pool):
+def test_a_rank_that_dies_is_reported(gloo_pool):
     with pytest.raises(RankFailed, match=r"rank 0 of 2 ---\nthe process died"):
         gloo_pool.run(pool_jobs.die_on, 0)

@@ -38,7 +38,7 @@ class NoQuestions(TorchDispatchMode):
         {"model__fusion__kind": "single_stream"},
     ],
 )
-def test_forward_and_backward_ask_nothing_of_the_device(changes):
+def test_forward_and_backward_never_wait_for_the_device(changes):
     task = tiny.task(tiny.recipe(**changes))
     task.queue.enqueue(tiny.unit(8, 16), tiny.unit(8, 16, seed=1), torch.arange(8))
     micro_batches, _ = task.prepare(tiny.batch(16), 2.0, 8)
@@ -48,7 +48,7 @@ def test_forward_and_backward_ask_nothing_of_the_device(changes):
             loss.backward()
 
 
-def test_which_operations_count_as_questions():
+def test_which_operations_count_as_waiting_for_the_device():
     values, mask = torch.arange(4.0, requires_grad=True), torch.tensor([True, False, True, False])
     for question in (lambda: values.sum().item(), lambda: values[mask], lambda: bool(values.sum() > 0), mask.nonzero):
         with pytest.raises(AssertionError, match="asks the device"), NoQuestions():
@@ -70,7 +70,7 @@ def test_the_teacher_takes_no_gradient_and_the_word_head_sees_masked_words_alone
     assert kept == [False]
 
 
-def test_keys_and_values_of_an_image_are_made_once_and_pairs_go_in_one_batch():
+def test_keys_and_values_of_an_image_are_computed_once_and_pairs_share_a_batch():
     task = tiny.task(tiny.recipe())
     model, made, fused = task.student.model, [], []
     (inputs,), _ = task.prepare(tiny.batch(8), 2.0, 8)
@@ -96,7 +96,7 @@ def test_layers_compile_without_a_graph_break():
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
-def test_compiled_layers_are_compiled_once_for_each_way_they_are_called(monkeypatch, again):
+def test_compiled_layers_are_compiled_once_for_each_call_signature(monkeypatch, again):
     """With dropout and captions of several lengths; activations computed again run what was compiled, and the same gradients."""
     graphs = []
 

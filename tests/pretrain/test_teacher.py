@@ -21,7 +21,7 @@ def masters_after(step: int, student) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_it_follows_the_formula_over_200_steps(precision):
+def test_the_teacher_follows_the_formula_over_200_steps(precision):
     student = tiny.model()
     teacher = Teacher(student, MOMENTUM, precision)
     expected = {name: average.double() for name, average in teacher.averages.items()}
@@ -37,7 +37,7 @@ def test_it_follows_the_formula_over_200_steps(precision):
         assert error < 1e-4 * moved, name
 
 
-def test_its_bf16_copy_is_a_cast_of_the_averages_while_these_lose_nothing():
+def test_the_bf16_copy_is_a_cast_of_averages_that_stay_float32():
     student = tiny.model()
     teacher = Teacher(student, MOMENTUM, torch.bfloat16)
     for step in range(3):
@@ -48,7 +48,7 @@ def test_its_bf16_copy_is_a_cast_of_the_averages_while_these_lose_nothing():
     assert {buffer.dtype for buffer in teacher.model.buffers()} == {torch.float32}, "pixel statistics are not rounded"
 
 
-def test_it_has_what_albefs_has_and_no_more():
+def test_the_teacher_has_the_modules_of_albefs_and_no_more():
     student = tiny.model()
     names = set(Teacher(student, MOMENTUM).averages)
     without = {name for name, _ in student.named_parameters()} - names
@@ -56,7 +56,7 @@ def test_it_has_what_albefs_has_and_no_more():
     assert names < {name for name, _ in student.named_parameters()}
 
 
-def test_it_is_no_part_of_the_student_takes_no_gradient_and_uses_no_dropout():
+def test_the_teacher_is_outside_the_student_without_gradient_or_dropout():
     student = tiny.model()
     before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
     teacher = Teacher(student, MOMENTUM)
@@ -68,7 +68,7 @@ def test_it_is_no_part_of_the_student_takes_no_gradient_and_uses_no_dropout():
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_its_weights_go_round(precision):
+def test_teacher_weights_survive_saving_and_loading(precision):
     student = tiny.model()
     teacher, other = Teacher(student, MOMENTUM, precision), Teacher(tiny.model(seed=1), MOMENTUM, precision)
     other.load({name: average.clone() for name, average in teacher.averages.items()})
@@ -76,14 +76,14 @@ def test_its_weights_go_round(precision):
     assert torch.equal(other.model.image_encoder(images), teacher.model.image_encoder(images))
 
 
-def test_a_master_that_is_missing_is_noticed():
+def test_a_missing_master_is_an_error():
     student = tiny.model()
     teacher = Teacher(student, MOMENTUM)
     with pytest.raises(AssertionError, match="every weight of the teacher has a master"):
         teacher.update([("image_projection.weight", student.image_projection.weight.data)])
 
 
-def test_over_2000_bf16_steps_it_errs_by_less_than_a_thousandth_of_the_way():
+def test_over_2000_bf16_steps_the_error_is_below_a_thousandth_of_the_distance():
     """Masters move in float32, as those of a bf16 run do, and the teacher averages them: held against float64. An average
     kept in bf16 would not have moved, because (1 - momentum) of a step is below its resolution."""
     student = tiny.model(tiny.recipe(model__image__depth=1))

@@ -151,7 +151,7 @@ def test_a_sinkhorn_plan_starts_from_an_earlier_one_too():
     assert sinkhorn(cost, regularisation=0.02, steps=10, start=start).marginal_errors[1] < cold.marginal_errors[1] / 2
 
 
-def test_a_start_from_which_a_problem_does_not_settle_costs_time_not_the_plan():
+def test_a_bad_warm_start_costs_time_but_not_the_plan():
     far = 40 * torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     costs = torch.stack([clustered_cost(48, 64, 8, seed) for seed in (0, 1)])
     near = proximal_point(costs[0]).potentials[1]
@@ -161,7 +161,7 @@ def test_a_start_from_which_a_problem_does_not_settle_costs_time_not_the_plan():
     assert (solved.marginal_errors[1] <= 1e-3).all()
 
 
-def test_without_a_tolerance_a_start_is_no_end():
+def test_without_a_tolerance_the_start_does_not_change_the_plan():
     cost = clustered_cost(48, 64, 8, 0)
     far = 40 * torch.randn(64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
@@ -169,7 +169,7 @@ def test_without_a_tolerance_a_start_is_no_end():
     )
 
 
-def test_what_has_not_settled_at_the_end_is_the_plan_of_its_potentials_all_the_same():
+def test_an_unsettled_result_is_still_the_plan_of_its_potentials():
     """Its rows are exact before the last division, which would hide that they were not."""
     cost = clustered_cost(48, 64, 8, 2).double()
     solved = proximal_point(cost, beta=0.02, tolerance=1e-30)
@@ -205,7 +205,7 @@ def test_more_outer_steps_come_nearer_to_the_exact_plan():
 @pytest.mark.parametrize(("n", "k"), [(12, 18), (18, 12)])
 @pytest.mark.parametrize(("beta", "outer"), [(0.5, 1), (0.5, 10), (0.1, 3)])
 @pytest.mark.parametrize("uneven", [False, True], ids=["uniform", "uneven marginals"])
-def test_with_a_converged_inner_loop_it_is_sinkhorn_at_beta_over_t(n, k, beta, outer, uneven):
+def test_a_converged_inner_loop_gives_sinkhorn_at_beta_over_t(n, k, beta, outer, uneven):
     cost = cosine_cost(n, k)
     a, b = (marginal(n, 1), marginal(k, 2)) if uneven else (torch.full((n,), 1 / n), torch.full((k,), 1 / k))
     a, b = a.double() / a.double().sum(), b.double() / b.double().sum()
@@ -239,7 +239,7 @@ def test_the_potentials_give_ipots_own_plan_step_for_step(outer, inner):
 
 @pytest.mark.parametrize("steps", [1, 7, 500])
 @pytest.mark.parametrize("regularisation", [1.0, 0.05])
-def test_sinkhorn_is_pots(steps, regularisation):
+def test_sinkhorn_equals_pots(steps, regularisation):
     cost, a, b = cosine_cost(13, 8), marginal(13, 1), marginal(8, 2)
     ours = sinkhorn(cost, a, b, regularisation, steps)
     kernel, rows = torch.exp(-cost / regularisation), torch.ones_like(a)
@@ -256,7 +256,7 @@ def test_sinkhorn_is_pots(steps, regularisation):
 
 @pytest.mark.parametrize("solve", [proximal_point, sinkhorn])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_rows_sum_to_their_marginal_and_both_errors_are_told(solve, n, k):
+def test_rows_sum_to_their_marginal_and_both_errors_are_reported(solve, n, k):
     a, b = marginal(n, 1).float(), marginal(k, 2).float()
     plan, (f, g), (row_error, column_error) = solve(cosine_cost(n, k, dtype=torch.float32), a, b)
     assert plan.shape == (n, k) and f.shape == (n,) and g.shape == (k,) and (plan >= 0).all()
@@ -293,7 +293,7 @@ def test_problems_of_a_batch_may_have_marginals_of_their_own():
 
 @pytest.mark.parametrize("beta", [1.0, 0.5, 0.1, 0.05, 0.01, 0.005, 0.001])
 @pytest.mark.parametrize("cost", [cosine_cost(64, 400, dtype=torch.float32), clustered_cost(64, 400)])
-def test_it_stays_finite_in_float32_and_near_float64_for_any_beta(beta, cost):
+def test_plans_stay_finite_in_float32_and_near_float64_for_any_beta(beta, cost):
     plan, potentials, errors = proximal_point(cost, beta=beta)
     assert plan.dtype == torch.float32
     assert all(part.isfinite().all() for part in (plan, *potentials, *errors))

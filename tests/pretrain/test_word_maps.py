@@ -10,7 +10,7 @@ from torch.nn import functional
 from pretrain.word_maps import run_with_attention, word_maps
 
 
-def test_the_layer_taken_apart_is_the_layer():
+def test_the_decomposed_layer_equals_the_layer():
     model = tiny.model().eval()
     batch = tiny.batch(3)
     read = model.fusion_encoder.prepare_images(model.image_encoder(batch["images"][0]))
@@ -56,7 +56,7 @@ def test_a_map_is_the_same_alone_and_leaves_no_gradient_behind(layer):
     assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_a_layer_that_is_not_there_is_refused():
+def test_a_missing_layer_is_refused():
     batch = tiny.batch(1)
     with pytest.raises(ValueError, match="fusion layer 1 of 1 does not exist"):
         word_maps(tiny.model(), batch["images"][0], batch["ids"], batch["mask"], 1)

@@ -55,7 +55,7 @@ def test_differences_are_those_of_the_records_and_a_clear_one_is_resolved(tmp_pa
     assert "second higher" in describe(comparison)
 
 
-def test_the_p_value_is_scipys(tmp_path):
+def test_the_p_value_equals_scipys(tmp_path):
     for name, seed in (("a", 1), ("b", 2)):
         write(tmp_path / f"{name}.json", matrix(1.5, seed))
     line = row(compare_records(tmp_path / "a.json", tmp_path / "b.json"), "text_to_image", "R@5")

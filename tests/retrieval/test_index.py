@@ -62,7 +62,7 @@ def test_equal_vectors_come_in_the_order_of_their_rows(monkeypatch, block):
     assert len(np.unique(scores)) <= 4
 
 
-def test_more_than_there_are_gives_all():
+def test_requests_beyond_the_index_give_all_rows():
     vectors = unit(np.eye(3) + 0.1)
     assert nearest(vectors, vectors[:1], 10)[1].shape == (1, 3)
 
@@ -151,7 +151,7 @@ def test_an_index_that_is_not_whole_is_refused(joined, tmp_path):
         Index(folder)
 
 
-def test_inverted_lists_find_what_they_say(tmp_path):
+def test_inverted_lists_reach_their_stated_recall(tmp_path):
     pytest.importorskip("faiss")
     from retrieval.approximate import build_lists, open_lists, read_lists_info, search_lists
 

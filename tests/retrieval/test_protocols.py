@@ -15,7 +15,7 @@ def full(*scores, **settings):
 CAPTION_IMAGE = np.array([0, 0, 1, 2])
 
 
-def test_by_hand():
+def test_figures_match_a_hand_computed_example():
     image_to_text = np.array([[0.1, 0.9, 0.5, 0.2], [0.9, 0.8, 0.7, 0.6], [0.3, 0.2, 0.1, 0.3]])
     text_to_image = np.array([[0.9, 0.1, 0.2], [0.1, 0.2, 0.3], [0.5, 0.5, 0.1], [0.0, 0.0, 0.0]])
     result = full(image_to_text, text_to_image, CAPTION_IMAGE)
@@ -61,7 +61,7 @@ def test_random_scores_are_near_chance_and_right_scores_are_perfect():
     assert result["tie_fraction"] == dict.fromkeys(DIRECTIONS, 0.0)
 
 
-def test_one_image():
+def test_a_gallery_of_one_image_is_scored():
     result = full(np.zeros((1, 2)), np.zeros((2, 1)), np.array([0, 0]))
     assert result["rsum"] == 600
     assert result["image_to_text"]["median_rank"] == 1
@@ -88,7 +88,7 @@ def test_intervals_follow_the_seed():
         ((3, 4), (4, 3), CAPTION_IMAGE - 1, "caption_image points to images -1 to 1"),
     ],
 )
-def test_refuses(image_to_text, text_to_image, caption_image, message):
+def test_invalid_inputs_are_refused(image_to_text, text_to_image, caption_image, message):
     with pytest.raises(LigatureError, match=message):
         full(np.zeros(image_to_text), np.zeros(text_to_image), caption_image)
 

@@ -69,7 +69,7 @@ def test_names_the_missing_keys(tmp_path):
 
 
 @pytest.mark.parametrize("training", ["zero-shot", "fine-tuned-on ", "fine-tuned-on", ""])
-def test_training_is_said_plainly(training):
+def test_only_known_kinds_of_training_are_accepted(training):
     with pytest.raises(LigatureError, match="must be untrained, pretrained or"):
         record(training=training)
     assert record(training="fine-tuned-on coco")["training"] == "fine-tuned-on coco"

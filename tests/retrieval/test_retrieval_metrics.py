@@ -201,7 +201,7 @@ def test_rerank_clamps_the_shortlist_to_the_gallery():
         (np.zeros(3), [0], [1.0], "cannot re-rank"),
     ],
 )
-def test_rerank_refuses(scores, indices, values, message):
+def test_rerank_refuses_invalid_shortlists(scores, indices, values, message):
     with pytest.raises(LigatureError, match=message):
         rerank(scores, indices, values)
 

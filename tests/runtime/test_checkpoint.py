@@ -55,7 +55,7 @@ def checkpoint(tmp_path):
     return tmp_path / "step-00000001"
 
 
-def test_what_is_written_is_read_back_to_the_bit(checkpoint):
+def test_tensors_are_read_back_to_the_bit(checkpoint):
     verify_checkpoint(checkpoint)
     for name, group in TENSORS.items():
         read = read_tensors(checkpoint, name)
@@ -115,7 +115,7 @@ def test_a_checkpoint_without_a_sound_manifest_is_refused(checkpoint, manifest, 
     assert says in refused(checkpoint)
 
 
-def test_equal_contents_have_equal_names_and_others_other_ones(tmp_path):
+def test_equal_contents_have_equal_hashes_and_different_ones_differ(tmp_path):
     for name, value in (("a", 1), ("b", 1), ("c", 2)):
         write(tmp_path / name, value)
     assert checkpoint_hash(tmp_path / "a") == checkpoint_hash(tmp_path / "b") != checkpoint_hash(tmp_path / "c")
@@ -153,7 +153,7 @@ def test_a_pickle_in_the_folder_is_never_executed(checkpoint, tmp_path, place):
     assert went_off.exists(), "the bomb would have been seen"
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+def test_a_full_disk_gives_a_one_line_error_and_leaves_nothing(tmp_path):
     """A limit on the size of files makes writing fail as a full disk does, inside safetensors' own code as well."""
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1][1]))

@@ -20,7 +20,7 @@ def test_copies_hold_the_values_at_the_moment_of_the_copy():
     assert copies["turned"].is_contiguous() and torch.equal(copies["turned"], turned)
 
 
-def test_ranks_that_keep_nothing_walk_all_the_same():
+def test_ranks_that_keep_no_copies_still_walk_all_tensors():
     walked = []
     assert host_copies(((walked.append(name) or name, torch.ones(1)) for name in "ab"), keep=False) == {}
     assert walked == ["a", "b"]
@@ -70,7 +70,7 @@ def stop() -> bool:
     raise Superseded("taken over")
 
 
-def test_what_ends_the_run_is_raised_on_the_training_thread():
+def test_an_error_that_ends_the_run_is_raised_on_the_training_thread():
     with pytest.raises(Superseded), CheckpointWriter() as writer:
         writer.start(stop)
         assert writer._thread is not None

@@ -39,7 +39,7 @@ def test_a_saved_figure_is_a_whole_png_and_closed(tmp_path):
     assert not pyplot().fignum_exists(figure.number)
 
 
-def test_a_figure_that_cannot_be_written_is_one_line(tmp_path):
+def test_a_figure_that_cannot_be_written_gives_a_one_line_error(tmp_path):
     (tmp_path / "curve.png").mkdir()
     figure, _ = new_figure(figsize=(1, 1))
     with pytest.raises(LigatureError, match="curve.png"):

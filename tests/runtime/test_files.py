@@ -83,7 +83,7 @@ def full_disk(*_, **__):
 
 
 @pytest.mark.parametrize("where", ["os.fsync", "os.replace"])
-def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, monkeypatch, where):
+def test_a_full_disk_gives_a_one_line_error_that_names_the_file(tmp_path, monkeypatch, where):
     monkeypatch.setattr(where, full_disk)
     with pytest.raises(LigatureError) as error:
         write_json(tmp_path / "state.json", {"step": 1})
@@ -99,7 +99,7 @@ def test_a_full_disk_leaves_nothing_of_a_folder(tmp_path, monkeypatch):
     assert names(tmp_path) == set()
 
 
-def test_a_file_in_the_place_of_a_folder_is_one_line(tmp_path):
+def test_a_file_in_the_place_of_a_folder_gives_a_one_line_error(tmp_path):
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(LigatureError) as error:
         write_text(tmp_path / "runs" / "config.yaml", "name: x")
@@ -123,7 +123,7 @@ def test_a_killed_writer_leaves_nothing_under_the_final_name(tmp_path, manager):
     assert all(name.startswith(".") and name.endswith(".partial") for name in names(tmp_path))
 
 
-def test_json_goes_round_with_any_letters(tmp_path):
+def test_json_survives_writing_and_reading_with_any_letters(tmp_path):
     value = {"words": "café, 犬", "numbers": [1, 0.1, None]}
     write_json(tmp_path / "value.json", value)
     assert read_json(tmp_path / "value.json") == value
@@ -141,7 +141,7 @@ def test_json_refuses_what_is_not_json(tmp_path):
     [(None, "no file"), (b'{"cut": ', "not valid JSON"), (b"\xff\xfe{}", "not valid JSON"), (b"", "not valid JSON")],
     ids=["missing", "cut", "not UTF-8", "empty"],
 )
-def test_json_that_cannot_be_read_is_one_line_with_its_name(tmp_path, content, says):
+def test_json_that_cannot_be_read_gives_a_one_line_error_with_its_name(tmp_path, content, says):
     path = tmp_path / "state.json"
     if content is not None:
         path.write_bytes(content)
@@ -150,7 +150,7 @@ def test_json_that_cannot_be_read_is_one_line_with_its_name(tmp_path, content, s
     assert str(path) in one_line(error)
 
 
-def test_a_folder_in_the_place_of_json_is_one_line(tmp_path):
+def test_a_folder_in_the_place_of_json_gives_a_one_line_error(tmp_path):
     with pytest.raises(LigatureError, match="cannot read"):
         read_json(tmp_path)
 

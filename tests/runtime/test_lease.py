@@ -80,7 +80,7 @@ def entry(run: Path) -> str:
     return name
 
 
-def test_the_folder_tells_who_holds_it(run, monkeypatch):
+def test_the_folder_names_its_holder(run, monkeypatch):
     as_job(monkeypatch, 4711, 2)
     lease = take_lease(run)
     assert Holder.parse(entry(run)) == lease.holder == Holder.this_process()
@@ -112,7 +112,7 @@ def test_a_zombie_is_dead(run, in_a_child):
     take_lease(run).release()
 
 
-def test_a_process_number_that_came_back_is_another_process(run, in_a_child, monkeypatch):
+def test_a_reused_process_number_is_another_process(run, in_a_child, monkeypatch):
     started = leases._start_of
     monkeypatch.setattr(leases, "_start_of", lambda pid: "1")
     in_a_child(lambda: take_lease(run))
@@ -155,7 +155,7 @@ def test_from_another_machine_the_heartbeat_decides(run, in_a_child, monkeypatch
     take_lease(run).release()
 
 
-def test_where_nothing_is_known_of_machines_the_heartbeat_decides(run, in_a_child, monkeypatch):
+def test_without_machine_names_the_heartbeat_decides(run, in_a_child, monkeypatch):
     """Not Linux: both say nothing, which is not the same machine."""
     pretend_machine(monkeypatch, "")
     monkeypatch.setattr(leases, "POLL", 0.01)
@@ -165,7 +165,7 @@ def test_where_nothing_is_known_of_machines_the_heartbeat_decides(run, in_a_chil
 
 
 @pytest.mark.parametrize("former", ["nobody", "released", "dead"])
-def test_of_many_starts_one_wins(run, in_a_child, former):
+def test_only_one_of_many_starts_wins(run, in_a_child, former):
     if former == "released":
         take_lease(run).release()
     if former == "dead":
@@ -251,7 +251,7 @@ def before(run: Path, lease: Lease) -> CheckpointFolder:
     return folder
 
 
-def test_whenever_a_holder_is_succeeded_it_changes_nothing_any_more(tmp_path, monkeypatch):
+def test_a_superseded_holder_changes_nothing_from_any_moment_on(tmp_path, monkeypatch):
     """The successor comes before each call by which the holder changes the disk, checks that went well before included."""
     monkeypatch.setattr(
         files, "sync_file", lambda path: None
@@ -300,7 +300,7 @@ def test_whenever_a_holder_is_succeeded_it_changes_nothing_any_more(tmp_path, mo
     assert {"os.rename", "os.mkdir", "open"} <= disturbed
 
 
-def test_lines_of_a_succeeded_holder_do_not_reach_the_log(run, monkeypatch):
+def test_lines_of_a_superseded_holder_do_not_reach_the_log(run, monkeypatch):
     as_job(monkeypatch, 1, 0)
     former = MetricsLog(run, 0, take_lease(run))
     former.write(1, {"train/loss": 1.0})
@@ -317,7 +317,7 @@ def test_lines_of_a_succeeded_holder_do_not_reach_the_log(run, monkeypatch):
     lease.release()
 
 
-def test_a_release_by_a_succeeded_holder_is_no_release(run, monkeypatch):
+def test_a_release_by_a_superseded_holder_has_no_effect(run, monkeypatch):
     as_job(monkeypatch, 1, 0)
     former = take_lease(run)
     as_job(monkeypatch, 1, 1)
@@ -328,7 +328,7 @@ def test_a_release_by_a_succeeded_holder_is_no_release(run, monkeypatch):
     lease.release()
 
 
-def test_what_a_dead_holder_left_half_done_is_removed(run, in_a_child):
+def test_leftovers_of_a_dead_holder_are_removed(run, in_a_child):
     def leave() -> None:
         (take_lease(run).work / ".step-00000003.partial").mkdir()
 
@@ -338,7 +338,7 @@ def test_what_a_dead_holder_left_half_done_is_removed(run, in_a_child):
     lease.release()
 
 
-def test_a_disk_that_went_away_is_no_successor(run):
+def test_a_vanished_disk_is_not_taken_for_a_successor(run):
     lease = take_lease(run)
     os.rename(run / "lease", run / "elsewhere")
     with pytest.raises(LigatureError) as error:

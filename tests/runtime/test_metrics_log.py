@@ -26,11 +26,11 @@ def test_lines_come_back_in_order(tmp_path):
     assert read_metrics(tmp_path) == [{"step": 1, "train/loss": 9.0}, {"step": 2, "train/loss": 8.0}]
 
 
-def test_nothing_logged_is_an_empty_list(tmp_path):
+def test_an_empty_log_is_an_empty_list(tmp_path):
     assert read_metrics(tmp_path) == []
 
 
-def test_opened_again_at_a_step_it_forgets_what_came_later(tmp_path):
+def test_a_log_reopened_at_a_step_drops_later_lines(tmp_path):
     logged(tmp_path, 1, 2, 3, 4)
     logged(tmp_path, 3, opened_at=2)
     assert steps_of(tmp_path) == [1, 2, 3]

@@ -54,7 +54,7 @@ def test_plain_lines_come_now_and_then_and_at_the_end(clock, capsys):
     assert lines[-1].endswith("0:00 left")
 
 
-def test_what_an_earlier_process_did_does_not_count_for_the_rate(clock, capsys):
+def test_work_of_an_earlier_process_does_not_count_for_the_rate(clock, capsys):
     with progress("pretrain", 1000, "steps", done=900) as bar:
         clock.now += 20
         bar.advance(20)

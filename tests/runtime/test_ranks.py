@@ -92,7 +92,7 @@ def test_without_a_gpu_the_cpu_is_chosen(monkeypatch, name):
     assert choose_device(name, Ranks()) == torch.device("cpu")
 
 
-def test_cpu_is_the_cpu_beside_a_gpu_too(monkeypatch):
+def test_cpu_is_used_on_request_even_beside_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("cpu", Ranks()) == torch.device("cpu")
 
@@ -124,7 +124,7 @@ def test_collectives_of_one_rank_change_nothing():
     assert torch.equal(summed, rows) and summed is not rows
 
 
-def test_tf32_is_a_gpus_and_float32_whole_elsewhere():
+def test_tf32_needs_a_gpu_and_float32_stays_exact_elsewhere():
     before = torch.get_float32_matmul_precision()
     try:
         use_precision("tf32", torch.device("cuda"))

@@ -135,7 +135,7 @@ WRONG_FILES = [
 
 
 @pytest.mark.parametrize(("text", "says"), WRONG_FILES, ids=[repr(text) for text, _ in WRONG_FILES])
-def test_a_file_that_is_no_recipe_is_one_line(recipe_file, text, says):
+def test_a_file_that_is_no_recipe_gives_a_one_line_error(recipe_file, text, says):
     assert says in mistake("--config", recipe_file(text))
 
 
@@ -210,7 +210,7 @@ def test_the_command_answers_a_mistake_before_anything_is_written(tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_recipe_goes_round_through_its_file(tmp_path):
+def test_a_recipe_survives_writing_and_reading(tmp_path):
     recipe = read(
         "--optimizer.lr", "3e-7", "--training.steps", "7", "--name", "naïve", "--data.augment.crop_scale", "[0.5, 1]"
     )
@@ -225,7 +225,7 @@ def test_the_written_recipe_states_every_key(tmp_path):
     assert all(f"{key.rsplit('.', 1)[-1]}:" in text for key in keys_of(PretrainRecipe))
 
 
-def test_a_stored_recipe_that_was_damaged_is_one_line(tmp_path):
+def test_a_stored_recipe_that_was_damaged_gives_a_one_line_error(tmp_path):
     path = tmp_path / "config.yaml"
     for text, says in [("training: [", "not valid YAML"), ("optimizer:\n  lrr: 3\n", "unknown key optimizer.lrr")]:
         path.write_text(text)
@@ -273,7 +273,7 @@ def test_every_shipped_recipe_fits_its_stage(path):
 
 
 @pytest.mark.parametrize("over", ["base", "flickr8k_cpu"])
-def test_vldeformers_ablations_change_what_they_say_and_nothing_else(over):
+def test_vldeformers_ablations_change_only_their_stated_keys(over):
     folder = Path(configs.__path__[0]) / "finetune" / "vldeformer"
     ablations = [
         path

@@ -30,7 +30,7 @@ def test_the_folder_is_a_function_of_the_name(tmp_path):
     assert RunFolder(recipe(tmp_path)).path == RunFolder(recipe(tmp_path)).path == tmp_path / "mine"
 
 
-def test_looking_at_a_run_writes_nothing(tmp_path):
+def test_inspecting_a_run_writes_nothing(tmp_path):
     run = RunFolder(recipe(tmp_path))
     run.check(recipe(tmp_path))
     assert not run.finished()

@@ -64,7 +64,7 @@ def test_a_rank_that_falls_behind_is_named_once(gathered, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("usual", [0.5, 0.1])
-def test_a_little_more_work_is_no_falling_behind(gathered, tmp_path, capsys, usual):
+def test_a_slightly_busier_rank_is_not_named(gathered, tmp_path, capsys, usual):
     gathered[:] = [usual, 1.45 * 0.5 if usual == 0.5 else 0.28]
     watch = StragglerWatch(Ranks(0, 3))
     watch.add(0.0, usual, 2.0)

@@ -78,7 +78,7 @@ def test_a_rank_that_fails_prints_its_own_line_and_the_others_stop(ended, fault,
         )
 
 
-def test_a_rank_that_never_comes_is_named(ended):
+def test_a_rank_that_never_joins_is_named(ended):
     codes, logs = ended["absent", 1]
     assert codes == [76, 0] and "of 2 ranks 1 did not come" in logs[0], logs
 
@@ -101,7 +101,7 @@ def test_of_a_thousand_ranks_those_that_entered_the_fewest_phases_are_named():
     assert "ranks" not in verdict.split("The others: ")[1] and "computing with the others, step 9 (x.py:1 f)" in verdict
 
 
-def test_where_all_stand_at_the_same_place_nobody_is_blamed():
+def test_no_rank_is_blamed_where_all_are_in_the_same_phase():
     statuses = {rank: RankStatus(0.0) for rank in range(3)}
     for status in statuses.values():
         status.update(

@@ -17,7 +17,7 @@ def nothing_is_left(cluster):
         cluster.run("scancel", job)
 
 
-def test_what_the_cluster_cannot_do_is_refused_in_a_line(cluster, ligature):
+def test_requests_the_cluster_cannot_serve_are_refused_in_one_line(cluster, ligature):
     mistakes = {
         ("--partition", "mian"): "no partition 'mian'; did you mean main?",
         ("--nodes", "4"): "sbatch refused",
@@ -32,7 +32,7 @@ def test_what_the_cluster_cannot_do_is_refused_in_a_line(cluster, ligature):
     assert cluster.run("squeue", "--noheader") == ""
 
 
-def test_a_run_of_another_recipe_is_refused_unless_one_insists(cluster, ligature):
+def test_a_run_of_another_recipe_is_refused_unless_forced(cluster, ligature):
     cluster.run("scancel", str(ligature.submit("pretrain", *HELD, "--optimizer.lr", "0.2")))
     cluster.run("scancel", str(ligature.submit("pretrain", *HELD)))  # what came to no checkpoint binds nobody
     (ligature.run_folder() / "checkpoints" / "step-20").mkdir(parents=True)

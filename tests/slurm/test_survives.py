@@ -35,7 +35,7 @@ def rank_processes(cluster, folder):
     ]
 
 
-def test_a_preempted_limited_and_bereft_run_ends_as_an_undisturbed_one(cluster, ligature):
+def test_preemption_time_limits_and_lost_nodes_do_not_change_the_result(cluster, ligature):
     # SLURM looks at time limits every 30 s: the run must be longer, however fast this machine is.
     local = ("launch", "local", "--nproc", "2", "pretrain", "--config", "tiny.yaml")
     ligature(*local, "--name", "pace", "--training.steps", "8")

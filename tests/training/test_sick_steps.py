@@ -38,14 +38,14 @@ def test_a_norm_is_judged_by_the_median_of_its_history_once_there_is_enough():
     assert after([1.0] * 8, norm_factor=0.0).admits(1.0, 1e9)
 
 
-def test_history_forgets():
+def test_old_norms_leave_the_history():
     sick = after([1.0] * 8)
     for norm in (4.0, 9.0) * 4:
         sick.admits(1.0, norm)
     assert sick.admits(1.0, 60.0)
 
 
-def test_lasting_large_gradients_at_a_loss_no_higher_become_the_usual():
+def test_lasting_large_gradients_at_no_higher_loss_become_normal():
     """A run that leaves its plateau: its norm rises within a few steps, and its loss does not."""
     sick = after([1.0] * 8, in_a_row=3)
     assert [sick.admits(loss, 20.0 + number) for number, loss in enumerate((0.9, 1.1, 1.0))] == [False, False, True]
@@ -60,12 +60,12 @@ def test_lasting_large_gradients_at_a_loss_no_higher_become_the_usual():
     [[(1.0, 20.0), (1.2, 20.0), (1.3, 20.0)], [(1.0, 20.0), (1.0, math.inf), (1.0, 20.0)], [(math.nan, 1.0)] * 3],
     ids=["the loss is higher", "one is not finite", "none is finite"],
 )
-def test_large_gradients_of_weights_gone_astray_are_not(streak):
+def test_lasting_large_gradients_at_a_higher_loss_stay_sick(streak):
     sick = after([1.0] * 8, in_a_row=3)
     assert not any(sick.admits(*step) for step in streak) and sick.exhausted and not sick.steeper
 
 
-def test_a_resumed_run_remembers_its_row_of_sick_steps():
+def test_a_resumed_run_remembers_its_consecutive_sick_steps():
     whole = after([1.0] * 8, in_a_row=3)
     for step in [(1.0, 20.0), (1.0, 21.0)]:
         whole.admits(*step)
@@ -74,7 +74,7 @@ def test_a_resumed_run_remembers_its_row_of_sick_steps():
     assert other.in_a_row == 2 and other.admits(1.0, 22.0) and other.steeper
 
 
-def test_the_state_survives_json_and_judges_alike():
+def test_the_state_survives_json_and_gives_the_same_verdicts():
     sick = after([1.0, 3.0, 2.0])
     sick.admits(math.nan, 1.0)
     other = SickSteps(sick.config)
@@ -82,7 +82,7 @@ def test_the_state_survives_json_and_judges_alike():
     assert other.state_dict() == sick.state_dict() and not other.admits(1.0, 26.0)
 
 
-def test_a_run_goes_back_only_so_often():
+def test_a_run_goes_back_a_limited_number_of_times():
     sick = after([1.0] * 8, in_a_row=2, returns=1)
     for _ in range(2):
         sick.admits(math.nan, 1.0)

@@ -46,7 +46,7 @@ def test_the_first_captions_of_each_image_can_be_taken_alone(drawn, truth):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_hold_the_asked_images_in_order(drawn, workers):
+def test_batches_hold_the_requested_images_in_order(drawn, workers):
     collection, transform = Collection(drawn / "test"), EvaluationTransform(16)
     batches = list(collection.images(transform, range(5, 16), 4, workers))
     assert [len(batch) for batch in batches] == [4, 4, 3]
@@ -78,6 +78,6 @@ def test_an_image_that_cannot_be_read_stops_scoring_with_one_line(drawn, tmp_pat
     assert "\n" not in message and index.key[2] in message and "mend or fetch it" in message
 
 
-def test_a_missing_folder_is_one_line(tmp_path):
+def test_a_missing_folder_gives_a_one_line_error(tmp_path):
     with pytest.raises(DataError, match="no shard folder"):
         Collection(tmp_path / "none")

@@ -43,7 +43,7 @@ def folder(tmp_path):
     return tmp_path / "photos"
 
 
-def test_a_folder_of_any_nesting(folder):
+def test_images_are_found_at_any_depth_of_a_folder(folder):
     gallery = open_gallery(str(folder))
     names = ["a/broken.png", "a/d.bmp", "a/deep/er/c.jpg", "b.PNG", "z.webp"]
     assert [gallery.name(number) for number in range(len(gallery))] == names == find_images(folder)
@@ -62,12 +62,12 @@ def test_workers_give_the_same_batches(folder):
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(alone, helped, strict=True) if a.pixels is not None)
 
 
-def test_a_batch_of_which_nothing_can_be_read(folder):
+def test_a_batch_may_hold_only_unreadable_images(folder):
     (only,) = open_gallery(str(folder)).batches(LOOK, range(4, 5), 3, 0)
     assert only.pixels is None and only.numbers == [] and len(only.broken) == 1
 
 
-def test_a_list_made_before_stands(folder):
+def test_a_stored_list_of_names_is_kept(folder):
     listed = open_gallery(str(folder))
     (folder / "new.png").write_bytes(picture("red"))
     (folder / "b.PNG").unlink()
@@ -86,7 +86,7 @@ def test_a_name_that_is_no_utf_8_is_listed(folder):
     assert "UTF-8" in batch.broken[0][1]
 
 
-def test_a_tar_of_images(folder, tmp_path):
+def test_images_of_a_tar_are_read(folder, tmp_path):
     with tarfile.open(tmp_path / "photos.tar", "w") as tar:
         tar.add(folder, "photos")
     gallery = open_gallery(str(tmp_path / "photos.tar"))
@@ -96,7 +96,7 @@ def test_a_tar_of_images(folder, tmp_path):
     assert {gallery.name(batch.numbers[0]) for batch in found} >= {"photos/b.PNG", "photos/a/d.bmp"}
 
 
-def test_a_shard_folder_with_a_shard_gone_and_one_cut_short(drawn, tmp_path):
+def test_images_of_missing_and_truncated_shards_are_listed_as_broken(drawn, tmp_path):
     out = tmp_path / "train"
     shutil.copytree(drawn / "train", out)
     shards = [out / shard.name for shard in read_manifest(out).shards]
@@ -121,7 +121,7 @@ def test_a_shard_folder_with_a_shard_gone_and_one_cut_short(drawn, tmp_path):
         (lambda folder: folder.write_bytes(b"x" * 2000), "tar"),
     ],
 )
-def test_where_there_is_nothing_to_index(tmp_path, make, said):
+def test_an_empty_gallery_is_refused(tmp_path, make, said):
     make(tmp_path / "x")
     with pytest.raises(DataError, match=said):
         open_gallery(str(tmp_path / "x"))

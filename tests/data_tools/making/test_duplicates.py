@@ -160,7 +160,7 @@ def test_many_identical_looks_cost_no_quadratic_time():
     assert found.original[0] == -1 and (found.original[1:] == 0).all()
 
 
-def test_nothing_is_held_against_nothing():
+def test_an_empty_list_has_no_duplicates():
     assert len(find_duplicates(np.empty(0, RECORD)).original) == 0
 
 
@@ -201,7 +201,7 @@ def test_the_pair_of_flickr8k_is_found(shared_data, tmp_path, capsys):
     assert kept.samples == manifest.samples + 1 and not kept.dropped
 
 
-def test_an_excluded_dataset_gets_in_by_no_door(photos, tmp_path):
+def test_an_excluded_dataset_is_left_out_in_whatever_form_it_is_given(photos, tmp_path):
     """As a shard folder, a folder of images, and a tar; what is excluded lies there smaller and saved again."""
     raw = [encoded(image) for _, image in photos[:8]]
     theirs = [encoded(image.resize((image.width // 2, image.height // 2)), quality=60) for _, image in photos[2:4]]
@@ -232,7 +232,7 @@ def test_an_excluded_dataset_gets_in_by_no_door(photos, tmp_path):
         list_images(tmp_path / "empty")
 
 
-def test_exact_copies_go_and_broken_ones_are_told_apart(photos, tmp_path):
+def test_exact_copies_are_dropped_and_broken_images_kept_distinct(photos, tmp_path):
     raw = [encoded(image) for _, image in photos[:3]]
     images = [raw[0], raw[1], raw[0], b"broken", b"broken", encoded(photos[1][1], quality=50), raw[2]]
     manifest = write_shards(items_of(images), tmp_path / "o", workers=1, duplicates="drop_exact", max_bad_share=1)

@@ -96,7 +96,7 @@ def test_slices_index_their_own_tars(folder):
     assert index_folder(folder, 1).fingerprint == whole.fingerprint
 
 
-def test_what_is_bad_is_left_out_and_listed_and_the_good_is_kept(tmp_path):
+def test_bad_samples_are_left_out_and_listed_and_good_ones_kept(tmp_path):
     captions = json.dumps({"captions": ["one", "two"], "image_id": 7}).encode()
     members = [
         ("a.jpg", picture(1)), ("a.json", captions), ("a.txt", b"not this"), ("b.v1.png", picture(2, form="PNG")),
@@ -128,7 +128,7 @@ def test_what_is_bad_is_left_out_and_listed_and_the_good_is_kept(tmp_path):
     assert listed == {"x.tar", *(f"x.tar/{name}" for name in ("no text", "d", "e", "f", "g", "i"))}
 
 
-def test_keys_that_tars_share_are_told_apart(tmp_path):
+def test_keys_shared_by_tars_get_their_tars_name(tmp_path):
     for name in ("a", "b"):
         packed(tmp_path / f"{name}.tar", samples(0, 2, name))
     manifest = index_folder(tmp_path, workers=1)
@@ -211,7 +211,7 @@ def test_the_command_indexes_verifies_describes_and_writes_a_page(folder, tmp_pa
     assert main(["inspect", str(folder), "--slice", "0/2"]) == 2
 
 
-def test_describe_reads_captions_of_some_where_there_are_many(folder, monkeypatch):
+def test_describe_reads_captions_of_a_part_of_many_samples(folder, monkeypatch):
     index_folder(folder, workers=1)
     monkeypatch.setattr("data_tools.making.inspection.CAPTIONS_READ", 4)
     found = describe(folder)

@@ -100,14 +100,14 @@ def test_slices_that_finish_at_the_same_moment_both_end_well(tmp_path, monkeypat
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_more_slices_than_shards(tmp_path):
+def test_more_slices_than_shards_still_finish_the_folder(tmp_path):
     items = items_of(range(3))
     results = [write_shards(items, tmp_path / "o", shard_samples=2, workers=1, job_slice=(n, 5)) for n in range(5)]
     assert results[0] is None and results[1].samples == 3 and read_manifest(tmp_path / "o").samples == 3
 
 
 @pytest.mark.parametrize("text", ["3/3", "x", "1", "-1/4", "1/0", "0/4/2"])
-def test_slices_that_are_none_are_refused(text):
+def test_invalid_slices_are_refused(text):
     with pytest.raises(RecipeError, match="I/N"):
         ShardOptions(Path("a"), Path("b"), slice=text)
     assert read_slice("3/8") == (3, 8) and read_slice(None) == (0, 1)

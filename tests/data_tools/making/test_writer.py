@@ -120,7 +120,7 @@ def test_long_and_foreign_keys_keep_right_offsets(tmp_path):
         assert [name.removesuffix(".jpg") for name in tar.getnames()[::2]] == keys == index.key
 
 
-def test_headers_hold_nothing_of_the_moment(reference):
+def test_headers_hold_no_times_or_users(reference):
     with tarfile.open(reference / "shard-000000.tar") as tar:
         for member in tar:
             assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
@@ -181,7 +181,7 @@ def run(script, *arguments, **options):
 
 
 @pytest.mark.parametrize("point", ["image", "rename", "index", "manifest", "plan"])
-def test_a_killed_writer_goes_on_to_the_same_bytes(source, reference, tmp_path, point):
+def test_a_killed_and_resumed_writer_gives_the_same_bytes(source, reference, tmp_path, point):
     script, out = tmp_path / "killed.py", tmp_path / "o"
     script.write_text(KILLED)
     process = run(script, source, out, point)
@@ -387,7 +387,7 @@ def test_an_image_with_too_many_pixels_is_refused(monkeypatch):
         Encoding(None, None, 90).apply(picture(1))
 
 
-def test_pillow_is_not_told_to_accept_truncated_files():
+def test_pillow_does_not_accept_truncated_files():
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
@@ -403,7 +403,7 @@ def whole(out):
     assert not (out / "manifest.json").exists()
 
 
-def test_no_space_left_is_one_line_and_leaves_nothing_half_written(source, reference, tmp_path, monkeypatch):
+def test_no_space_left_gives_a_one_line_error_and_leaves_nothing_half_written(source, reference, tmp_path, monkeypatch):
     calls = 0
 
     def full(tar, member, data, original=tarfile.TarFile.addfile):
@@ -453,7 +453,7 @@ def test_a_disk_that_is_really_full(tmp_path, small_disk, workers):
 # -- The command's function
 
 
-def test_shard_prints_what_came_of_it_and_what_was_dropped(tmp_path, capsys):
+def test_shard_prints_its_result_and_what_was_dropped(tmp_path, capsys):
     annotation = make_source(tmp_path / "s", count=4)
     (tmp_path / "s/a.b.jpg").write_bytes(picture(9))
     with open(annotation, "a") as file:

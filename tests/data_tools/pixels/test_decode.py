@@ -66,7 +66,7 @@ def test_sixteen_bits_a_pixel_keep_their_shades():
     assert np.abs(shades - np.arange(256)).max() <= 1
 
 
-def test_what_is_transparent_shows_white():
+def test_transparent_pixels_become_white():
     image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
     image.putpixel((1, 0), (255, 0, 0, 255))
     assert pixel(encoded(image)) == (255, 255, 255)
@@ -74,7 +74,7 @@ def test_what_is_transparent_shows_white():
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "RGB"])
-def test_a_colour_declared_transparent_shows_white(mode):
+def test_a_colour_declared_transparent_becomes_white(mode):
     if mode == "P":
         image = Image.new("P", (2, 1), 1)
         image.putpalette([*RED, *GREEN])
@@ -112,14 +112,14 @@ def test_every_orientation_is_what_pillow_makes_of_it(orientation):
     assert np.array_equal(decode_pixels(data), shown)
 
 
-def test_an_orientation_may_stand_in_xmp():
+def test_an_orientation_may_be_stored_in_xmp():
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
     data = encoded(noise(), "JPEG", xmp=xmp)
     assert decode_image(data).size == (18, 24) and decode_pixels(data).shape == (24, 18, 3)
 
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP"])
-def test_of_an_animation_the_first_frame_is_shown(form):
+def test_an_animation_gives_its_first_frame(form):
     frames = [noise(seed=seed) for seed in range(3)]
     data = encoded(frames[0], form, save_all=True, append_images=frames[1:], lossless=True, duration=10)
     assert Image.open(io.BytesIO(data)).n_frames == 3
@@ -129,7 +129,7 @@ def test_of_an_animation_the_first_frame_is_shown(form):
 
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"keep_rgb": True}], ids=str)
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_progressive_and_plain_jpegs_show_one_picture_by_both_ways(mode, options):
+def test_progressive_and_plain_jpegs_give_the_same_picture_by_both_decoders(mode, options):
     if mode != "RGB":
         options = {}
     smooth = noise(mode).resize((61, 47), Image.Resampling.BICUBIC)  # sides that no block divides
@@ -139,7 +139,7 @@ def test_progressive_and_plain_jpegs_show_one_picture_by_both_ways(mode, options
         assert np.array_equal(decode_pixels(data), decode_image(data))
 
 
-def test_jpegs_of_the_web_are_the_same_pixels_by_both_ways(shared_data):
+def test_jpegs_of_the_web_give_the_same_pixels_by_both_decoders(shared_data):
     with tarfile.open(shared_data / "data" / "cc12m_test" / "cc12m-train-0000.tar") as tar:
         photos = [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]
     assert len(photos) == 32
@@ -169,7 +169,7 @@ def header_of(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("side", [10_001, 12_000, 60_000, 2**31 - 1])
 @pytest.mark.filterwarnings("error")
-def test_a_monstrous_image_is_refused_by_its_header(side, monkeypatch):
+def test_a_huge_image_is_refused_by_its_header(side, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
     with pytest.raises(ValueError, match="pixels"):
         decode_image(header_of(side, side))
@@ -179,7 +179,7 @@ def test_a_monstrous_image_is_refused_by_its_header(side, monkeypatch):
 @pytest.mark.parametrize(
     "data", [b"", b"no image", encoded(noise(), "JPEG")[:200], encoded(noise(), "GIF"), encoded(noise(), "TIFF")]
 )
-def test_what_is_no_image_of_ours_is_refused_in_words_that_are_always_the_same(data):
+def test_unsupported_files_are_refused_with_a_constant_message(data):
     said = set()
     for _ in range(2):
         with pytest.raises(ValueError) as error:
@@ -189,7 +189,7 @@ def test_what_is_no_image_of_ours_is_refused_in_words_that_are_always_the_same(d
 
 
 @pytest.mark.parametrize("kind", range(5), ids=["jpeg", "progressive", "png", "webp", "palette"])
-def test_damaged_bytes_raise_nothing_else_and_both_ways_agree(kind):
+def test_damaged_bytes_raise_only_our_error_and_both_decoders_agree(kind):
     """Whatever a decoder does with them: the stream knows one error."""
     photo = noise(size=(60, 44)).resize((64, 48), Image.Resampling.BICUBIC)
     whole = [
@@ -216,7 +216,7 @@ def test_damaged_bytes_raise_nothing_else_and_both_ways_agree(kind):
     assert refused > 20
 
 
-def test_a_jpeg_that_is_cut_short_is_refused_by_both_ways():
+def test_a_jpeg_that_is_cut_short_is_refused_by_both_decoders():
     data = encoded(noise(size=(64, 48)), "JPEG")
     for end in (2, 300, len(data) // 2, len(data) - 40):
         for decode in (decode_image, decode_pixels):
@@ -224,7 +224,7 @@ def test_a_jpeg_that_is_cut_short_is_refused_by_both_ways():
                 decode(data[:end])
 
 
-def test_too_many_bytes_are_refused_before_they_are_looked_at(monkeypatch):
+def test_too_many_bytes_are_refused_before_decoding(monkeypatch):
     data = encoded(noise())
     monkeypatch.setattr(module, "MAX_BYTES", len(data))
     decode_image(data)

@@ -48,7 +48,7 @@ def test_crops_are_distributed_as_torchvisions():
 
 
 @pytest.mark.parametrize("size", [(20, 1000), (1000, 20), (1, 90), (300, 2)])
-def test_of_a_narrow_image_the_middle_is_taken_as_torchvision_does(size):
+def test_a_narrow_image_gives_its_middle_like_torchvision(size):
     box = v2.RandomResizedCrop(8, scale=(0.9, 1.0)).make_params([torch.zeros(3, *size)])
     view = draw_views(size, AugmentConfig(crop_scale=[0.9, 1.0]), 1, 0)[0]
     assert (view.top, view.left, view.height, view.width) == tuple(
@@ -69,7 +69,7 @@ def test_operations_are_drawn_alike_with_torchvisions_strengths():
 
 
 @pytest.mark.parametrize("name", STRONGEST)
-def test_an_operation_is_torchvisions(name):
+def test_an_operation_equals_torchvisions(name):
     pixels = np.random.default_rng(0).integers(20, 200, (12, 10, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).resize((40, 33), Image.Resampling.BICUBIC)
     for strength in (0.7 * STRONGEST[name], -0.7 * STRONGEST[name]):

@@ -29,7 +29,7 @@ def test_scenes_are_a_function_of_split_and_seed_and_a_longer_list_begins_with_t
     assert scenes("test", 50, 3) != scenes("test", 50, 4)
 
 
-def test_splits_are_distinct_and_hold_out_what_they_say():
+def test_splits_are_distinct_and_hold_out_the_stated_kinds_and_scenes():
     train, test, validation = (set(scenes(*of)) for of in (("train", 5000), ("test", 500), ("validation", 500)))
     assert (len(train), len(test), len(validation)) == (5000, 500, 500)
     assert not train & test and not train & validation and not test & validation
@@ -63,7 +63,7 @@ def test_a_small_world_keeps_to_its_values_and_says_when_it_is_exhausted():
         scenes("train", 1, world=World(colours=("rde",)))
 
 
-def test_one_scene_told_from_either_side_is_equal():
+def test_a_scene_described_from_either_side_is_equal():
     assert Scene("white", BLUE_SQUARE, "right", RED_CIRCLES) == SCENE
     assert (SCENE.first, SCENE.relation, SCENE.places) == (BLUE_SQUARE, "right of", ("right", "left"))
     assert SCENE.swapped().relation == "left of" and SCENE.swapped().swapped() == SCENE

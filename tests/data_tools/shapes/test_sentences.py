@@ -55,7 +55,7 @@ def read(text: str) -> tuple[list[dict], str | None]:
     return said, background[1] if background else None
 
 
-def test_captions_say_what_their_facts_say_and_it_is_true():
+def test_captions_state_their_facts_and_the_facts_are_true():
     for scene in scenes("train", 400, 1) + scenes("test", 400, 1):
         for caption in describe(scene, seed=5):
             assert caption.text == caption.text.lower()

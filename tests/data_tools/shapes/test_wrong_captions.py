@@ -20,7 +20,7 @@ def source(tmp_path):
 
 
 @pytest.mark.parametrize(("share", "wrong"), [(0.0, 0), (0.2, 10), (0.4, 20), (1.0, 50)])
-def test_so_many_images_have_another_ones_captions(source, tmp_path, share, wrong):
+def test_the_stated_share_of_images_has_other_captions(source, tmp_path, share, wrong):
     assert swap_captions(source, tmp_path / "out.json", share) == wrong
     before, after = read_json(source), read_json(tmp_path / "out.json")
     assert after["images"] == before["images"]
@@ -35,7 +35,7 @@ def test_so_many_images_have_another_ones_captions(source, tmp_path, share, wron
     )
 
 
-def test_it_is_a_function_of_the_seed_and_refuses_what_cannot_be(source, tmp_path):
+def test_wrong_captions_follow_the_seed_and_impossible_shares_are_refused(source, tmp_path):
     for number, seed in enumerate((1, 1, 2)):
         swap_captions(source, tmp_path / f"{number}.json", 0.2, seed)
     first, again, other = (read_json(tmp_path / f"{number}.json") for number in range(3))

@@ -102,7 +102,7 @@ def test_a_list_of_strings_is_taken_as_it_is(captions, plain):
         (" caf\u00e9 \n".encode(), "txt", ["caf\u00e9"]),
     ],
 )
-def test_what_is_a_caption(text, text_format, captions):
+def test_valid_captions_are_read(text, text_format, captions):
     assert parse_captions(text, text_format) == captions
     assert parse_texts({text_format: text}) == (captions, None)
 
@@ -124,7 +124,7 @@ def test_what_is_a_caption(text, text_format, captions):
         (b'{"captions": null}', "json", "neither a string nor a list of strings"),
     ],
 )
-def test_what_is_none_has_one_reason(text, text_format, reason):
+def test_invalid_captions_have_one_reason_everywhere(text, text_format, reason):
     with pytest.raises(DataError, match=f"^its captions cannot be read: .*{reason}") as error:
         parse_captions(text, text_format)
     assert "\n" not in str(error.value)

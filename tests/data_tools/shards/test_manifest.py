@@ -127,7 +127,7 @@ def replace(folder, **changes):
         (lambda folder: (folder / "shard-000000.tar").write_bytes(b"short"), "5 bytes, not 4,096"),
     ],
 )
-def test_a_broken_promise_is_one_line(folder, harm, words):
+def test_a_damaged_folder_gives_a_one_line_error(folder, harm, words):
     harm(folder)
     with pytest.raises(DataError, match=words) as caught:
         read_manifest(folder)
@@ -135,7 +135,7 @@ def test_a_broken_promise_is_one_line(folder, harm, words):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PAR1 but not really"])
-def test_a_missing_or_foreign_index_is_one_line(tmp_path, content):
+def test_a_missing_or_foreign_index_gives_a_one_line_error(tmp_path, content):
     path = tmp_path / "index.parquet"
     if content is not None:
         path.write_bytes(content)
@@ -144,7 +144,7 @@ def test_a_missing_or_foreign_index_is_one_line(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
-def test_verify_finds_what_only_hashes_show_and_lists_everything(folder):
+def test_verify_finds_damage_that_only_hashes_show_and_lists_all_of_it(folder):
     assert verify(folder, full=True).samples == 3
     for name in ("shard-000000.tar", "shard-000001.parquet"):
         content = bytearray((folder / name).read_bytes())

@@ -75,13 +75,13 @@ def test_a_string_is_one_caption():
 
 
 @pytest.mark.parametrize("sample", range(2, len(TEXTS)), ids=[key for key, _, _ in TEXTS[2:]])
-def test_captions_that_are_none_are_one_line_with_the_key(folder, sample):
+def test_invalid_captions_give_a_one_line_error_with_the_key(folder, sample):
     with pytest.raises(DataError, match=f"sample {TEXTS[sample][0]}0: ") as error:
         ShardReader(folder).captions(sample)
     assert "\n" not in str(error.value)
 
 
-def test_a_monstrous_member_is_not_read(folder, monkeypatch):
+def test_a_huge_member_is_not_read(folder, monkeypatch):
     monkeypatch.setattr(module, "MAX_BYTES", 3)
     monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("it was read"))
     with pytest.raises(DataError, match="sample one0: a member of 4 bytes is more than 3"):

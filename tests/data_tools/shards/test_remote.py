@@ -107,7 +107,7 @@ def test_a_remote_folder_streams_as_the_same_folder_on_a_disk(folder, server, ca
     assert not list(cache.folder.glob("*.partial"))
 
 
-def test_a_second_run_on_the_node_asks_for_nothing_but_the_manifest(server, cache):
+def test_a_second_run_on_the_node_requests_only_the_manifest(server, cache):
     for _ in range(2):
         keys_of(ShardStream(TrainingSet(f"{server.address}/one", cache=cache), 5), 4)
         asked = dict(server.asked)
@@ -123,7 +123,7 @@ def test_files_of_one_name_in_two_folders_are_two_files(server, cache):
 
 
 @pytest.mark.parametrize("fault", ["busy", "cut", "altered"])
-def test_what_fails_or_arrives_damaged_is_asked_for_again(server, cache, tmp_path, fault):
+def test_failed_and_damaged_downloads_are_requested_again(server, cache, tmp_path, fault):
     server.faults = {
         "one/shard-000001.tar": [fault] * 2,
         "one/shard-000002.parquet": [fault],
@@ -149,13 +149,13 @@ def test_a_shard_that_never_arrives_whole_costs_its_own_samples(server, cache, t
     assert not list(cache.folder.glob("*.partial"))
 
 
-def test_no_manifest_is_one_line_and_asked_for_once(server, cache):
+def test_a_missing_manifest_gives_a_one_line_error_after_one_request(server, cache):
     with pytest.raises(DataError, match=r"/none/manifest\.json; copy a whole shard folder") as error:
         TrainingSet(f"{server.address}/none", cache=cache)
     assert "\n" not in str(error.value) and server.asked["none/manifest.json"] == 1
 
 
-def test_a_protocol_that_nothing_here_speaks_is_one_line():
+def test_an_unknown_protocol_gives_a_one_line_error():
     with pytest.raises(DataError, match=r"\.\[remote\]"):
         TrainingSet("nosuch://bucket/shards")
 
@@ -196,14 +196,14 @@ def test_the_cache_stays_within_its_bounds_and_drops_what_was_used_longest_ago(s
     assert any(name.endswith("(deleted)") for name in deleted) and not any(name.endswith("(deleted)") for name in kept)
 
 
-def test_a_shard_larger_than_the_cache_is_one_line(server, tmp_path):
+def test_a_shard_larger_than_the_cache_gives_a_one_line_error(server, tmp_path):
     reader = ShardReader(f"{server.address}/one", ShardCache(tmp_path / "cache", gigabytes=1e-5))
     with pytest.raises(DataError, match=r"raise data\.cache\.gigabytes") as error:
         reader[0]
     assert "\n" not in str(error.value)
 
 
-def test_downloads_that_fit_one_at_a_time_do_not_wait_for_each_other_for_ever(tmp_path, monkeypatch):
+def test_downloads_that_fit_one_at_a_time_do_not_deadlock(tmp_path, monkeypatch):
     """Both have asked before either is granted room. Two that died, their room granted, had the same addresses."""
     wanted = []
     for name in "ab":
@@ -254,7 +254,7 @@ def read_all(address: str, folder: Path, gigabytes: float, sent) -> None:
 
 
 @pytest.mark.parametrize("roomy", [True, False])
-def test_processes_of_a_node_share_it(server, tmp_path, roomy):
+def test_processes_of_a_node_share_the_cache(server, tmp_path, roomy):
     """Four of them at once: with room, every file comes once; without, all of them still get what they ask for."""
     size = read_manifest(server.root / "one").shards[0].bytes
     gigabytes, results = 1.0 if roomy else (size + 30_000) / 1e9, fork.SimpleQueue()
@@ -270,7 +270,7 @@ def test_processes_of_a_node_share_it(server, tmp_path, roomy):
         assert set(tars(server.asked).values()) == {1}
 
 
-def test_a_download_killed_in_the_middle_is_begun_anew(server, tmp_path):
+def test_a_download_killed_in_the_middle_starts_again(server, tmp_path):
     server.faults = {"one/shard-000000.tar": ["held"]}
     folder = tmp_path / "cache"
     victim = fork.Process(target=read_all, args=(f"{server.address}/one", folder, 1.0, fork.SimpleQueue()))
@@ -285,7 +285,7 @@ def test_a_download_killed_in_the_middle_is_begun_anew(server, tmp_path):
     assert not list(folder.glob("*.partial"))
 
 
-def test_a_cache_that_cannot_be_written_is_one_line(server, tmp_path):
+def test_a_cache_that_cannot_be_written_gives_a_one_line_error(server, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"set data\.cache\.folder"):
         ShardReader(f"{server.address}/one", ShardCache(tmp_path / "file" / "cache"))[0]

@@ -98,7 +98,7 @@ def test_a_negative_size_is_a_broken_header(tmp_path):
     assert len(found.problems) == 1 and f"broken header at byte {head:,}" in found.problems[0]
 
 
-def test_what_is_no_tar_is_one_line(tmp_path):
+def test_a_file_that_is_no_tar_gives_a_one_line_error(tmp_path):
     for content in (b"", b"x" * 100, random.Random(0).randbytes(5000)):
         (tmp_path / "t.tar").write_bytes(content)
         with pytest.raises(DataError, match="not an uncompressed tar"):

@@ -30,5 +30,5 @@ def test_a_caption_string_is_one_caption_and_lines_of_an_image_are_joined(tmp_pa
         ([["a.jpg", "x"]], "entry 0"),
     ],
 )  # fmt: skip
-def test_an_albef_json_of_another_shape_is_one_line(tmp_path, images, rows, words):
+def test_an_albef_json_of_another_shape_gives_a_one_line_error(tmp_path, images, rows, words):
     raises_one_line(DataError, words, lambda: collect(write_value(tmp_path, rows), images, kind="albef"))

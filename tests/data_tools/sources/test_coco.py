@@ -31,7 +31,7 @@ def test_coco_joins_captions_to_images(tmp_path, images):
         ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}', "present and captioned, of 1"),
     ],
 )
-def test_a_json_of_another_shape_is_one_line(tmp_path, images, value, words):
+def test_a_json_of_another_shape_gives_a_one_line_error(tmp_path, images, value, words):
     path = tmp_path / "captions.json"
     path.write_text(value)
     raises_one_line(DataError, words, lambda: collect(path, images, kind="coco"))

@@ -64,7 +64,7 @@ def test_pictures_of_one_name_in_several_tars_or_folders_are_different_images(tm
     assert [item.image_id for item in collect(table, images).items] == ["7", "7", "2"]
 
 
-def test_keys_that_meet_are_refused(tmp_path, images):
+def test_colliding_keys_are_refused(tmp_path, images):
     for name in ("x.y.jpg", "x_y.jpg"):
         (images / name).write_bytes(b"x")
     path = write_tokens(tmp_path, "x.y.jpg#0\tone")

@@ -12,7 +12,7 @@ from data_tools.sources import open_images
 from runtime.errors import DataError
 
 
-def test_a_base_name_that_several_files_bear_is_refused(images):
+def test_a_base_name_shared_by_several_files_is_refused(images):
     (images / "sub" / "a.jpg").write_bytes(b"other")
     (images / "two").mkdir()
     (images / "two" / "c.jpg").write_bytes(b"other")
@@ -43,7 +43,7 @@ def test_a_tar_that_shrinks_after_indexing_is_an_error(tmp_path):
         stored()
 
 
-def test_compressed_cut_and_damaged_tars_are_one_line(tmp_path):
+def test_compressed_cut_and_damaged_tars_give_a_one_line_error(tmp_path):
     raises_one_line(
         DataError, "unpack it", lambda: open_images(write_tar(tmp_path / "i.tar.gz", {"a.jpg": b"A"}, "w:gz"))
     )

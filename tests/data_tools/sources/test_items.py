@@ -14,9 +14,9 @@ from data_tools.sources import clean_caption, safe_key
         ("2258277193_586949ec62.jpg.1", "2258277193_586949ec62_jpg", True), ("naïve-1.png", "naïve-1", False),
     ],
 )  # fmt: skip
-def test_keys_are_made_safe_and_said(name, key, changed):
+def test_keys_are_made_safe_and_changes_are_reported(name, key, changed):
     assert safe_key(name) == (key, changed)
 
 
-def test_lone_surrogates_are_no_caption():
+def test_lone_surrogates_are_rejected_as_captions():
     assert clean_caption("a \ud83d dog") == "" and clean_caption(" a\n\u2003dog ") == "a dog"

@@ -26,7 +26,7 @@ def test_karpathy_respects_its_splits(split_json, images):
     assert [item.image_id for item in collect(split_json, images, choice=Choice("restval")).items] == ["42"]
 
 
-def test_karpathy_asks_for_a_split_it_has(tmp_path, split_json, images):
+def test_karpathy_lists_its_splits_where_none_fits(tmp_path, split_json, images):
     splits = r"one of: train \(1\), restval \(1\), test \(1\)"
     raises_one_line(RecipeError, "several splits.*" + splits, lambda: collect(split_json, images))
     raises_one_line(RecipeError, "no split 'val'.*" + splits, lambda: collect(split_json, images, choice=Choice("val")))

@@ -18,7 +18,7 @@ def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path, images):
     raises_one_line(DataError, "line 1: byte 0xff", lambda: collect(path, images, kind="flickr"))
 
 
-def test_a_gzip_cut_short_is_one_line(tmp_path, images):
+def test_a_gzip_cut_short_gives_a_one_line_error(tmp_path, images):
     path = tmp_path / "captions.json.gz"
     path.write_bytes(gzip.compress(json.dumps(coco_json([(1, "a.jpg")], [(1, "x")])).encode())[:-12])
     raises_one_line(DataError, "broken gzip", lambda: collect(path, images, kind="coco"))

@@ -10,7 +10,7 @@ from data_tools.sources.items import Dropped
 from runtime.errors import DataError, RecipeError
 
 
-def test_kinds_are_told_apart(tmp_path, images):
+def test_each_kind_of_source_is_recognised(tmp_path, images):
     assert detect_kind(write_tokens(tmp_path, "a.jpg#0\tone")) == "flickr"
     assert detect_kind(write_value(tmp_path, coco_json([(1, "a.jpg")], []))) == "coco"
     assert detect_kind(write_value(tmp_path, karpathy_json(("a.jpg", "val", {})))) == "karpathy"

@@ -23,7 +23,7 @@ from runtime.errors import DataError, RecipeError
         ("t.csv.gz", "Image;Text\na.jpg;one, two\nb.jpg;three\n\na.jpg;fo ur\n"),
     ],
 )
-def test_tables_of_every_dress_say_the_same(tmp_path, images, name, text):
+def test_tables_of_every_format_give_the_same_items(tmp_path, images, name, text):
     path = tmp_path / name
     path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
     collected = collect(path, images)
@@ -46,7 +46,7 @@ def test_a_parquet_table_may_hold_strings_lists_and_image_ids(tmp_path, images):
     raises_one_line(DataError, "not a readable parquet", lambda: collect(tmp_path / "t.parquet", images))
 
 
-def test_columns_are_named_where_they_cannot_be_known(tmp_path, images):
+def test_unclear_columns_are_named(tmp_path, images):
     path = tmp_path / "t.csv"
     path.write_text("bild,wort\na.jpg,one\n")
     raises_one_line(RecipeError, "columns bild, wort; .*--image_column", lambda: collect(path, images, kind="table"))

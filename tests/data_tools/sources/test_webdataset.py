@@ -46,7 +46,7 @@ def test_tars_with_the_same_keys_dots_and_one_without_text(tmp_path):
     }  # fmt: skip
 
 
-def test_a_broken_tar_stops_or_gives_what_is_good(tmp_path):
+def test_a_broken_tar_stops_or_gives_its_good_samples(tmp_path):
     write_img2dataset(tmp_path, "a.tar", {str(number): f"caption {number}" for number in range(4)})
     content = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(content[:3072] + b"\xff" * 512 + content[3584:])  # the header of 1.jpg

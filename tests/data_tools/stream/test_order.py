@@ -43,7 +43,7 @@ def test_seed_and_epoch_are_not_added_up():
 
 
 @given(positions=some.lists(some.integers(0, 400), max_size=60), block=some.integers(0, 9), window=some.integers(2, 50))
-def test_a_position_means_the_same_however_one_came_there(positions, block, window):
+def test_a_position_means_the_same_however_it_was_reached(positions, block, window):
     """One by one, in bulk, over windows and epochs, forwards and backwards."""
     counts = np.array([13, 0, 7, 30])
     order = SampleOrder(counts, 5, block, window)
@@ -51,7 +51,7 @@ def test_a_position_means_the_same_however_one_came_there(positions, block, wind
     assert in_bulk == [SampleOrder(counts, 5, block, window)[position] for position in positions]
 
 
-def test_the_order_is_the_one_of_every_machine():
+def test_the_order_is_the_same_on_every_machine():
     """Runs resume on other machines and versions: these numbers must never change."""
     assert epoch_of(whole(8, 0), 0) == [0, 2, 6, 3, 5, 7, 4, 1]
     assert epoch_of(SampleOrder(np.array([5, 3, 6]), 1, 2, 4), 3) == [8, 0, 5, 6, 2, 9, 7, 1, 13, 11, 4, 10, 12, 3]
@@ -97,7 +97,7 @@ def test_derived_seeds_do_not_collide_and_fit_torch():
     assert len(seeds) == 1200 and all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_the_place_of_a_part_matters():
+def test_derived_seeds_depend_on_the_order_of_their_parts():
     assert derived_seed(1, 2) != derived_seed(2, 1)
 
 

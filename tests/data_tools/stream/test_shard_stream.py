@@ -187,7 +187,7 @@ def test_the_cursor_may_be_taken_while_iterating(folders):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("move", [iter, lambda stream: stream.load_state_dict(stream.state_dict())])
-def test_an_iterator_whose_cursor_moved_is_at_an_end(folders, workers, move):
+def test_an_iterator_ends_when_its_cursor_is_moved(folders, workers, move):
     """Two of them would count each other's batches."""
     stream = ShardStream(folders[12], 3, workers=workers)
     batches = iter(stream)
@@ -228,7 +228,7 @@ def test_a_cursor_of_another_order_is_refused(folders):
         ShardStream(folders[37], 5, window=8).load_state_dict(state)
 
 
-def test_a_block_that_nobody_asked_for_is_the_cursors(folders):
+def test_an_unstated_block_size_is_the_cursors(folders):
     """Remote shards have other blocks than those on a disk; a run may go on from a copy."""
     first, states = take(folders[37], 2, 5, block=2, window=8)
     rest, _ = take(folders[37], 5, 5, state=states[0], window=8)
@@ -236,7 +236,7 @@ def test_a_block_that_nobody_asked_for_is_the_cursors(folders):
     assert joined(first + rest, "keys") == joined(whole, "keys")
 
 
-def test_a_cursor_of_an_older_ligature_is_one_line(folders):
+def test_a_cursor_of_an_older_ligature_gives_a_one_line_error(folders):
     stream = ShardStream(folders[37], 5)
     state = {
         key: value for key, value in stream.state_dict().items() if key in ("samples", "fingerprint", "seed", "bad")
@@ -251,7 +251,7 @@ def test_the_same_shards_elsewhere_are_the_same_data(folders, copy):
 
 
 @pytest.mark.parametrize(("batch_size", "rank", "world"), [(0, 0, 1), (4, 1, 1), (4, -1, 2), (4, 0, 0)])
-def test_an_impossible_place_is_refused(folders, batch_size, rank, world):
+def test_an_impossible_position_is_refused(folders, batch_size, rank, world):
     with pytest.raises(ValueError):
         ShardStream(folders[5], batch_size, rank, world)
 
@@ -361,7 +361,7 @@ def test_broken_captions_are_set_aside_too(copy, tmp_path):
     assert quarantined(tmp_path / "quarantine.jsonl")[0]["key"] == "k011"
 
 
-def test_the_cursor_remembers_what_is_broken(copy, tmp_path):
+def test_the_cursor_remembers_broken_samples(copy, tmp_path):
     overwrite(copy, "k007")
     _, (state,) = take(copy, 5, 8, max_bad_share=0.5)
     assert state["bad"] == ["shard-000001.tar/k007"]
@@ -369,7 +369,7 @@ def test_the_cursor_remembers_what_is_broken(copy, tmp_path):
     assert not (tmp_path / "quarantine.jsonl").exists()
 
 
-def test_what_other_ranks_found_counts_for_all(copy, tmp_path):
+def test_bad_samples_of_other_ranks_count_for_all(copy, tmp_path):
     """Each rank alone would stay below the share."""
     for key in ("k001", "k002", "k003", "k004"):
         overwrite(copy, key)
@@ -433,7 +433,7 @@ def test_too_many_broken_images_stop_the_run_with_one_line(copy, tmp_path, worke
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_nothing_readable_is_one_line(copy, workers):
+def test_an_unreadable_dataset_gives_a_one_line_error(copy, workers):
     for number in range(37):
         overwrite(copy, f"k{number:03}")
     with pytest.raises(DataError, match="samples in a row cannot be read") as error:
@@ -495,7 +495,7 @@ def test_a_bad_header_costs_its_own_sample(copy, tmp_path, harm):
     assert of_shard(2) - {"k011"} <= set(keys)
 
 
-def test_bytes_moved_within_a_shard_are_seen(copy, tmp_path):
+def test_bytes_moved_within_a_shard_are_detected(copy, tmp_path):
     """As many bytes as promised, but not where the index has them: nothing of it may be taken for a sample."""
     path = copy / "shard-000002.tar"
     content = path.read_bytes()
@@ -516,7 +516,7 @@ def test_a_missing_shard_costs_its_own_samples(copy, tmp_path, workers, lost, re
     assert len(lines) == 5 and all(reason in line["reason"] and line["shard"] == "shard-000002.tar" for line in lines)
 
 
-def test_an_index_of_another_shard_is_not_believed(copy, tmp_path):
+def test_an_index_of_another_shard_is_refused(copy, tmp_path):
     shutil.copy(copy / "shard-000001.parquet", copy / "shard-000002.parquet")
     keys, lines = walked_once(copy, tmp_path)
     assert set(keys) == {f"k{number:03}" for number in range(37)} - of_shard(2)
@@ -530,7 +530,7 @@ def test_lost_shards_beyond_the_share_stop_the_run_with_one_line(copy, tmp_path)
     assert "\n" not in str(error.value)
 
 
-def test_what_is_known_to_be_bad_is_not_read_again(copy):
+def test_samples_known_to_be_bad_are_not_read_again(copy):
     """A cursor makes the same stand-ins, even where the sample can be read by now."""
     overwrite(copy, "k007")
     first, (state,) = take(copy, 5, 8, max_bad_share=0.5)
@@ -540,7 +540,7 @@ def test_what_is_known_to_be_bad_is_not_read_again(copy):
     assert joined(again, "keys") == joined(first, "keys") and "k007" not in joined(again, "keys")
 
 
-def test_a_mistake_in_a_transform_is_no_broken_image(drawn, tmp_path):
+def test_a_bug_in_a_transform_is_not_reported_as_a_broken_image(drawn, tmp_path):
     def transform(image, seed):
         raise ValueError("a mistake of ours")
 
@@ -549,7 +549,7 @@ def test_a_mistake_in_a_transform_is_no_broken_image(drawn, tmp_path):
     assert not (tmp_path / "quarantine.jsonl").exists()
 
 
-def test_a_folder_without_samples_is_one_line(tmp_path):
+def test_a_folder_without_samples_gives_a_one_line_error(tmp_path):
     from data_tools.shards.manifest import Manifest, write_manifest
 
     write_manifest(Manifest(tmp_path, ()))

@@ -114,7 +114,7 @@ def leave_a_loader_behind(folder: Path, sent) -> None:
 
 
 @pytest.mark.parametrize("life", [leave_a_loader_behind, read_for_ever])
-def test_workers_end_when_the_training_process_says_so_or_is_dead(tmp_path, life):
+def test_workers_end_when_the_training_process_stops_them_or_dies(tmp_path, life):
     folder, results = make(tmp_path / "shards", "m", 40, 20), fork.SimpleQueue()
     victim = fork.Process(target=life, args=(folder, results))
     victim.start()

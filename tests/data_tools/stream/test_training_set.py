@@ -132,7 +132,7 @@ def test_names_are_as_short_as_they_can_be():
     assert short_names(["/x/coco/train", "/x/flickr/train"]) == ["coco/train", "flickr/train"]
 
 
-def test_impossible_sets_are_one_line(folders, tmp_path):
+def test_impossible_sets_give_a_one_line_error(folders, tmp_path):
     for wrong, message in (([], "set data.train"), ("", "set data.train"), ([folders["a"]] * 2, "twice")):
         with pytest.raises(DataError, match=message):
             TrainingSet(wrong)
@@ -167,7 +167,7 @@ KEEP = [
 
 @pytest.mark.parametrize("captions", ["one", "all"])
 @pytest.mark.parametrize("keep", KEEP)
-def test_a_filter_keeps_what_it_says(folders, keep, captions):
+def test_a_filter_keeps_exactly_the_samples_it_states(folders, keep, captions):
     def fits(key: str) -> bool:
         short, long = sorted((10 + int(key[1:]), 12))
         return short >= keep.min_side and (keep.max_aspect is None or long <= keep.max_aspect * short)
@@ -214,7 +214,7 @@ def test_several_processes_make_the_same_index(folders, tmp_path, monkeypatch):
     assert np.array_equal(pooled.datasets[0].selections[0].items, alone.datasets[0].selections[0].items)
 
 
-def test_a_filter_that_leaves_nothing_is_one_line(folders):
+def test_a_filter_that_leaves_nothing_gives_a_one_line_error(folders):
     with pytest.raises(DataError, match="leaves nothing"):
         TrainingSet(folders["b"], keep=FilterConfig(min_words=500))
 
@@ -260,7 +260,7 @@ def test_a_recipe_names_folders_in_three_ways(tmp_path, told, read):
 
 
 @pytest.mark.parametrize("value", ['{"x": "much"}', '{"x": 0}', "[]"])
-def test_another_kind_of_train_is_one_line(value):
+def test_a_train_setting_of_another_type_gives_a_one_line_error(value):
     with pytest.raises(RecipeError, match=r"data\.train") as error:
         read_recipe(PretrainRecipe, ["--data.train", value], "ligature pretrain")
     assert "\n" not in str(error.value)

@@ -45,14 +45,14 @@ READINGS = [
 
 
 @pytest.mark.parametrize(("word", "entry"), READINGS, ids=[word for word, _ in READINGS])
-def test_wordnets_files_say_what_a_word_is(wordnet, word, entry):
+def test_words_are_looked_up_in_wordnets_files(wordnet, word, entry):
     assert wordnet.look_up(word) == entry
 
 
 @pytest.mark.skipif(
     not any((Path(place) / "index.noun").is_file() for place in WORDNET_FOLDERS), reason="no wordnet-base here"
 )
-def test_the_real_wordnet_says_the_same():
+def test_the_real_wordnet_gives_the_same_entries():
     real = open_lexicon("auto")
     for word, entry in READINGS:
         assert real.look_up(word) == entry, word
@@ -67,7 +67,7 @@ def test_every_line_of_a_sorted_file_is_found_and_no_other():
         assert all(find_line(text.encode(), word) is None for word in (b"0", b"aa", b"abc", b"z", b"zzz"))
 
 
-def test_without_counts_the_senses_met_decide(tmp_path):
+def test_without_counts_the_number_of_senses_decides(tmp_path):
     assert WordNet(tiny_wordnet.write(tmp_path, counts=False)).look_up("dogs") == Entry("noun", "dog")
 
 
@@ -155,14 +155,14 @@ def test_a_caption_is_altered_word_by_word(wordnet, tokenizer, caption, draws, p
     assert altered(tokenizer, wordnet, draws, picks, caption) == (expected, True)
 
 
-def test_a_caption_without_such_words_stays_and_is_counted(wordnet, tokenizer):
+def test_a_caption_without_replaceable_words_is_unchanged_and_counted(wordnet, tokenizer):
     assert altered(tokenizer, wordnet, 0.0, 0.0, CAPTIONS[3]) == (CAPTIONS[3], False)
     assert altered(tokenizer, wordnet, 0.0, 0.0, "an apple", text_ratio=1.0) == ("an apple", False), (
         "not in this WordNet"
     )
 
 
-def test_about_half_of_the_words_change_and_the_same_numbers_change_the_same(tokenizer, wordnet):
+def test_about_half_of_the_words_change_and_equal_draws_change_the_same_words(tokenizer, wordnet):
     maker = AlteredCaptions(HardNegativesConfig(objects=["circle", "star"]), wordnet, tokenizer)
     ids, mask = tokenizer([CAPTIONS[0]] * 400)
     numbers = np.random.default_rng(0).random((400, maker.numbers_per_caption))
@@ -190,7 +190,7 @@ def test_a_word_of_several_pieces_is_one_word_and_long_captions_end_in_sep(wordn
     assert torch.equal(nouns[1], short([CAPTIONS[1], CAPTIONS[3]])[1][1]), "no nouns: every token"
 
 
-def test_patches_that_are_attended_to_go_first_and_then_a_share_of_the_rest():
+def test_attended_patches_are_chosen_first_and_then_a_share_of_the_rest():
     attention = torch.tensor([[0.1, 0.9, 0.2, 0.8, 0.0, 0.0, 0.0, 0.0]]).expand(3, 8)
     draws = torch.rand(3, 8, generator=torch.Generator().manual_seed(0))
     chosen = choose_patches(attention, draws, 0.25, 0.5)
@@ -201,7 +201,7 @@ def test_patches_that_are_attended_to_go_first_and_then_a_share_of_the_rest():
     assert choose_patches(attention, draws, 1.0, 1.0).all()
 
 
-def test_patches_come_from_the_same_place_of_another_image():
+def test_patches_come_from_the_same_position_in_another_image():
     images = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4).to(torch.uint8)
     chosen = torch.tensor([[[True, False], [False, False]], [[False, False], [False, True]]])
     made = exchange_patches(images, chosen, torch.tensor([1, 0]))
@@ -214,7 +214,7 @@ def test_patches_come_from_the_same_place_of_another_image():
 @pytest.mark.parametrize(
     ("settings", "says"), [({"text_ratio": 1.5}, "text_ratio is 1.5"), ({"attended": 0, "rest": 0}, "both 0")]
 )
-def test_settings_that_cannot_be_are_refused(settings, says):
+def test_impossible_settings_are_refused(settings, says):
     with pytest.raises(RecipeError, match=says):
         HardNegativesConfig(**settings)
 

@@ -40,7 +40,7 @@ def test_a_word_that_is_no_token_is_refused(model):
             exchange_table([f"{word} right"], model.tokenizer)
 
 
-def test_the_loss_is_of_the_two_matching_logits_by_pairs_of_one(model):
+def test_the_loss_equals_matching_logits_computed_pair_by_pair(model):
     """Against the model asked for one pair at a time; a caption without such a word does not count."""
     captions = ["a red circle left of a star", "two green stars", "a blue star at the top"]
     altered = ["a red circle right of a star", None, "a blue star at the bottom"]
@@ -64,7 +64,7 @@ def test_the_loss_is_of_the_two_matching_logits_by_pairs_of_one(model):
     assert abs(margins[0]) > 1e-4  # an exchanged word is seen
 
 
-def test_a_run_trains_by_it(pretrained, drawn, tmp_path):
+def test_a_run_trains_with_exchanged_words(pretrained, drawn, tmp_path):
     words = ["--exchanged.weight", "1", "--exchanged.words", str(PAIRS)]
     assert main(small.finetune(pretrained, drawn, tmp_path, *words, steps=2)) == 0
     lines = [line for line in read_metrics(tmp_path / "finetune") if "train/exchanged" in line]
@@ -82,19 +82,19 @@ def test_a_run_trains_by_it(pretrained, drawn, tmp_path):
         ({"words": ["left left"]}, "holds 'left left'"),
     ],
 )
-def test_mistakes_are_told(given, says):
+def test_wrong_settings_are_refused(given, says):
     with pytest.raises(RecipeError, match=says):
         ExchangedWordsConfig(**given)
 
 
-def test_it_needs_the_fusion_head():
+def test_exchanged_words_need_the_fusion_head():
     exchanged = ExchangedWordsConfig(1.0, PAIRS)
     for more in ({"matching_weight": 0.0}, {"head": "vldeformer"}):
         with pytest.raises(RecipeError, match="trains the fusion head"):
             FinetuneRecipe(checkpoint="x", dataset="x", exchanged=exchanged, **more)
 
 
-def test_two_ranks_have_the_loss_of_one_however_the_words_lie(pretrained, gloo_pool):
+def test_two_ranks_have_the_loss_of_one_for_any_distribution_of_words(pretrained, gloo_pool):
     captions = [
         "a red circle left of a star",
         "a blue star at the top",

@@ -15,7 +15,7 @@ def batch():
     return torch.randn(8, 16, dtype=torch.float64), torch.randn(8, 16, dtype=torch.float64), ids
 
 
-def test_it_is_the_symmetric_cross_entropy_with_all_captions_of_an_image_as_positives(batch):
+def test_the_loss_is_symmetric_cross_entropy_with_all_captions_of_an_image_as_positives(batch):
     image, text, ids = normalize(batch[0], dim=-1), normalize(batch[1], dim=-1), batch[2]
     similarity = image @ text.T / 0.1
     expected = 0.0

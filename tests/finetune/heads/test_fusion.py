@@ -39,7 +39,7 @@ def encodings(model):
         return Encodings(model.image_features(tokens), model.text_features(states), tokens, states, mask)
 
 
-def test_a_pair_scores_what_the_model_gives_it_alone(model, encodings):
+def test_a_pair_scores_the_same_as_when_scored_alone(model, encodings):
     image, text = torch.tensor([2, 0, 2, 1]), torch.tensor([0, 8, 5, 1])
     actual = match_pairs(model, encodings, image, text, CPU)
     for number in range(4):
@@ -56,7 +56,7 @@ def in_new_order(model, encodings, similarity, size):
     return lists.rerank(similarity, fusion_scores(model, encodings, lists, Ranks(), CPU))
 
 
-def test_a_shortlist_of_all_orders_by_matching_alone(model, encodings):
+def test_a_full_shortlist_is_ordered_by_matching_alone(model, encodings):
     similarity = (encodings.image @ encodings.text.T).numpy()
     to_text, to_image = in_new_order(model, encodings, similarity, 100)  # larger than either gallery
     image, text = torch.arange(3).repeat_interleave(9), torch.arange(9).repeat(3)
@@ -65,7 +65,7 @@ def test_a_shortlist_of_all_orders_by_matching_alone(model, encodings):
     assert np.array_equal(to_image.argsort(1), matching.T.argsort(1))
 
 
-def test_a_pair_is_scored_once_and_so_many_at_a_time_whatever_the_lists(model, encodings, monkeypatch):
+def test_each_pair_is_scored_once_in_batches_of_limited_size(model, encodings, monkeypatch):
     similarity, seen = (encodings.image @ encodings.text.T).numpy(), []
 
     def scored(model, encodings, image, text, device):
@@ -80,7 +80,7 @@ def test_a_pair_is_scored_once_and_so_many_at_a_time_whatever_the_lists(model, e
     assert all(np.array_equal(*both) for both in zip(expected, actual, strict=True))
 
 
-def test_two_ranks_come_to_the_bits_of_one(model, encodings, gloo_pool, lone_process):
+def test_two_ranks_give_the_same_bits_as_one(model, encodings, gloo_pool, lone_process):
     similarity = (encodings.image @ encodings.text.T).numpy()
     lists = make_shortlists(similarity, 4, np.zeros(3, dtype=int), np.repeat(np.arange(3), 3))
     (alone,) = lone_process.run(dual_jobs.fusion_on_this_rank, model, encodings, lists)
@@ -88,7 +88,7 @@ def test_two_ranks_come_to_the_bits_of_one(model, encodings, gloo_pool, lone_pro
         assert all(np.array_equal(*both) for both in zip(alone, actual, strict=True))
 
 
-def test_what_is_not_on_the_shortlist_keeps_its_order_below_it(model, encodings):
+def test_items_off_the_shortlist_keep_their_order_below_it(model, encodings):
     similarity = (encodings.image @ encodings.text.T).numpy()
     to_text, _ = in_new_order(model, encodings, similarity, 4)
     for row in range(3):

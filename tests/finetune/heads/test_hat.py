@@ -46,7 +46,7 @@ BERT = TextEncoderConfig(width=16, layers=3, heads=2, feed_forward=32, positions
 
 
 @pytest.mark.parametrize("direction", ["image_to_text", "text_to_image"])
-def test_a_collection_scores_what_its_pairs_score_alone(direction):
+def test_scores_of_a_collection_equal_those_of_single_pairs(direction):
     model, tokenizer, pictures = (
         hat_jobs.model(direction=direction),
         tiny_images.tokenizer(),
@@ -64,7 +64,7 @@ def test_a_collection_scores_what_its_pairs_score_alone(direction):
 
 
 @pytest.mark.parametrize("count", [5, 1])
-def test_two_ranks_score_what_one_does_bit_for_bit(gloo_pool, lone_process, count):
+def test_two_ranks_score_bit_for_bit_like_one(gloo_pool, lone_process, count):
     expected = np.random.default_rng(0).random((count, 3 * count)) < 0.5
     for chosen in (None, expected):
         (alone,) = lone_process.run(hat_jobs.scores, count, 3, chosen)
@@ -90,7 +90,7 @@ def test_without_attention_the_mean_tokens_are_compared():
 # --- loss ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_triplet_loss_takes_the_mean_of_all_negatives_where_it_is_asked_to():
+def test_the_triplet_loss_takes_the_mean_of_all_negatives_when_configured():
     scores, ids = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 0, 2])
     expected = 0.0
     for pair in range(4):
@@ -210,7 +210,7 @@ def losses(folder):
     return [line["train/loss"] for line in read_metrics(folder / "finetune") if "train/loss" in line]
 
 
-def test_the_encoders_rest_and_then_learn(pretrained, drawn, runs, tmp_path, capfd):
+def test_the_encoders_are_frozen_first_and_learn_later(pretrained, drawn, runs, tmp_path, capfd):
     assert main(small.finetune(pretrained, drawn, tmp_path, *small.HAT, steps=3)) == 0
     assert "so the encoders never learn (hat.frozen_epochs: 0.4)" in capfd.readouterr().err
     start = dict(load_model(pretrained).network.named_parameters())
@@ -223,7 +223,7 @@ def test_the_encoders_rest_and_then_learn(pretrained, drawn, runs, tmp_path, cap
     assert len(losses(runs)) == 6
 
 
-def test_a_killed_run_goes_on_to_the_same_end(pretrained, drawn, runs, tmp_path):
+def test_a_killed_and_resumed_run_gives_the_same_result(pretrained, drawn, runs, tmp_path):
     """Killed after its fifth step: the frozen phase lies before, so Adam's moments differ in age."""
     command = small.finetune(pretrained, drawn, tmp_path, *small.HAT)
     process = subprocess.Popen([sys.executable, "-m", "launch.cli", *command], start_new_session=True)
@@ -279,7 +279,7 @@ def test_records_of_all_pairs_of_a_shortlist_and_of_an_ensemble(pretrained, draw
     assert short["shortlist"]["recall"]["text_to_image"] == pytest.approx(actual["R@5"], abs=12)
 
 
-def test_a_hat_checkpoint_is_no_alignment_model_and_the_other_way(pretrained, drawn, runs, tmp_path, capfd):
+def test_hat_and_alignment_checkpoints_are_not_interchangeable(pretrained, drawn, runs, tmp_path, capfd):
     with pytest.raises(CheckpointError, match="holds a hat head"):
         load_model(runs / "finetune")
     with pytest.raises(CheckpointError, match="is no HAT checkpoint; its head is dual"):

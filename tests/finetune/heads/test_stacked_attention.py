@@ -31,7 +31,7 @@ def written_out(regions, words, count, direction, sharpness=9.0):
     return torch.nn.functional.cosine_similarity(query, attention @ context, dim=-1).mean()
 
 
-def test_every_variant_of_the_fixture(fixture):
+def test_scores_match_every_variant_of_the_fixture(fixture):
     regions, words, mask, expected = fixture
     for name, wanted in expected.items():
         actual = pair_scores(regions, words, mask, **settings(name))
@@ -40,7 +40,7 @@ def test_every_variant_of_the_fixture(fixture):
 
 
 @pytest.mark.parametrize("direction", ["image_to_text", "text_to_image"])
-def test_an_image_alone_a_word_alone_and_what_stands_behind_a_caption(fixture, direction):
+def test_single_images_single_words_and_padding_do_not_change_scores(fixture, direction):
     regions, words, mask, _ = fixture
     whole = pair_scores(regions, words, mask, direction)
     alone = torch.cat([pair_scores(regions[i : i + 1], words, mask, direction) for i in range(len(regions))])
@@ -59,7 +59,7 @@ def test_an_image_alone_a_word_alone_and_what_stands_behind_a_caption(fixture, d
 
 @pytest.mark.parametrize("direction", ["image_to_text", "text_to_image"])
 @pytest.mark.parametrize("count", [20, 300])  # 300 regions: the Gram matrix is read in blocks
-def test_values_and_gradients_are_the_written_out_formula(direction, count):
+def test_values_and_gradients_equal_the_written_out_formula(direction, count):
     torch.manual_seed(count)
     regions = torch.randn(2, count, 16, dtype=torch.float64).mul_(0.3)
     words, lengths = torch.randn(3, 6, 16, dtype=torch.float64), [6, 1, 4]
@@ -93,7 +93,7 @@ def test_tokens_of_zero_give_a_score_and_a_gradient():
     assert regions.grad.isfinite().all() and words.grad.isfinite().all()
 
 
-def test_the_mean_pooled_cosine(fixture):
+def test_mean_pooling_compares_by_cosine(fixture):
     regions, words, mask, _ = fixture
     actual = mean_scores(regions, words, mask)
     for caption in range(len(words)):

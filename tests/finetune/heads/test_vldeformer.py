@@ -58,7 +58,7 @@ def test_decomposed_is_the_joint_model_under_a_block_diagonal_mask(monkeypatch, 
     assert (text - fusion.run_layers(joined, both)[:, :words]).abs()[mask].max() > 1e-2, "together they see each other"
 
 
-def test_of_cross_attention_layers_everything_else_runs():
+def test_decomposed_cross_attention_layers_run_all_but_cross_attention():
     """The layers without cross-attention, written out; the same weights on both sides."""
     model, parts = vldeformer_jobs.network("cross_attention"), vldeformer_jobs.decomposed("cross_attention")
     pixels, ids, mask = inputs()
@@ -81,7 +81,7 @@ def test_of_cross_attention_layers_everything_else_runs():
 
 @pytest.mark.parametrize("kind", ["single_stream", "cross_attention"])
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_pads_never_count(kind, pooling):
+def test_padding_never_counts(kind, pooling):
     parts = vldeformer_jobs.decomposed(kind, pooling)
     _, ids, mask = inputs()
     actual = parts.encode_text(ids, mask)
@@ -189,7 +189,7 @@ def run(single, drawn, tmp_path_factory):
     return runs / "finetune"
 
 
-def test_it_is_trained_saved_scored_and_loaded(single, run, drawn, tmp_path, capfd):
+def test_a_vldeformer_is_trained_saved_scored_and_loaded(single, run, drawn, tmp_path, capfd):
     assert main(small.evaluate(run, drawn, tmp_path / "tuned.json", "--save_scores", "true")) == 0
     assert main(small.evaluate(single, drawn, tmp_path / "before.json", "--heads", "[vldeformer, dual, fusion]")) == 0
     tuned, before = read_record(tmp_path / "tuned.json"), read_record(tmp_path / "before.json")
@@ -215,7 +215,7 @@ def back_to_step_2(run):
     shutil.rmtree(run / "checkpoints" / "step-00000004")
 
 
-def test_a_run_does_not_go_on_with_another_model_to_look_by(single, drawn, tmp_path, capfd):
+def test_a_run_does_not_resume_beside_another_joint_model(single, drawn, tmp_path, capfd):
     """The model it began from stays beside it and says where nouns are in a picture."""
     source = tmp_path / "source"
     shutil.copytree(single, source)
@@ -231,7 +231,7 @@ def test_a_run_does_not_go_on_with_another_model_to_look_by(single, drawn, tmp_p
     assert "source is not the checkpoint that this run started from" in capfd.readouterr().err
 
 
-def test_a_run_that_was_stopped_ends_where_the_other_does(single, run, drawn, tmp_path, capfd):
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(single, run, drawn, tmp_path, capfd):
     """Altered words and patches are a function of the sample, so nothing of them is lost."""
     assert main(small.finetune(single, drawn, tmp_path, *NEGATIVES, steps=4)) == 0
     ours, theirs = (LoadedVLDeformer(folder).model.state_dict() for folder in (tmp_path / "finetune", run))
@@ -243,7 +243,7 @@ def test_a_run_that_was_stopped_ends_where_the_other_does(single, run, drawn, tm
     assert all(torch.equal(weight, theirs[name]) for name, weight in again.items())
 
 
-def test_its_shortlists_are_re_ranked_by_the_fusion_model_it_came_from(single, run, drawn, tmp_path, capfd):
+def test_shortlists_are_re_ranked_by_the_original_fusion_model(single, run, drawn, tmp_path, capfd):
     lists = ["--heads", "[fusion]", "--shortlist_from", str(run), "--shortlist"]
     for name, size in (("all", "500"), ("few", "4")):
         assert main(small.evaluate(single, drawn, tmp_path / f"{name}.json", *lists, size)) == 0
@@ -258,7 +258,7 @@ def test_its_shortlists_are_re_ranked_by_the_fusion_model_it_came_from(single, r
     assert "add fusion to heads" in capfd.readouterr().err
 
 
-def test_it_is_indexed_and_asked_as_a_dual_head_is(run, drawn, tmp_path, capsys):
+def test_a_vldeformer_is_indexed_and_searched_like_a_dual_head(run, drawn, tmp_path, capsys):
     where = ["--data", str(drawn / "test"), "--out", str(tmp_path / "index"), "--workers", "0", "--device", "cpu"]
     assert main(["index", "--checkpoint", str(run), *where]) == 0
     encoder, index = load_encoder(run), Index(tmp_path / "index")
@@ -269,7 +269,7 @@ def test_it_is_indexed_and_asked_as_a_dual_head_is(run, drawn, tmp_path, capsys)
     assert "a red circle" in capsys.readouterr().out
 
 
-def test_a_single_stream_model_is_exported_and_read_as_any(single, tmp_path):
+def test_a_single_stream_model_is_exported_and_loaded_like_any_other(single, tmp_path):
     assert main(["export", str(single), str(tmp_path / "out")]) == 0
     ours, theirs = load_model(tmp_path / "out"), load_model(single)
     assert ours.network.config.fusion.kind == "single_stream"
@@ -295,7 +295,7 @@ def a_batch(task, size=4):
     }
 
 
-def test_a_cross_attention_checkpoint_goes_the_same_way_and_says_what_it_is(pretrained, drawn, tmp_path):
+def test_a_cross_attention_checkpoint_is_decomposed_and_labelled_an_adaptation(pretrained, drawn, tmp_path):
     assert main(small.finetune(pretrained, drawn, tmp_path, *NEGATIVES, steps=1)) == 0
     assert main(small.evaluate(tmp_path / "finetune", drawn, tmp_path / "scores.json")) == 0
     assert read_record(tmp_path / "scores.json")["head"] == "vldeformer of cross-attention layers (an adaptation)"
@@ -305,14 +305,14 @@ def test_a_cross_attention_checkpoint_goes_the_same_way_and_says_what_it_is(pret
     assert task.guide.fusion_encoder.layers[0].cross_attention is not None, "what shows where nouns look stays whole"
 
 
-def test_where_nouns_are_seen_does_not_depend_on_whether_the_joint_layers_are_made_anew(single):
+def test_patches_of_nouns_do_not_depend_on_fresh_joint_layers(single):
     tuned, fresh = task_of(single), task_of(single, start="fresh_joint")
     torch.testing.assert_close(dict(tuned.guide.state_dict()), dict(fresh.guide.state_dict()), rtol=0, atol=0)
     old, new = ([*task.model.joint.parameters()] for task in (tuned, fresh))
     assert not all(torch.equal(*both) for both in zip(old, new, strict=True))
 
 
-def test_every_weight_learns_and_the_figures_count_what_could_not_be_altered(single):
+def test_every_weight_learns_and_unaltered_samples_are_counted(single):
     task = task_of(single)
     loss, figures = task(retrieval_batch(a_batch(task), 0, torch.device("cpu")))
     loss.backward()
@@ -324,7 +324,7 @@ def test_every_weight_learns_and_the_figures_count_what_could_not_be_altered(sin
     assert {"fooled_by_altered_text", "fooled_by_altered_image", "contrastive"} <= figures.keys()
 
 
-def test_the_switches_turn_off_what_they_say(single):
+def test_each_switch_turns_off_its_own_part(single):
     whole = task_of(single)
     batch = retrieval_batch(a_batch(whole), 0, torch.device("cpu"))
     plain = task_of(single, negatives={"text": False, "image": False}).eval()
@@ -340,7 +340,7 @@ def test_the_switches_turn_off_what_they_say(single):
     assert set(task_of(single, loss="cosine")(batch)[1]) == {"loss", "cosine"}
 
 
-def test_without_pretraining_the_sizes_stay_and_the_weights_do_not(single):
+def test_without_pretraining_sizes_stay_and_weights_are_fresh(single):
     started, fresh = task_of(single), task_of(single, start="unpretrained")
     mine, theirs = started.model.state_dict(), fresh.model.state_dict()
     assert {name: weight.shape for name, weight in mine.items()} == {name: w.shape for name, w in theirs.items()}
@@ -360,7 +360,7 @@ def test_pretraining_that_began_from_a_model_has_no_unpretrained_start(single, d
         task_of(further, start="unpretrained")
 
 
-def test_an_export_does_not_say_what_pretraining_began_from(single, tmp_path):
+def test_an_export_has_no_unpretrained_start(single, tmp_path):
     export(single, tmp_path / "plain")
     with pytest.raises(RecipeError, match="does not say what pretraining began from; give the run's own checkpoint"):
         task_of(tmp_path / "plain", start="unpretrained")
@@ -372,7 +372,7 @@ def test_a_batch_of_one_has_no_image_to_take_patches_from(single):
     assert loss.isfinite()
 
 
-def test_wrong_starts_are_refused_in_one_line(single, run, pretrained, drawn, tmp_path, capfd):
+def test_unsuitable_checkpoints_are_refused_in_one_line(single, run, pretrained, drawn, tmp_path, capfd):
     assert main(small.finetune(run, drawn, tmp_path / "a", *NEGATIVES)) == 1
     assert "holds a vldeformer head, not an alignment model" in capfd.readouterr().err
     assert main(small.evaluate(run, drawn, tmp_path / "x.json", "--heads", "[dual]")) == 2

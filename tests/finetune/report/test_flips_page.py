@@ -36,7 +36,7 @@ def test_ties_count_as_better_images():
     assert count_better_images(scores, np.array([0, 2])).tolist() == [2, 2]
 
 
-def test_the_page_shows_what_the_first_alone_gets_right_worst_first(records, drawn, capsys):
+def test_the_page_lists_captions_only_the_first_model_gets_right_worst_first(records, drawn, capsys):
     folder, collection = records
     command = ["compare", str(folder / "first.json"), str(folder / "second.json"), "--page", str(folder / "page.html")]
     assert main([*command, "--data", str(drawn / "test")]) == 0
@@ -53,7 +53,7 @@ def test_the_page_shows_what_the_first_alone_gets_right_worst_first(records, dra
     assert f"first alone{cell}10{cell}8.3 %" in page and f"both right{cell}110" in page and "data:image/jpeg" in page
 
 
-def test_captions_in_another_order_than_those_scored_are_refused(records, drawn, capsys):
+def test_captions_in_another_order_than_the_scores_are_refused(records, drawn, capsys):
     folder, collection = records
     turned = np.roll(collection.caption_image, 1)
     for name in ("first", "second"):
@@ -74,7 +74,7 @@ def test_captions_in_another_order_than_those_scored_are_refused(records, drawn,
     assert "its captions in another order than those scored" in capsys.readouterr().err
 
 
-def test_mistakes_are_one_line(records, drawn, capsys):
+def test_wrong_arguments_give_a_one_line_error(records, drawn, capsys):
     folder, _ = records
     command = ["compare", str(folder / "first.json"), str(folder / "second.json"), "--page", str(folder / "page.html")]
     assert main(command) == 2

@@ -344,7 +344,7 @@ def test_inverted_lists_are_added_to_a_finished_index(made, pretrained, photos, 
     ],
     ids=str,
 )
-def test_mistakes_of_a_search_are_one_line(answer, made, arguments, code, message):
+def test_mistakes_of_a_search_give_a_one_line_error(answer, made, arguments, code, message):
     index = [] if "--index" in arguments else ["--index", made]
     exit_code, line = answer("search", *arguments, *index)
     assert exit_code == code and message in line

@@ -59,7 +59,7 @@ def test_arms_share_seeds_and_differ_in_their_keys_alone(tmp_path, capsys):
     assert not commands, "what stands is not done again"
 
 
-def test_several_at_a_time_come_to_the_same_table(tmp_path, capsys):
+def test_parallel_jobs_give_the_same_table(tmp_path, capsys):
     noise = {
         name: number * 0.01
         for number, name in enumerate(("a-seed0", "b-seed0", "a-seed1", "b-seed1", "a-seed2", "b-seed2"))
@@ -107,7 +107,7 @@ def test_what_one_condition_adds_to_a_difference_is_paired_too(tmp_path):
 
 
 @pytest.mark.parametrize("count", [2, 5, 8, 30])
-def test_the_interval_is_students(count):
+def test_the_interval_is_students_t(count):
     values = [math.sin(7 * number) for number in range(count)]
     mean, low, high = paired(values)
     wanted = stats.ttest_1samp(values, 0).confidence_interval(0.95)
@@ -117,7 +117,7 @@ def test_the_interval_is_students(count):
     assert verdict(-1, 1) == "unresolved" and verdict(0.1, 1) == verdict(-1, -0.1) == "resolved"
 
 
-def test_information_is_counted_right_and_is_nothing_between_strangers():
+def test_information_is_counted_right_and_is_zero_between_independent_variables():
     generator = torch.Generator().manual_seed(0)
     code = torch.randint(4, (4000,), generator=generator)
     assert information(code, code) == pytest.approx(2.0, abs=0.01)
@@ -173,7 +173,7 @@ def test_an_arm_with_an_unknown_key_stops_before_anything_runs(tmp_path, capsys)
     assert "objectives.nothing" in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
-def test_records_are_not_taken_for_another_recipes(tmp_path):
+def test_records_of_another_recipe_are_refused(tmp_path):
     commands: list[list[str]] = []
     start = fake(commands, lambda name: 0.5)
     run_arms(recipe(tmp_path), start)
@@ -195,7 +195,7 @@ def test_records_are_not_taken_for_another_recipes(tmp_path):
     )  # one arm of three seeds, and three of the new seed
 
 
-def test_results_and_their_recipe_go_on_elsewhere(tmp_path):
+def test_an_ablation_continues_elsewhere_from_results_and_recipe(tmp_path):
     """Seeds run on two machines, the later ones first, come to the table of one machine."""
     noise = {"0": 0.0, "1": 0.1, "2": -0.1, "3": 0.05}
 
@@ -215,7 +215,7 @@ def test_results_and_their_recipe_go_on_elsewhere(tmp_path):
     assert sum(command[0] == "pretrain" for command in commands) == 4
 
 
-def test_the_published_table_says_what_its_results_are(monkeypatch):
+def test_the_published_table_matches_its_results(monkeypatch):
     """The published results are a start for the shipped recipe too; the table is theirs, and that of three seeds of which only means
     and intervals are left."""
     root = Path(__file__).parents[3]
@@ -252,7 +252,7 @@ def three_of(mean: float, low: float, high: float) -> list[float]:
     return [mean - deviation, mean, mean + deviation]
 
 
-def test_what_a_process_ran_before_does_not_show_in_a_run(drawn, tmp_path, capfd):
+def test_earlier_runs_of_a_process_do_not_change_a_run(drawn, tmp_path, capfd):
     """Two arms of the same recipe, one after another in one process: they differ in nothing."""
     (tmp_path / "base.yaml").write_text(
         json.dumps(

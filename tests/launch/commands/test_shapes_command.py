@@ -7,7 +7,7 @@ import pytest
 from launch.cli import main
 
 
-def test_it_draws_what_is_asked(tmp_path, capsys):
+def test_shapes_draws_the_requested_numbers(tmp_path, capsys):
     out = tmp_path / "drawn"
     assert main(["shapes", str(out), "--train", "3", "--validation", "2", "--test", "1", "--size", "32"]) == 0
     for split, count in {"train": 3, "validation": 2, "test": 1}.items():
@@ -16,7 +16,7 @@ def test_it_draws_what_is_asked(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("option", "least"), [("--train", 1), ("--size", 16)])
-def test_a_number_too_small_is_one_line_and_draws_nothing(option, least, tmp_path, capsys):
+def test_a_number_too_small_gives_a_one_line_error_and_draws_nothing(option, least, tmp_path, capsys):
     assert main(["shapes", str(tmp_path / "drawn"), option, str(least - 1)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and option in error and f"{least} or more" in error

@@ -20,7 +20,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[2])
-def test_the_commands_of_the_page_are_taken(command):
+def test_the_commands_of_the_data_page_are_accepted(command):
     options = read_shard_options(command[2:])
     assert str(options.out).startswith("shards/") and str(options.annotation) == command[2]
     assert len(options.exclude) == command.count("--exclude")

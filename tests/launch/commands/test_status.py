@@ -30,14 +30,14 @@ def told(capsys, folder: Path) -> dict[str, str]:
     return {line[:11].strip(): line[12:] for line in capsys.readouterr().out.splitlines()}
 
 
-def test_a_run_tells_how_far_it_is(run, capsys):
+def test_status_shows_the_progress_of_a_run(run, capsys):
     lines = told(capsys, run)
     assert lines["step"] == "40 of 100 (40 %)" and lines["rate"] == "2 steps/s, 64 samples/s"
     assert lines["time left"] == "0:30 of training" and lines["checkpoint"].startswith("step-00000040, ")
     assert "job" not in lines and "last error" not in lines
 
 
-def test_the_steps_of_so_many_epochs_follow_from_those_taken(run, capsys):
+def test_the_total_steps_follow_from_epochs_and_steps_taken(run, capsys):
     (run / "config.yaml").write_text(yaml.safe_dump({"training": TRAINING | {"steps": None}}))
     assert told(capsys, run)["step"] == "40 of 300 (13 %)"  # ten steps an epoch
 
@@ -61,6 +61,6 @@ def test_without_slurm_the_job_is_named(run, capsys, monkeypatch):
     assert told(capsys, run)["job"] == "7; no SLURM on this machine to ask"
 
 
-def test_a_folder_that_is_no_run_is_one_line(tmp_path, capsys):
+def test_a_folder_that_is_no_run_gives_a_one_line_error(tmp_path, capsys):
     assert main(["status", str(tmp_path)]) == 2
     assert "is not a run's folder" in (said := capsys.readouterr().err) and said.count("\n") == 1

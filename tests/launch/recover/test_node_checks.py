@@ -18,7 +18,7 @@ def test_versions_that_do_not_fit_are_named(monkeypatch):
     assert found.level == "FAIL" and "needs torch" in found.text and "not 0.1" in found.text
 
 
-def test_a_disk_that_is_full_slow_or_closed_is_told(tmp_path, monkeypatch):
+def test_a_full_slow_or_closed_disk_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(node_checks, "WRITTEN", node_checks.MIB)
     (found,) = node_checks.check_disk(tmp_path / "not" / "there" / "yet")
     assert found.level == "ok" and str(tmp_path) in found.text and list(tmp_path.iterdir()) == []
@@ -28,7 +28,7 @@ def test_a_disk_that_is_full_slow_or_closed_is_told(tmp_path, monkeypatch):
     assert found.level == "FAIL" and "free some" in found.text
 
 
-def test_shards_that_are_cut_short_are_told(drawn, tmp_path):
+def test_truncated_shards_are_reported(drawn, tmp_path):
     import shutil
 
     assert node_checks.check_data(drawn / "test").level == "ok"

@@ -41,7 +41,7 @@ def program(text: str) -> list[str]:
     return [sys.executable, "-c", textwrap.dedent(text)]
 
 
-def test_every_rank_is_told_its_place_on_its_machine(ssh, tmp_path):
+def test_every_rank_gets_its_number_on_its_machine(ssh, tmp_path):
     told = program(
         """
         import json, os
@@ -58,7 +58,7 @@ def test_every_rank_is_told_its_place_on_its_machine(ssh, tmp_path):
     assert sorted((ssh / "hosts").read_text().split()) == ["a", "b"]
 
 
-def test_a_failure_is_told_and_ends_the_others(ssh, monkeypatch):
+def test_a_failure_is_reported_and_ends_the_others(ssh, monkeypatch):
     monkeypatch.setattr("launch.start.hosts.GRACE", 1.0)
     code = program("import os, sys, signal\nsys.exit(3) if os.environ['RANK'] == '1' else signal.pause()")
     assert run_hosts([Host("a", 1), Host("b", 1)], code, free_port()) == 3
@@ -97,7 +97,7 @@ def test_a_hostfile_is_read(tmp_path):
         ("-oProxyCommand=x", "no machine"),
     ],
 )
-def test_a_wrong_hostfile_is_one_line(tmp_path, text, says):
+def test_a_wrong_hostfile_gives_a_one_line_error(tmp_path, text, says):
     (tmp_path / "hosts").write_text(text)
     with pytest.raises(RecipeError, match=says):
         read_hosts(tmp_path / "hosts")

@@ -36,7 +36,7 @@ def options_of(text: str) -> dict[str, str]:
     return {line.partition("=")[0]: line.partition("=")[2] for line in lines}
 
 
-def test_the_script_asks_for_what_was_asked(capsys):
+def test_the_script_requests_the_stated_resources(capsys):
     asked = ("--nodes", "2", "--gpus-per-node=8", "--cpus-per-task", "12", "--partition", "gpu", "--account", "me")
     text = script(capsys, *asked, "--config", "pretrain/codis_base.yaml", "--name", "big", "--time", "2-00:00:00")
     options = options_of(text)
@@ -100,7 +100,7 @@ def test_an_array_has_a_run_for_each_line(capsys, tmp_path):
     assert f"{tmp_path}/runs/full\n" in text and f"{tmp_path}/runs/no-codebook\n" in text
 
 
-def test_an_index_is_made_by_all_ranks(capsys, tmp_path):
+def test_an_index_is_built_by_all_ranks(capsys, tmp_path):
     arguments = ("index", "--checkpoint", "runs/a", "--data", "shards", "--out", "photos", "--nodes", "2")
     text = script(capsys, *arguments)
     assert options_of(text)["nodes"] == "2" and f"folder={tmp_path}/photos.launch" in text
@@ -134,7 +134,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_a_mistake_is_one_line_and_nothing_is_written(capsys, tmp_path, case):
+def test_a_mistake_gives_a_one_line_error_and_nothing_is_written(capsys, tmp_path, case):
     arguments, says = MISTAKES[case]
     assert main(["launch", "slurm", *arguments, "--dry-run"]) == 2
     said = capsys.readouterr().err
@@ -142,7 +142,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(capsys, tmp_path, case):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_slurm_there_is_one_line(capsys, tmp_path, monkeypatch):
+def test_without_slurm_there_gives_a_one_line_error(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["launch", "slurm", *SITE, "--name", "x"]) == 1
     said = capsys.readouterr().err
@@ -215,7 +215,7 @@ def fake(capsys, tmp_path):
     return FakeCluster(folder, script(capsys, *SITE, "--name", "x", "--max-crashes", "2"))
 
 
-def test_a_rank_is_told_its_place_and_finishing_is_the_end(fake):
+def test_a_rank_gets_its_number_and_a_finished_job_is_not_requeued(fake):
     assert fake.run("true") == (0, [])
     address, port = fake.log().split()[-2:]
     assert (
@@ -305,7 +305,7 @@ def test_a_rank_too_slow_for_the_limit_is_requeued_all_the_same(fake):
     assert fake.run("kill -TERM $batch; exit 9", now=cancelled) == (9, [])
 
 
-def test_a_stage_that_begins_anew_is_not_requeued_at_its_time_limit(capsys, tmp_path):
+def test_a_stage_that_cannot_resume_is_not_requeued_at_its_time_limit(capsys, tmp_path):
     folder = tmp_path / "bin"
     folder.mkdir()
     asked = [

@@ -55,7 +55,7 @@ def test_a_mistake_is_answered_before_anything_starts(nothing_starts, capsys, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_rank_is_told_its_place(tmp_path):
+def test_every_rank_gets_its_number_and_world_size(tmp_path):
     code = run_ranks(
         program(
             f"""
@@ -107,7 +107,7 @@ def test_a_killed_rank_has_the_shells_code_for_it(monkeypatch):
     assert run_ranks([sys.executable, "-c", kill], 2) == 128 + signal.SIGKILL
 
 
-def test_a_failed_run_is_one_line_with_the_ranks_code(monkeypatch, capsys):
+def test_a_failed_run_gives_a_one_line_error_with_the_ranks_code(monkeypatch, capsys):
     monkeypatch.setattr(local, "run_ranks", lambda command, count: 75)
     assert main(["launch", "local", "--nproc", "2", "pretrain", "--training.global_batch", "8"]) == 75
     assert "pretrain stopped with exit code 75" in capsys.readouterr().err

@@ -31,7 +31,7 @@ def test_image_encoders_of_several_sizes(size, patch, width, depth, heads):
     assert encoder.vit.blocks[0].attn.num_heads == (heads or 3)
 
 
-def test_inner_layers_come_as_they_are_asked_for():
+def test_inner_layers_are_returned_as_requested():
     encoder = ImageEncoder(ImageEncoderConfig("vit_tiny_patch16_224", 32, 16, 32, 3, 2)).eval()
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     layers, outputs = [3, 1, 3, 2], list[torch.Tensor]()
@@ -59,13 +59,13 @@ def test_pixels_are_normalised_by_clips_statistics_once():
         (ImageEncoderConfig("vit_tiny_patch16_224", 32, 16, 30, 1, 4), "vit_tiny_patch16_224"),
     ],
 )
-def test_an_encoder_that_cannot_be_is_refused_in_one_line(config, says):
+def test_an_impossible_encoder_is_refused_in_one_line(config, says):
     with pytest.raises(RecipeError, match=says) as caught:
         ImageEncoder(config)
     assert str(caught.value).startswith("model.image")
 
 
-def test_shapes(model):
+def test_outputs_have_their_stated_shapes(model):
     batch = tiny.batch(5)
     ids, mask = batch["ids"], batch["mask"]
     tokens = model.image_encoder(batch["images"][0])

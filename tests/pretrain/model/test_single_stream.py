@@ -89,7 +89,7 @@ def test_all_objectives_together_reach_every_weight(negatives):
     assert {"contrastive", "matching", "masked_language", "codebook"} <= figures.keys()
 
 
-def test_without_text_layers_matching_and_masked_words_train_what_there_is():
+def test_without_text_layers_matching_and_masked_words_train_all_weights():
     reached, figures = gradients(WORDLESS)
     idle = ("image_projection", "text_projection", "temperature")
     names = {name for name, _ in tiny.model(tiny.recipe(**WORDLESS)).named_parameters()}
@@ -118,7 +118,7 @@ def test_without_text_layers_wrong_pairs_are_drawn_alike():
         (WORDLESS | {"data__validation": "somewhere"}, "data.validation empty"),
     ],
 )
-def test_what_needs_a_feature_of_the_caption_is_refused_without_text_layers(changes, says):
+def test_objectives_that_need_text_features_are_refused_without_text_layers(changes, says):
     with pytest.raises(RecipeError, match=says):
         tiny.recipe(**changes)
 

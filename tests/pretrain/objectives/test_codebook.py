@@ -52,7 +52,7 @@ OF_IMAGE, OF_TEXT = [0.9, 0.1], [0.3, 0.7]
         ("self", by_hand(text_plan=OF_TEXT, image_plan=OF_IMAGE)),
     ],
 )
-def test_both_pairings_by_hand(pairing, expected):
+def test_both_pairings_match_a_hand_computed_example(pairing, expected):
     image, text = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]])
     plans = Plans(torch.tensor([OF_IMAGE]), torch.tensor([OF_TEXT]))
     keys = Keys(torch.stack([image[0] * 0, image[0]]), torch.stack([text[0] * 0, text[0]]), torch.tensor([0, 1]))
@@ -103,7 +103,7 @@ def test_queue_features_sharpen_the_targets_of_the_batch():
     assert sharp["codebook/effective_codes"] < flat["codebook/effective_codes"]
 
 
-def test_figures_of_a_collapsed_codebook_tell_of_it():
+def test_figures_show_a_collapsed_codebook():
     collapsed, even = usage_figures(torch.tensor([0, 20, 0, 0])), usage_figures(torch.tensor([5, 5, 5, 5]))
     assert [float(collapsed[f"codebook/{name}"]) for name in ("perplexity", "dead", "largest_share")] == [
         1.0,
@@ -113,7 +113,7 @@ def test_figures_of_a_collapsed_codebook_tell_of_it():
     assert [float(even[f"codebook/{name}"]) for name in ("perplexity", "dead", "largest_share")] == [4.0, 0.0, 0.25]
 
 
-def test_use_is_told_of_enough_features_for_every_codeword_to_have_its_share():
+def test_codeword_use_is_measured_over_enough_features_per_codeword():
     """A batch of 4 pairs leaves half of 16 codewords idle whatever they are; 20 such batches do not."""
     task = tiny.task(tiny.recipe(training__global_batch=4, training__micro_batch=4))
     logged = []
@@ -157,7 +157,7 @@ def test_the_transport_cost_teaches_the_codebook_alone_and_pulls_it_to_the_teach
 
 
 @pytest.mark.parametrize("solver", ["ipot", "sinkhorn", "argmax"])
-def test_every_solver_gives_targets_and_tells_its_columns_error(solver):
+def test_every_solver_gives_targets_and_reports_its_column_error(solver):
     image, text, codewords = tiny.unit(12, 8, seed=1), tiny.unit(12, 8, seed=2), tiny.unit(5, 8, seed=3)
     plans, figures, _ = solve_plans(image, text, codewords, 12, TransportConfig(solver=solver))
     torch.testing.assert_close(plans.image.sum(-1), torch.ones(12))

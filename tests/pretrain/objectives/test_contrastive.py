@@ -90,7 +90,7 @@ CASES = {
 @pytest.mark.parametrize("intra_modal", [True, False], ids=["four terms", "two terms"])
 @pytest.mark.parametrize("distill_weight", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_loss_is_the_formulas(case, distill_weight, intra_modal):
+def test_the_loss_equals_the_formula(case, distill_weight, intra_modal):
     ids, rows = case
     image, text, keys = features(len(rows), 3), features(len(rows), 4), keys_of(ids)
     state = student_state(image, text, keys, rows, distill_weight)
@@ -101,7 +101,7 @@ def test_the_loss_is_the_formulas(case, distill_weight, intra_modal):
 
 
 @pytest.mark.parametrize("temperature", [0.001, 0.5])
-def test_it_holds_at_the_bounds_of_the_temperature(temperature):
+def test_the_formula_holds_at_the_bounds_of_the_temperature(temperature):
     image, text, keys, rows = features(4, 3), features(4, 4), keys_of([1, 2, 3, 4, 5, 1]), [0, 1, 2, 3]
     state = student_state(image, text, keys, rows, 0.4, temperature)
     loss = Contrastive(ContrastiveConfig())(state)["contrastive"]

@@ -14,7 +14,7 @@ from runtime.errors import RecipeError
 CHANGES = {"objectives__levels__weight": 1.0, "model__levels": [[1, 1], [1, 2]]}
 
 
-def test_it_is_the_contrastive_loss_of_the_level_features():
+def test_the_loss_is_the_contrastive_loss_of_the_level_features():
     task = tiny.task(tiny.recipe(**CHANGES))
     (inputs,), _ = task.prepare(tiny.batch(8), 1.0, 8)
     model = task.student.model
@@ -52,7 +52,7 @@ def test_inner_layers_learn_and_later_ones_do_not():
 
 
 @pytest.mark.parametrize("levels", [[[1]], [[0, 1]], [[2, 1]]])
-def test_levels_that_are_not_there_are_refused(levels):
+def test_missing_levels_are_refused(levels):
     with pytest.raises(RecipeError, match="a level is a pair"):
         tiny.recipe(model__levels=levels)
 

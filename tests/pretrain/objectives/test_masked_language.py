@@ -71,7 +71,7 @@ def test_another_seed_or_position_chooses_other_words():
 
 
 @pytest.mark.parametrize("distill_weight", [0.0, 0.4, 1.0])
-def test_the_loss_is_that_of_the_full_tensor_of_logits(distill_weight):
+def test_the_loss_equals_that_of_the_full_tensor_of_logits(distill_weight):
     """ALBEF's: over batch x length x vocabulary, labels -100 where no word is masked, teacher's softmax as soft target."""
     text, positions = texts(6)
     network, teacher = tiny.model().double(), tiny.model(seed=1).double()

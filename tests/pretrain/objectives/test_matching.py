@@ -75,7 +75,7 @@ def test_the_ends_of_the_unit_interval_are_drawn_too(number):
     assert exists.all() and not same[torch.arange(4), column].any()
 
 
-def test_a_row_without_any_negative_says_so():
+def test_a_row_without_any_negative_is_flagged():
     ids = torch.tensor([1, 1, 1])
     column, exists = draw_negatives(torch.randn(3, 3), ids[:, None] == ids, uniform(3))
     assert not exists.any() and ((column >= 0) & (column < 3)).all()
@@ -177,7 +177,7 @@ def test_negatives_from_all_ranks_reach_beyond_the_micro_batch_and_never_the_sam
 
 
 @pytest.mark.parametrize("negatives", ["nearby", "all_ranks"])
-def test_negatives_share_a_codeword_where_there_are_such(negatives):
+def test_negatives_share_a_codeword_where_possible(negatives):
     """Four images at codeword 0, three at 1, one alone at 2, which takes its negative from anywhere."""
     state = prepared(8, image_ids=list(range(8)), objectives__matching={"negatives": negatives})
     codes = torch.tensor([0, 0, 1, 0, 1, 0, 1, 2])

@@ -36,7 +36,7 @@ def test_every_objective_of_the_recipe_is_registered():
     assert {*OBJECTIVES, "others"} == {field.name for field in dataclasses.fields(ObjectivesConfig)}
 
 
-def test_objectives_are_made_where_they_have_a_weight(example):
+def test_objectives_are_built_where_they_have_a_weight(example):
     config = ObjectivesConfig(others={"uniformity": OtherObjective(**example["uniformity"])})
     config.matching.weight = 0.0
     assert list(make_objectives(config)) == ["contrastive", "masked_language", "codebook", "uniformity"]
@@ -65,12 +65,12 @@ def test_the_new_objective_of_the_docs_learns_and_splits(example):
 
 
 @pytest.mark.parametrize("use", ["uniformity.Uniform", "nowhere.Uniformity", "Uniformity", ""])
-def test_a_class_that_there_is_not_is_one_clear_line(example, use):
+def test_a_missing_class_gives_a_one_line_error(example, use):
     with pytest.raises(RecipeError, match="objectives.others.mine: cannot make .*name a class as module.Class"):
         tiny.task(tiny.recipe(objectives__others={"mine": {"use": use}}))
 
 
-def test_an_objective_whose_loss_has_another_name_is_one_clear_line(example):
+def test_a_loss_under_another_name_gives_a_one_line_error(example):
     task = tiny.task(tiny.recipe(objectives__others={"spread": example["uniformity"]}))
     (inputs,), _ = task.prepare(tiny.batch(8), 1.0, 8)
     with pytest.raises(
@@ -80,7 +80,7 @@ def test_an_objective_whose_loss_has_another_name_is_one_clear_line(example):
 
 
 @pytest.mark.parametrize("name", ["codebook", "loss"])
-def test_the_name_of_a_figure_that_there_is_is_refused(name):
+def test_a_figure_name_already_in_use_is_refused(name):
     with pytest.raises(
         RecipeError, match=f"objectives.others.{name} has the name of an existing figure; choose another name"
     ):

@@ -99,7 +99,7 @@ def test_the_sizes_are_read_from_the_tensors(imported):
     assert (config.fusion.layers, config.feature_dim, config.text.positions, config.codewords) == (1, 20, 40, 0)
 
 
-def test_it_encodes_matches_and_holds_teacher_and_queue(imported):
+def test_the_import_encodes_matches_and_holds_teacher_and_queue(imported):
     model = load_model(imported)
     torch.testing.assert_close(model.network.temperature(), torch.tensor([0.031]))
     images = tiny.batch(2)["images"][0]
@@ -249,7 +249,7 @@ def test_stray_tensors_are_reported_and_a_tokenizer_that_does_not_fit_is_refused
     assert read_albef(path).config.text.heads == 8
 
 
-def test_files_that_are_no_albef_are_refused_in_one_line(tmp_path, capsys):
+def test_files_that_are_not_albefs_are_refused_in_one_line(tmp_path, capsys):
     class Evil:
         def __reduce__(self):
             return (print, ("executed",))

@@ -38,7 +38,7 @@ def fresh(**changes) -> AlignmentModel:
     return tiny.model(tiny.recipe(**changes), seed=3)
 
 
-def test_weights_are_the_students_and_averages_the_teachers(tmp_path):
+def test_student_and_teacher_start_from_the_sources_weights_and_averages(tmp_path):
     model = fresh()
     report, teacher = begin_from(saved(tmp_path / "source"), model)
     weights, averages = (load_file(tmp_path / "source" / f"{name}.safetensors") for name in ("model", "teacher"))

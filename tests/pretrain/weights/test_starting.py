@@ -46,7 +46,7 @@ def text_model(weights, text_layers: int = 2, **sizes) -> AlignmentModel:
 
 
 @pytest.mark.parametrize("text_layers", [1, 2, 4])
-def test_a_berts_hidden_states_are_ours_layer_by_layer(bert_folder, text_layers):
+def test_hidden_states_equal_berts_layer_by_layer(bert_folder, text_layers):
     model = text_model(bert_folder, text_layers)
     load_starting_weights(model)
     bert = BertModel.from_pretrained(bert_folder).eval()
