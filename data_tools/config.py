@@ -50,7 +50,7 @@ class FilterConfig:
     min_side: int = 0
     """Leave out images with fewer pixels on their shorter side."""
     max_aspect: float | None = None
-    """Leave out images with a longer side of more than this many times the shorter. Default: no limit."""
+    """Leave out images whose longer side is more than this many times the shorter. Default: no limit."""
 
     def __post_init__(self) -> None:
         if self.min_words < 0 or self.min_side < 0 or (self.max_words is not None and self.max_words < self.min_words):
@@ -86,7 +86,7 @@ class ShuffleConfig:
     block: int | None = None
     """Samples of a shard that stay together; 0 means whole shards. Default: 1,024, or whole shards where a folder is remote."""
     window: int = 65536
-    """Samples that are shuffled among themselves. The remote shards that one window touches must fit into the cache."""
+    """Number of samples that are shuffled together. The remote shards that one window touches must fit into the cache."""
 
     def __post_init__(self) -> None:
         if (self.block or 0) < 0 or self.window < 2:
@@ -102,7 +102,7 @@ class CacheConfig:
     folder: str = ""
     """Folder on a disk of the node; variables are expanded ($TMPDIR/shards). Default: $LIGATURE_CACHE, or ~/.cache/ligature/shards."""
     gigabytes: float = 100.0
-    """Most gigabytes (10^9 bytes) that the cache holds. The least recently used shards leave first."""
+    """Size limit of the cache, in gigabytes (10^9 bytes). The least recently used shards are removed first."""
     stage: bool = False
     """Copy shards of local folders too, from a slow shared disk to the node's own, and check their hashes."""
 
@@ -119,7 +119,7 @@ class ReadConfig:
 
     train: str | list[str] | dict[str, float] = ""
     """Shard folder to train on (`ligature shard` writes one), on a disk or remote (s3://…, gs://…, https://…). A list of folders is
-    read as one; a mapping of folders to weights mixes them in these shares."""
+    read as one dataset. A mapping of folders to weights mixes them in proportion to the weights."""
     validation: str | None = None
     """Shard folder that R@K is measured on during the run. Default: no validation, and no best checkpoint beside `latest`."""
     select_on_test: bool = False
@@ -155,14 +155,15 @@ class DataConfig(ReadConfig):
     """Which shards a pretraining run reads, and how their captions become tokens."""
 
     tokenizer: str = "train"
-    """`train` learns a WordPiece vocabulary from the training captions. Otherwise a tokenizer's folder, or its name on a hub."""
+    """`train` learns a WordPiece vocabulary from the training captions. Otherwise give a tokenizer's folder, or its name on the
+    Hugging Face hub."""
     vocabulary: int = 30522
-    """Most words and pieces to learn, where the tokenizer is trained."""
+    """Maximum number of words and word pieces to learn, when the tokenizer is trained."""
     punctuation: bool = True
-    """Keep punctuation as the tokenizer reads it; an imported ALBEF's tokenizer drops it anyway. Off: drop it, and split words at
-    hyphens, as ALBEF prepares captions."""
+    """Keep punctuation. `false` drops it and splits words at hyphens, as ALBEF prepares captions. The tokenizer of an imported
+    ALBEF drops it in either case."""
     caption_tokens: int = 32
-    """Most tokens of a caption, [CLS] and [SEP] included. Longer captions are cut."""
+    """Maximum number of tokens in a caption, [CLS] and [SEP] included. Longer captions are cut."""
 
     def __post_init__(self) -> None:
         ReadConfig.__post_init__(self)

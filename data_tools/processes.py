@@ -30,7 +30,7 @@ def run_parallel(
     Args:
         function: A module's function, which worker processes can import.
         tasks: Its arguments.
-        workers: Number of processes; 0: one a core; 1: this process alone. With several, the caller's main module must be
+        workers: Number of processes; 0: one per core; 1: this process alone. With several, the caller's main module must be
             importable (`if __name__ == "__main__":`).
 
     Raises:

@@ -16,7 +16,7 @@ from runtime.files import write_text
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """BERT's special tokens. A trained vocabulary numbers them from 0 in this order."""
 ALPHABET = 1000
-"""Most letters that a trained vocabulary has. Rarer letters become [UNK]."""
+"""Maximum number of letters in a trained vocabulary. Rarer letters become [UNK]."""
 
 
 class CaptionTokenizer:
@@ -27,7 +27,7 @@ class CaptionTokenizer:
 
         Args:
             pipeline: The tokenizer; it is changed.
-            caption_tokens: Most tokens of a caption, [CLS] and [SEP] included.
+            caption_tokens: Maximum number of tokens in a caption, [CLS] and [SEP] included.
 
         Raises:
             DataError: The pipeline lacks a special token, or [PAD] is not 0.
@@ -65,7 +65,7 @@ class CaptionTokenizer:
         return self.pipeline.decode(list(ids))
 
     def drop_punctuation(self) -> CaptionTokenizer:
-        """Read captions from now on as ALBEF's `pre_caption` leaves them, and return this tokenizer.
+        """Strip punctuation from captions from now on, as ALBEF's `pre_caption` does, and return this tokenizer.
 
         ALBEF also cuts captions to 30 words. Here the cut to `caption_tokens` takes its place.
         """
@@ -103,9 +103,9 @@ def train_tokenizer(
 
     Args:
         captions: The training captions.
-        vocabulary: Most tokens to learn, special tokens included.
-        caption_tokens: Most tokens of a caption, [CLS] and [SEP] included.
-        punctuation: Whether punctuation is learned and read. Off is as after `drop_punctuation`.
+        vocabulary: Maximum number of tokens to learn, special tokens included.
+        caption_tokens: Maximum number of tokens in a caption, [CLS] and [SEP] included.
+        punctuation: Whether punctuation is learned and read. False has the effect of `drop_punctuation`.
     """
     captions = list(captions)
     pipeline = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -135,7 +135,7 @@ def train_tokenizer(
 
     first_tokens = [*SPECIAL, *sorted(set(learn(0, list(SPECIAL))) - set(SPECIAL))]
     tokens = learn(vocabulary, first_tokens)
-    # A new pipeline: the trained one takes the letters for special tokens as well.
+    # Build a new pipeline, because the trained one treats the letters as special tokens too.
     clean = Tokenizer(models.WordPiece({token: number for number, token in enumerate(tokens)}, unk_token="[UNK]"))
     clean.normalizer, clean.pre_tokenizer, clean.decoder = pipeline.normalizer, pipeline.pre_tokenizer, pipeline.decoder
     clean.add_special_tokens(list(SPECIAL))
@@ -149,7 +149,7 @@ def load_tokenizer(source: str | Path, caption_tokens: int) -> CaptionTokenizer:
 
     Args:
         source: A folder with `tokenizer.json` or `vocab.txt`, or a name on the Hugging Face hub (downloaded or cached).
-        caption_tokens: Most tokens of a caption, [CLS] and [SEP] included.
+        caption_tokens: Maximum number of tokens in a caption, [CLS] and [SEP] included.
 
     Raises:
         CheckpointError: There is no such tokenizer, or it cannot be read.
@@ -170,7 +170,7 @@ def load_tokenizer(source: str | Path, caption_tokens: int) -> CaptionTokenizer:
         )
     if folder.exists() and not (folder / "vocab.txt").is_file():
         raise CheckpointError(f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.txt; give another folder")
-    from transformers import AutoTokenizer, BertTokenizerFast  # type: ignore[attr-defined]  # in 5.x an alias made at run time
+    from transformers import AutoTokenizer, BertTokenizerFast  # type: ignore[attr-defined]  # in 5.x this alias is created at run time
 
     try:
         pretrained = (

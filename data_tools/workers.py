@@ -25,7 +25,7 @@ def open_loader(dataset: Dataset, collate: Callable[[list], Any], workers: int, 
         dataset: Must be safe to share with forked processes.
         collate: Turns the examples of a batch into one value.
         workers: Processes to fork; 0 reads in this process.
-        options: What torch's `DataLoader` takes besides, such as `batch_size` or `batch_sampler`.
+        options: Further arguments of torch's `DataLoader`, such as `batch_size` or `batch_sampler`.
     """
     return DataLoader(
         dataset,

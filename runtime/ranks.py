@@ -42,7 +42,7 @@ def ranks_from_environment() -> Ranks:
         ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
         ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", None),
     ):
-        # A batch script outside srun has SLURM's variables too. Only a launched task has MASTER_ADDR beside them.
+        # Any command in a SLURM allocation has SLURM's variables. A launched run has MASTER_ADDR beside them.
         if all(name in os.environ for name in names[:2]) and (names[0] == "RANK" or "MASTER_ADDR" in os.environ):
             # "0101" holds the defaults: rank 0 of 1, and local rank 0 of 1.
             rank, world, local, local_world = (

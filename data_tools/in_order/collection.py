@@ -1,7 +1,7 @@
 """Read captioned images once and in order, for validation, evaluation and indexing.
 
-Nothing is skipped, because that would change the score. The images are those of a shard folder, or of a caption file (COCO's,
-Karpathy's, …) beside which they lie or which comes with a folder of its own.
+Nothing is skipped, because that would change the score. The images come from a shard folder, or from the folder of a caption
+file (COCO's, Karpathy's, …), or from a folder or tar that is named besides the caption file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class CaptionFile:
             path: The caption file.
             images: Folder or tar of the images; None: the file's own folder.
             split: Split of a file that holds several.
-            captions_only: Whether to look up no image, for scores that exist already.
+            captions_only: Whether to skip looking up the images. Scores that exist already need captions alone.
 
         Raises:
             DataError: An image has no caption, or is missing.
@@ -96,7 +96,7 @@ def open_collection(
         captions_per_image: Number of captions to take of each image; None: all.
         images: Folder or tar of a caption file's images; empty: the file's own folder.
         split: Split of a caption file that holds several.
-        captions_only: Whether to look up no image of a caption file.
+        captions_only: Whether to skip looking up the images of a caption file.
     """
     if not Path(data).is_file():
         return Collection(data, captions_per_image)
@@ -107,8 +107,10 @@ def open_collection(
 def validation_collection(folder: str, select_on_test: bool) -> Collection:
     """Open the data that a checkpoint is chosen by.
 
-    A test split is refused unless `select_on_test` insists on it. A checkpoint that was chosen by a test split cannot be reported
-    on that split.
+    A test split is refused unless `select_on_test` allows it. The score of a checkpoint on the split that chose it is biased.
+
+    Raises:
+        RecipeError: The folder was made from a test split.
     """
     manifest = read_manifest(folder)
     names = [str(manifest.source.get(key) or "") for key in ("split", "names", "annotation")]
@@ -175,7 +177,7 @@ class Collection(Dataset):
         Args:
             transform: Turns a decoded image into (3, size, size).
             numbers: Numbers of the images.
-            batch_size: Images a batch; the last one may have fewer.
+            batch_size: Images per batch; the last batch may have fewer.
             workers: Loader processes; 0: this process reads.
 
         Yields:

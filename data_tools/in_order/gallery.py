@@ -1,7 +1,7 @@
 """Read the images that a search index is made of: a shard folder, a folder of any nesting, or an uncompressed tar.
 
-A gallery goes on at an image that cannot be read, and lists it with its reason. A `Collection` stops there, since its scores
-would change.
+A gallery skips an image that cannot be read, and lists it with the reason. A `Collection` stops at one, because without it the
+scores would change.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from data_tools.workers import open_loader
 from runtime.errors import DataError
 
 SUFFIXES = ("jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
-"""Extensions of the files that are taken for images. Reading them shows whether they are."""
+"""Extensions of the files that count as images until reading one shows that it is none."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class GalleryBatch:
     pixels: Tensor | None
     """(len(numbers), 3, size, size) uint8, None where no image of the batch was read."""
     broken: list[tuple[int, str]] = field(default_factory=list)
-    """Number of each other image, and the reason why it was not read."""
+    """Number of each image that could not be read, and the reason."""
 
 
 class Gallery(Dataset):
@@ -87,12 +87,12 @@ class Gallery(Dataset):
             return number, " ".join(reason.split())
 
     def batches(self, transform: Callable, numbers: range, batch_size: int, workers: int) -> Iterator[GalleryBatch]:
-        """Yield batches of images in order, `batch_size` numbers at a time. An image's number alone decides its batch.
+        """Yield batches of images in order. An image's number alone decides its batch.
 
         Args:
             transform: Turns a decoded image into (3, size, size) uint8.
             numbers: Numbers of the images.
-            batch_size: Numbers a batch; the last one may have fewer.
+            batch_size: Images per batch, unreadable ones included; the last batch may have fewer.
             workers: Loader processes; 0: this process reads.
         """
         self.transform = transform
@@ -154,7 +154,7 @@ class FileGallery(Gallery):
 
         Args:
             path: The folder.
-            names: Paths of the images relative to it, in order; None: look for them.
+            names: Paths of the images relative to the folder, in order; None: search the folder for them.
         """
         self.path = path
         self.names = find_images(Path(path)) if names is None else names
@@ -217,7 +217,7 @@ def open_gallery(path: str, names: list[str] | None = None) -> Gallery:
 
     Args:
         path: Path of the folder or tar, or address of a remote shard folder.
-        names: The files of a folder that was listed before; None: list it.
+        names: Paths of the images of a folder that was listed before; None: list it now.
 
     Raises:
         DataError: There is nothing at the path, or nothing that looks like an image.

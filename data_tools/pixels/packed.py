@@ -25,7 +25,7 @@ class PackedImages:
     sizes: list[tuple[int, int]]
     """Height and width of each image, in pixels."""
     views: list[list[View]]
-    """The views of each image, equally many of each."""
+    """The views of each image; every image has the same number of views."""
     image_size: int
     """Pixels a side of a view."""
 
@@ -38,9 +38,9 @@ class PackedImages:
         top, left = min(view.top for view in views), min(view.left for view in views)
         bottom = max(view.top + view.height for view in views)
         right = max(view.left + view.width for view in views)
-        moved = [replace(view, top=view.top - top, left=view.left - left) for view in views]
-        shown = torch.from_numpy(np.ascontiguousarray(pixels[top:bottom, left:right])).reshape(-1)
-        return cls(shown, [(bottom - top, right - left)], [moved], image_size)
+        shifted_views = [replace(view, top=view.top - top, left=view.left - left) for view in views]
+        part = torch.from_numpy(np.ascontiguousarray(pixels[top:bottom, left:right])).reshape(-1)
+        return cls(part, [(bottom - top, right - left)], [shifted_views], image_size)
 
     @classmethod
     def join(cls, parts: Sequence[PackedImages]) -> PackedImages:
@@ -62,8 +62,8 @@ class PackedImages:
     def render(self, device: torch.device | str) -> Tensor:
         """Make the views on the device.
 
-        The result is that of `transforms.render` on the CPU, but for rounding: here the arithmetic is float32, there
-        integers.
+        The result equals that of `transforms.render` on the CPU except for rounding. The arithmetic here is float32, and there
+        it is integer.
 
         Returns:
             (views, images, 3, size, size) uint8.
@@ -84,15 +84,16 @@ class PackedImages:
     def _apply_operations(self, views_vi: Tensor) -> None:
         """Apply RandAugment in place. Views that share an operation are changed together, not one after another."""
         flat = views_vi.flatten(0, 1)
-        drawn = [views[number].operations for number in range(views_vi.shape[0]) for views in self.views]
-        for turn in range(len(drawn[0])):
-            groups: dict[tuple[str, float], list[int]] = {}
-            for row, operations in enumerate(drawn):
-                groups.setdefault(operations[turn], []).append(row)
-            for (name, strength), rows in groups.items():
+        # In the order of the rows of `flat`: the first view of every image, then the second, and so on.
+        operations_by_row = [views[number].operations for number in range(views_vi.shape[0]) for views in self.views]
+        for index in range(len(operations_by_row[0])):
+            rows_by_operation: dict[tuple[str, float], list[int]] = {}
+            for row, operations in enumerate(operations_by_row):
+                rows_by_operation.setdefault(operations[index], []).append(row)
+            for (name, strength), rows in rows_by_operation.items():
                 if name != "identity":
-                    chosen = torch.tensor(rows, device=views_vi.device)
-                    flat[chosen] = apply_operation(flat[chosen], name, strength)
+                    selected = torch.tensor(rows, device=views_vi.device)
+                    flat[selected] = apply_operation(flat[selected], name, strength)
 
 
 def _resize(pixels: Tensor, side: int) -> Tensor:

@@ -77,19 +77,19 @@ def _draw_box(height: int, width: int, scale: tuple[float, float], draw: random.
         ratio = math.exp(math.log(RATIOS[0]) + math.log(RATIOS[1] / RATIOS[0]) * draw.random())
         tall, wide = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < tall <= height and 0 < wide <= width:
-            return _below(height - tall, draw), _below(width - wide, draw), tall, wide
-    # Such boxes hardly fit a long, narrow image. It gets the largest box in its middle.
+            return _draw_integer(height - tall, draw), _draw_integer(width - wide, draw), tall, wide
+    # Ten boxes did not fit, because the image is long and narrow. It gets the largest central box.
     ratio = min(max(width / height, RATIOS[0]), RATIOS[1])
     tall, wide = max(1, min(height, round(width / ratio))), max(1, min(width, round(height * ratio)))
     return (height - tall) // 2, (width - wide) // 2, tall, wide
 
 
-def _below(limit: int, draw: random.Random) -> int:
+def _draw_integer(limit: int, draw: random.Random) -> int:
     """Draw a whole number from 0 to `limit`, both included."""
     return int(draw.random() * (limit + 1))
 
 
 def _draw_operation(magnitude: int, draw: random.Random) -> tuple[str, float]:
-    name = list(STRONGEST)[_below(len(STRONGEST) - 1, draw)]
+    name = list(STRONGEST)[_draw_integer(len(STRONGEST) - 1, draw)]
     strength = STRONGEST[name] * magnitude / 10
     return name, strength if draw.random() < 0.5 else -strength

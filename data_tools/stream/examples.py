@@ -23,7 +23,7 @@ from data_tools.tokenizer import CaptionTokenizer, pad_tokens
 from runtime.errors import DataError
 
 STAND_INS = 100
-"""Stand-ins to try for one broken sample before the data counts as broken."""
+"""Samples to try for one position, its own included, before the whole dataset counts as broken."""
 
 
 @dataclass(slots=True)
@@ -77,6 +77,7 @@ class ExampleReader(Dataset):
             return [error]
 
     def _example(self, position: int, raw: RawSample | BrokenSample, caption_number: int) -> Example:
+        """Return the example at a position, from its own sample or else from the first stand-in that can be read."""
         failures: list[dict[str, str]] = []
         for attempt in range(STAND_INS):
             if attempt:

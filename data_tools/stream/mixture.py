@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 CYCLE = 10_000
-"""Positions after which the pattern of datasets repeats. Shares are exact to one in this many."""
+"""Positions after which the pattern of datasets repeats. Shares are exact to one part in `CYCLE`."""
 
 
 class Mixture:

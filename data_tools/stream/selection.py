@@ -31,7 +31,7 @@ from runtime.progress import progress
 ITEM = np.dtype([("row", "<i4"), ("caption", "<i2")])
 VERSION = 1
 ONE_PROCESS = 50_000
-"""Samples up to which one process does all the work."""
+"""Largest number of samples that one process filters alone. More are spread over several processes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Selection:
 
 
 def select(reader: ShardReader, folder: int, rule: FilterConfig, every_caption: bool, cache: Path) -> Selection:
-    """Read the selection of a folder by a rule, or make it where it does not exist.
+    """Read the selection of a folder by a rule, or make it if it does not exist yet.
 
     A new selection is written into the folder, or into the cache where the folder is remote or cannot be written.
 

@@ -129,7 +129,7 @@ class ShardStream:
         for batch in raise_errors(loader):
             if iteration != self._iteration:
                 raise RuntimeError("the stream's cursor has moved under this iterator; take a new one")
-            self._note_failures(batch.pop("failures"))
+            self._record_failures(batch.pop("failures"))
             self.consumed += self.batch_size * self.world_size
             yield batch
 
@@ -189,7 +189,7 @@ class ShardStream:
             self.bad |= self.quarantine.add([])
         return len(self.bad)
 
-    def _note_failures(self, failures: list[dict[str, str]]) -> None:
+    def _record_failures(self, failures: list[dict[str, str]]) -> None:
         new = {sample_id(failure): failure for failure in failures if sample_id(failure) not in self.bad}
         if not new:
             return

@@ -106,7 +106,7 @@ class TrainingSet:
         self.fingerprint = self._fingerprint()
 
     def __len__(self) -> int:
-        """Return the number of items, which are those of an epoch."""
+        """Return the number of items in an epoch."""
         return sum(map(len, self.datasets))
 
     @property
@@ -117,7 +117,7 @@ class TrainingSet:
     def some_captions(self, limit: int) -> Iterator[str]:
         """Yield about `limit` captions, from runs of neighbouring samples spread evenly over all folders.
 
-        With fewer captions than that, all are yielded. Unreadable ones are skipped, because the stream reports them.
+        If there are fewer, all of them are yielded. Unreadable ones are skipped, because the stream reports them.
         """
         samples = len(self.reader)
         needed = samples * min(1.0, limit / max(1, sum(manifest.captions for manifest in self.reader.manifests)))
