@@ -135,7 +135,7 @@ def open_lists(index: Index) -> tuple[Any, int, str]:
 def search_lists(
     lists: Any, read: int, vectors: np.ndarray, queries: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the best rows of each query as `nearest` does, but of the lists nearest to the query alone.
+    """Return the best rows of each query as `nearest` does, but search only the lists nearest to the query.
 
     Args:
         lists: as `open_lists` returns them.

@@ -24,7 +24,7 @@ def compare_records(
 
     The interval resamples images, with their captions and within their fold, and draws the same images for both records.
     `p` is that of a permutation test that exchanges the two records' results image by image. Both treat the images as the
-    sample and the gallery as fixed. The measures are not corrected for being several.
+    sample and the gallery as fixed. There is no correction for multiple comparisons.
 
     Args:
         first: path of a score record, with its ranks beside it.

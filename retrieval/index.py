@@ -164,7 +164,7 @@ class Index:
             raise DataError(f"{folder / VECTORS} is not what {MANIFEST} says; remove {folder} and index again")
         counts = [self._images.metadata.row_group(group).num_rows for group in range(self._images.num_row_groups)]
         self._group_ends = np.cumsum(counts)
-        """Of each row group, the first row after it."""
+        """(row groups,) number of the first row after each row group."""
 
     def __len__(self) -> int:
         return len(self.vectors)

@@ -1,4 +1,4 @@
-"""Protocols: which images are ranked against which captions, and which figures are reported. One is a row of `PROTOCOLS`.
+"""Protocols: which images are ranked against which captions, and which figures are reported. Each protocol is a row of `PROTOCOLS`.
 
 A gallery is the set of items that a query is ranked against. A fold is a part of the images, with their captions, that is a
 gallery of its own.
@@ -87,12 +87,12 @@ def measure(
 ) -> tuple[dict[str, Any], Outcome]:
     """Measure two score matrices by a protocol.
 
-    An image is a hit at K when any of its captions is among its first K. A caption is one when its image is among its first K.
+    An image is a hit at K when any of its captions is among its first K. A caption is a hit at K when its image is among its first K.
 
     Args:
         image_to_text: scores `(images, captions)`; a row ranks the captions for one image.
         text_to_image: scores `(captions, images)`; a row ranks the images for one caption. For a dual encoder it is the
-            transpose of `image_to_text`, and after re-ranking a matrix of its own.
+            transpose of `image_to_text`; after re-ranking it is a matrix of its own.
         caption_image: `(captions,)` integers, the image that each caption describes.
         protocol: a name in `PROTOCOLS`.
         resamples: resamples of the bootstrap over images, which stays within each fold.

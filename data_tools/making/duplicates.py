@@ -36,20 +36,20 @@ class Duplicates:
 def find_duplicates(records: np.ndarray, rule: str = "drop_near", protected: int = 0) -> Duplicates:
     """Compare every image with the earlier ones that are kept.
 
-    Copies of copies do not chain: an image goes only when it is near a kept one. Memory is the records (49 bytes an image) and
-    about 210 bytes an image more. Time grows a little faster than n (ten million: 133 s of one core), unless many looks are nearly
+    Copies of copies do not chain: an image is dropped only if it is near a kept one. Memory is the records (49 bytes per image)
+    and about 210 bytes more per image. Time grows a little faster than n (ten million: 133 s of one core), unless many looks are nearly
     alike without being the same.
 
     Args:
         records: (images,) RECORD.
-        rule: What goes among the images that are not protected: keep (nothing), drop_exact, or drop_near.
-        protected: Number of images at the start that are always kept (an excluded dataset). Whatever is near them goes.
+        rule: Which copies to drop among the images that are not protected: keep (none), drop_exact, or drop_near.
+        protected: Number of images at the start that are always kept (an excluded dataset). Every image near one of them is dropped.
     """
     original, distance = np.full(len(records), -1, np.int64), np.full(len(records), -1, np.int16)
     readable = np.flatnonzero(records["state"] != UNREADABLE)
     first = readable[_first_equal(records["content"][readable])]
-    goes = (first != readable) & (readable >= protected) & ((first < protected) | (rule != "keep"))
-    original[readable[goes]] = first[goes]
+    dropped = (first != readable) & (readable >= protected) & ((first < protected) | (rule != "keep"))
+    original[readable[dropped]] = first[dropped]
     if rule == "drop_near" or protected:
         # Equal looks are handled apart, so that the search for pairs sees each look once.
         hashed = np.flatnonzero((records["state"] == HASHED) & (original < 0))
@@ -61,17 +61,17 @@ def find_duplicates(records: np.ndarray, rule: str = "drop_near", protected: int
             both_kept = original[a] < 0 and original[b] < 0
             if a >= protected and both_kept and (b < protected or rule == "drop_near"):
                 original[a], distance[a] = b, differing
-        # An image with an earlier image's very look goes because of that image, or together with it.
-        first_goes = (alike < protected) | (original[alike] >= 0) | (rule == "drop_near")
-        same = (alike != hashed) & (hashed >= protected) & first_goes
-        model, same = alike[same], hashed[same]
-        original[same] = np.where(original[model] < 0, model, original[model])
-        distance[same] = np.maximum(distance[model], 0)
-    # An image with the bytes of one that went for its looks is a copy of that one's original.
-    gone = np.flatnonzero(original >= 0)
-    passed_on = gone[original[original[gone]] >= 0]
-    distance[passed_on] = distance[original[passed_on]]
-    original[passed_on] = original[original[passed_on]]
+        # An image with exactly an earlier image's look is a copy of that image, or of the one that the earlier image copies.
+        is_copied = (alike < protected) | (original[alike] >= 0) | (rule == "drop_near")
+        selected = (alike != hashed) & (hashed >= protected) & is_copied
+        twins, copies = alike[selected], hashed[selected]
+        original[copies] = np.where(original[twins] < 0, twins, original[twins])
+        distance[copies] = np.maximum(distance[twins], 0)
+    # An image with the bytes of one that was dropped for its look is a copy of that one's original.
+    copies = np.flatnonzero(original >= 0)
+    indirect = copies[original[original[copies]] >= 0]
+    distance[indirect] = distance[original[indirect]]
+    original[indirect] = original[original[indirect]]
     return Duplicates(original, distance)
 
 

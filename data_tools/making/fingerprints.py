@@ -30,7 +30,7 @@ HASHED, FLAT, UNREADABLE = 0, 1, 2
 FLAT_BELOW = 4.0
 """Standard deviation of grey values (of 255) below which an image is too flat for its look to identify it."""
 CHUNK = 2048
-"""Images whose fingerprints share a file."""
+"""Number of images whose fingerprints share a file."""
 SIDE, FREQUENCIES = 64, 16
 """Pixels a side of the grey image that is transformed, and frequencies that are used along each axis."""
 
@@ -98,7 +98,7 @@ def fingerprints(
 
     Args:
         folder: Keeps the results, as `.<name>-<chunk>.npy`.
-        name: What the files are called.
+        name: Middle part of the files' names, and what the progress bar calls the images.
         reads: Functions that read the encoded images.
         workers: Number of processes, see `run_parallel`.
         job_slice: Number of this slice, and number of slices; each computes its own chunks.
@@ -114,7 +114,7 @@ def fingerprints(
     mine = chunks[job_slice[0] :: job_slice[1]]
     todo = [chunk for chunk in mine if not chunk.path.is_file()]
     total, remaining = (sum(len(chunk.reads) for chunk in part) for part in (mine, todo))
-    with progress(f"looking ({name})", total, "images", done=total - remaining) as bar:
+    with progress(f"fingerprinting ({name})", total, "images", done=total - remaining) as bar:
         for chunk, _ in run_parallel(_write_chunk, todo, workers):
             bar.advance(len(chunk.reads))
     if not all(chunk.path.is_file() for chunk in chunks):

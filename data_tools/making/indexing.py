@@ -37,7 +37,7 @@ from runtime.progress import progress
 
 BROKEN, NO_TEXT, NO_IMAGE = "broken places in tars", "images without a caption", "captions without an image"
 NOT_PLAIN, UNREADABLE = "links, devices and odd paths", "unreadable images"
-"""Reasons that what is left out is counted under."""
+"""Reasons under which the report counts what is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class _Task:
 
 @dataclass(frozen=True, slots=True)
 class _Indexed:
-    """A tar that is indexed."""
+    """The result of indexing one tar."""
 
     shard: Shard
     lines: list[dict[str, Any]]
@@ -67,7 +67,7 @@ class _Indexed:
 
 
 def index_folder(folder: Path, workers: int = 0, job_slice: tuple[int, int] = (0, 1)) -> Manifest | None:
-    """Index the tars of a folder. Called again, it resumes, and takes up tars that are new or have changed.
+    """Index the tars of a folder. A second call resumes, and also indexes tars that are new or have changed.
 
     Samples without a readable image header or a caption are left out, and listed in `dropped.jsonl`.
 

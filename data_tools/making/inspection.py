@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 """Quantiles that a description gives."""
 CAPTIONS_READ = 20_000
-"""Most samples whose captions are read and measured, spread evenly over the folder. All else is known from the indexes."""
+"""Maximum number of samples whose captions are read, spread evenly over the folder. The indexes hold everything else."""
 
 
 def verify(folder: str | Path, full: bool = False, workers: int = 1) -> Manifest:
@@ -135,7 +135,7 @@ def captions_of(raw: bytes, text_format: str, key: str) -> list[str]:
 
 
 def describe(folder: str | Path, measured: Measured | None = None) -> dict[str, Any]:
-    """Describe a folder: counts, and quantiles of caption length, captions an image, image sides and image sizes.
+    """Describe a folder: counts, and quantiles of caption length, captions per image, image sides and image sizes.
 
     Args:
         folder: The shard folder.

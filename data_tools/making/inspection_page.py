@@ -19,7 +19,7 @@ SHOWN = 60
 THUMBNAIL = 200
 """Pixels of a thumbnail's longer side."""
 BARS = 40
-"""Most bars in a histogram."""
+"""Maximum number of bars in a histogram."""
 
 STYLE = """
 .numbers { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 18px }
@@ -62,19 +62,19 @@ def _blocks(name: str, manifest: Manifest, description: dict[str, Any], measured
 
     numbers = [
         ("samples", f"{manifest.samples:,}"), ("captions", f"{manifest.captions:,}"),
-        ("captions an image", f"{manifest.captions / max(1, manifest.samples):.2f}"),
+        ("captions per image", f"{manifest.captions / max(1, manifest.samples):.2f}"),
         ("shards", f"{len(manifest.shards):,}"), ("gigabytes", f"{manifest.bytes / 1e9:,.3f}"),
         *((image_format, f"{count:,}") for image_format, count in description["image_formats"].items()),
     ]  # fmt: skip
     shorter = np.minimum(measured.width, measured.height)
     read_note = f" (of {measured.samples_read:,} samples)" if measured.samples_read < manifest.samples else ""
     charts = [
-        histogram(f"Words a caption{read_note}", measured.caption_words, whole=True),
-        histogram("Captions an image", measured.captions_per_image, whole=True),
+        histogram(f"Words per caption{read_note}", measured.caption_words, whole=True),
+        histogram("Captions per image", measured.captions_per_image, whole=True),
         histogram("Shorter side, pixels", shorter, whole=True),
         histogram("Longer side, pixels", np.maximum(measured.width, measured.height), whole=True),
-        histogram("Width by height", measured.width / np.maximum(1, measured.height)),
-        histogram("Kilobytes an image", measured.image_bytes / 1000),
+        histogram("Width divided by height", measured.width / np.maximum(1, measured.height)),
+        histogram("Kilobytes per image", measured.image_bytes / 1000),
     ]
     return [
         f"<h1>{escape(name)}</h1>",

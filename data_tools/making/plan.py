@@ -21,7 +21,7 @@ DUPLICATES = ("keep", "drop_exact", "drop_near")
 """What to do with copies, see `ShardOptions.duplicates`."""
 EXACT, NEAR, EXCLUDED = "exact duplicates", "near duplicates", "images of an excluded dataset"
 PROBES = 64
-"""Images that are encoded to estimate how much smaller re-encoding makes them, where shards have a size in bytes."""
+"""Images to encode for an estimate of how much smaller re-encoding makes them, if shards have a size limit in bytes."""
 
 
 def check_items(items: Sequence[CaptionedImage]) -> None:
@@ -95,7 +95,7 @@ def leave_out_copies(
         job_slice: Number of this slice, and number of slices.
 
     Returns:
-        The items that are kept; and for each other a line of the report with `key`, `source`, `reason`, `copy_of` and `bits`, the
+        The items that are kept; and for each dropped one a line of the report with `key`, `source`, `reason`, `copy_of` and `bits`, the
         number of bits in which the looks differ.
 
     Raises:
@@ -108,15 +108,15 @@ def leave_out_copies(
     from data_tools.making.duplicates import find_duplicates
     from data_tools.making.fingerprints import fingerprints
 
-    theirs = fingerprints(folder, "excluded", excluded.reads, workers, job_slice)
-    ours = fingerprints(folder, "images", [item.read for item in items], workers, job_slice)
-    if theirs is None or ours is None:
+    excluded_records = fingerprints(folder, "excluded", excluded.reads, workers, job_slice)
+    item_records = fingerprints(folder, "images", [item.read for item in items], workers, job_slice)
+    if excluded_records is None or item_records is None:
         raise Interrupted(
-            f"slice {job_slice[0]}/{job_slice[1]} has looked at its images, but other slices have not; copies are found among the "
-            "images of all slices, so run this slice again when the others have looked"
+            f"slice {job_slice[0]}/{job_slice[1]} has fingerprinted its images, but other slices have not; copies are searched "
+            "among the images of all slices, so run this slice again when the others are done"
         )
-    protected = len(theirs)
-    copies = find_duplicates(np.concatenate([theirs, ours]), duplicates, protected)
+    protected = len(excluded_records)
+    copies = find_duplicates(np.concatenate([excluded_records, item_records]), duplicates, protected)
     kept, lines = [], []
     for number, item in enumerate(items, start=protected):
         original, bits = int(copies.original[number]), int(copies.distance[number])
@@ -137,8 +137,8 @@ def cut(items: Sequence[CaptionedImage], samples: int | None, size: int | None, 
 
     Args:
         items: The samples, in order.
-        samples: Most samples in a shard; None: no limit.
-        size: Most bytes in a shard, estimated; None: no limit. A shard has at least one sample.
+        samples: Maximum number of samples in a shard; None: no limit.
+        size: Maximum size of a shard in bytes, estimated; None: no limit. A shard has at least one sample.
         encoding: How images will be encoded.
 
     Returns:

@@ -32,7 +32,7 @@ class Encoding:
     """How an image's bytes are stored. The default keeps them as they are."""
 
     resize_shorter: int | None = None
-    """Pixels that a longer shorter side is reduced to; None: no image is resized."""
+    """Images with a longer shorter side are reduced until it has this many pixels; None: no image is resized."""
     reencode: str | None = None
     """jpg or webp: every image is encoded in it; None: only images that must be, as JPEG."""
     quality: int = 90
@@ -87,7 +87,7 @@ class ShardTask:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A shard that is written."""
+    """The result of writing one shard."""
 
     shard: Shard
     unreadable: list[dict[str, Any]]

@@ -27,7 +27,7 @@ from runtime.progress import progress
 PLAN_NAME, DROPPED_NAME = "plan.json", "dropped.jsonl"
 """The plan of an unfinished folder, and the report of images that were left out."""
 SHARD_SAMPLES = 1000
-"""Default number of images a shard."""
+"""Default number of images per shard."""
 UNREADABLE = "unreadable images"
 """Reason that images which do not decode are counted under."""
 
@@ -47,7 +47,7 @@ class ShardOptions:
     split: str | None = None
     """Split of a Karpathy json or of Multi30K."""
     names: Path | None = None
-    """File with one image name a line. Only these images are taken."""
+    """File with one image name per line. Only these images are taken."""
     restval: bool = False
     """Let Karpathy's `restval` images join the train split."""
     image_column: str | None = None
@@ -61,11 +61,11 @@ class ShardOptions:
     allow_missing: bool = False
     """Leave out absent images and broken parts of tars, counted and listed, instead of stopping."""
     shard_samples: int | None = None
-    """Most images in a shard. Default: 1000, or what `shard_megabytes` holds."""
+    """Maximum number of images in a shard. Default: 1000, or what `shard_megabytes` holds."""
     shard_megabytes: float | None = None
-    """Most megabytes (10^6 bytes) in a shard, estimated from 64 images where images are encoded again."""
+    """Maximum size of a shard in megabytes (10^6 bytes), estimated from 64 images if images are encoded again."""
     resize_shorter: int | None = None
-    """Pixels that a longer shorter side is reduced to; such images are encoded again. Default: no image is resized."""
+    """Reduce larger images until their shorter side has this many pixels. They are encoded again. Default: no image is resized."""
     reencode: str | None = None
     """jpg or webp: encode every image again. Default: only resized images and foreign formats, as JPEG."""
     quality: int = 90
@@ -77,14 +77,14 @@ class ShardOptions:
     slice: str | None = None
     """I/N, from 0/N to N-1/N: write only this part, as one task of a job array. The last task to finish completes the folder."""
     workers: int = 0
-    """Number of writing processes. Default: 0, one a core."""
+    """Number of writing processes. Default: 0, one per core."""
     max_bad_share: float = 0.01
     """Stop when more than this share of the images cannot be decoded."""
 
     def __post_init__(self) -> None:
         if self.start < 0 or (self.count is not None and self.count < 1):
             raise RecipeError(f"start is {self.start}, count is {self.count}; use 0 or more, and 1 or more")
-        self.write_options()
+        self.write_options()  # refuses values out of range before anything is read
 
     def write_options(self) -> WriteOptions:
         """Return the options that `write_shards` takes. Raises RecipeError where one is out of its range."""
@@ -108,9 +108,9 @@ class WriteOptions:
     """How samples are written as shards. Values out of range are a RecipeError."""
 
     shard_samples: int | None = SHARD_SAMPLES
-    """Most images in a shard; None: no limit."""
+    """Maximum number of images in a shard; None: no limit."""
     shard_bytes: int | None = None
-    """Most bytes in a shard, estimated; None: no limit."""
+    """Maximum size of a shard in bytes, estimated; None: no limit."""
     resize_shorter: int | None = None
     reencode: str | None = None
     quality: int = 90
@@ -122,7 +122,7 @@ class WriteOptions:
     job_slice: tuple[int, int] = (0, 1)
     """Number of this slice, and number of slices: only shards of this number modulo the slices are written."""
     workers: int = 0
-    """Processes that write one shard each at a time; 0: one a core; 1: this process alone. With several, the caller's main
+    """Processes that write one shard each at a time; 0: one per core; 1: this process alone. With several, the caller's main
     module must be importable (`if __name__ == "__main__":`)."""
     max_bad_share: float = 0.01
     """Share of the images that may fail to decode."""
@@ -252,7 +252,7 @@ def write_shards(
     Raises:
         DataError: Too many images do not decode, or `out` holds something else.
         LigatureError: No space is left.
-        Interrupted: Duplicates are sought, and other slices have not fingerprinted their images yet.
+        Interrupted: Duplicates are dropped, and other slices have not fingerprinted their images yet.
     """
     items, out, options, origin = list(items), Path(out), options or WriteOptions(), origin or Origin()
     check_items(items)
@@ -290,7 +290,7 @@ def write_shards(
 
 
 def _plan(items: list[CaptionedImage], options: WriteOptions, excluded: Excluded, origin: Origin) -> dict[str, Any]:
-    """Return all that decides the shards' bytes, as JSON gives it back."""
+    """Return everything that decides the shards' bytes, as reading it back from JSON would return it."""
     plan = {
         **origin.description,
         "shard_samples": options.shard_samples, "shard_bytes": options.shard_bytes,
@@ -336,7 +336,7 @@ def _refuse_too_many(out: Path, written: list[Written], count: int, max_bad_shar
 
 
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Write the report of what was dropped, one JSON object a line."""
+    """Write the report of what was dropped, one JSON object per line."""
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 

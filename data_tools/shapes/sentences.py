@@ -49,7 +49,7 @@ class Caption:
 
     text: str
     groups: tuple[dict[str, Any], ...]
-    """Of each group that the sentence names, the stated attributes, and `place` where it is stated."""
+    """The stated attributes of each group that the sentence names, with `place` if it is stated."""
     background: str | None = None
 
 
@@ -77,7 +77,7 @@ def _plural(noun: str) -> str:
 
 
 def _noun_phrase(stated: dict[str, Any], rng: Random) -> str:
-    """'two large striped red circles', 'a small blue square with dots'."""
+    """Return a phrase for a group, such as 'two large striped red circles' or 'a small blue square with dots'."""
     texture, tail = stated.get("texture"), ""
     if texture in WITH_TEXTURE and rng.random() < 0.3:
         tail = WITH_TEXTURE[texture]

@@ -27,7 +27,7 @@ def swap_captions(annotation: Path, out: Path, share: float, seed: int = 0) -> i
         RecipeError: The share is not between 0 and 1, or selects a single image.
     """
     if not 0 <= share <= 1:
-        raise RecipeError(f"a share of wrong captions of {share} is not between 0 and 1")
+        raise RecipeError(f"the share of wrong captions is {share}; it must be between 0 and 1")
     source = read_json(annotation)
     ids = sorted(image["id"] for image in source["images"])
     chosen = Random(f"wrong captions {seed}").sample(ids, round(share * len(ids)))

@@ -1,6 +1,6 @@
 """The manifest and the indexes of a shard folder: samples, captions, hashes, and where each member lies in its tar.
 
-`manifest.json` is written last, so a folder that has one is complete. Each tar has a parquet index with one row a sample.
+`manifest.json` is written last, so a folder that has one is complete. Each tar has a parquet index with one row per sample.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ def parse_manifest(text: bytes, folder: Path, name: str) -> Manifest:
 
 @dataclass(slots=True)
 class ShardIndex:
-    """Where the members of one tar lie, one entry a sample. `os.pread(tar, size, offset)` gives a member's bytes."""
+    """Where the members of one tar lie, with one entry per sample. `os.pread(tar, size, offset)` gives a member's bytes."""
 
     key: list[str]
     """Sample keys."""
@@ -302,7 +302,7 @@ class ShardIndex:
         """Return an index of these samples.
 
         Args:
-            rows: One tuple a sample, with the values of the fields up to `captions` in their order.
+            rows: One tuple per sample, with the values of the fields up to `captions` in their order.
             image_ids: The source's own ids of the images. None: each key stands for an image of its own.
         """
         import numpy as np

@@ -241,7 +241,7 @@ class ShardReader:
             part: The index rows.
             tar: The tar.
             row: The first sample's row in the part.
-            count: Most samples to read.
+            count: Maximum number of samples to read.
             read: Receives each sample, or None for one that is unusual.
             headers: Receives the tar headers of each sample's image and text.
             sizes: Receives the sizes that these headers must state.
@@ -350,9 +350,8 @@ class ShardReader:
         if self.cache is None or not (is_remote(root) or self.cache.stage):
             return os.open(f"{root}/{name}", os.O_RDONLY)
         descriptor = self.cache.open(f"{root}/{name}", sha256, size)
-        for number, tar in list(
-            self._tars.items()
-        ):  # a file that left the cache frees its space only when it is closed
+        # A file that was removed from the cache frees its space only when it is closed.
+        for number, tar in list(self._tars.items()):
             if tar.descriptor >= 0 and not os.fstat(tar.descriptor).st_nlink:
                 _close(self._tars.pop(number))
         return descriptor

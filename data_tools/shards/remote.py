@@ -181,7 +181,7 @@ def _remove_if_abandoned(path: str) -> bool:
 def _open_and_touch(path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY)
     now = time.time_ns()
-    # The time is given: the kernel's own clock for files stands still for milliseconds, and order of use would be lost.
+    # Set the time here: the kernel's clock for files advances only every few milliseconds, which would lose the order of use.
     os.utime(descriptor, ns=(now, now))
     return descriptor
 
@@ -212,7 +212,7 @@ def _filesystem(address: str) -> tuple[Any, str]:
 
 
 def _retry(attempt: Callable[[], Result], address: str) -> Result:
-    """Call `attempt` until it succeeds, with longer and longer pauses. A file that does not exist is not tried again."""
+    """Call `attempt` up to RETRIES times, with longer and longer pauses. A file that does not exist is not tried again."""
     for number in range(RETRIES):
         try:
             return attempt()

@@ -1,6 +1,6 @@
 """Readers of captioned images: each source becomes a list of images whose bytes are read later.
 
-`collect` is the way in. A kind of source is one file of this folder and one line in `registry.py`.
+Start with `collect`. A kind of source is one file of this folder and one line in `registry.py`.
 """
 
 from data_tools.sources.collecting import collect

@@ -39,7 +39,7 @@ def collect(
         images: Folder or tar of the images, for kinds that do not hold them; None: the annotation's own folder.
         kind: A name in `KINDS`; `auto` detects it.
         choice: Which part to read, and how to interpret the files.
-        names: A file with one image name a line; other images are left out.
+        names: A file with one image name per line; other images are left out.
         start: Images to skip.
         count: Images to take at most; None takes all.
         allow_missing: Leave out absent images and broken places in tars instead of raising.

@@ -1,4 +1,4 @@
-"""A folder of pairs: `name.jpg` (png, webp) with `name.txt` beside it, one caption a line."""
+"""A folder of pairs: `name.jpg` (png, webp) with `name.txt` beside it, one caption per line."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One image as its source states it: captions are not cleaned, the image is not looked up."""
+    """One image as its source states it. Its captions are not cleaned yet, and the image is not looked up yet."""
 
     name: str
     image_id: str
@@ -138,7 +138,7 @@ def join_rows(rows: Iterable[Row]) -> Iterator[Entry]:
 
 
 def clean_caption(caption: str) -> str:
-    """Return a caption with each run of white space made one blank; '' for lone surrogates, which are no text."""
+    """Return a caption with each run of white space replaced by one space, or '' if it has lone surrogates, which no codec writes."""
     try:
         caption.encode()
     except UnicodeEncodeError:

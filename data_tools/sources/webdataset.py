@@ -36,7 +36,7 @@ def find_tars(path: Path) -> list[Path]:
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    """Expand `a{08..11}.tar` into a08.tar … a11.tar: digits as wide as the first number, as a shell does."""
+    """Expand `a{08..11}.tar` into a08.tar … a11.tar: numbers are padded to the width of the first, as in a shell."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if match is None:
         return [pattern]
@@ -128,7 +128,7 @@ def stats_path(tar: Path) -> Path:
 
 
 def check_stats(tar: Path, samples: int) -> list[str]:
-    """Compare a tar's number of images with img2dataset's count. Return what is wrong, one line a problem."""
+    """Compare a tar's number of images with img2dataset's count. Return what is wrong, one line per problem."""
     path = stats_path(tar)
     if not path.is_file():
         return [f"{tar.name} has no {path.name}: img2dataset had not finished it"]

@@ -248,7 +248,7 @@ def test_slices_look_at_their_own_images_and_wait_for_the_others(photos, tmp_pat
     raw = [encoded(image) for _, image in photos[:8]]
     items = items_of([*raw, raw[1]])
     arguments = {"out": tmp_path / "o", "workers": 1, "duplicates": "drop_near", "shard_samples": 3}
-    with pytest.raises(Interrupted, match="slice 0/2 has looked at its images") as caught:
+    with pytest.raises(Interrupted, match="slice 0/2 has fingerprinted its images") as caught:
         write_shards(items, job_slice=(0, 2), **arguments)
     assert caught.value.exit_code == 75 and "\n" not in str(caught.value)
     assert write_shards(items, job_slice=(1, 2), **arguments) is None  # it has what it needs, and wrote its shards
