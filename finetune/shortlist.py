@@ -96,7 +96,7 @@ def make_shortlists(similarity: np.ndarray, size: int, folds: np.ndarray, captio
 
     Args:
         similarity: (images, captions) scores of the first stage.
-        size: candidates a query; of a smaller gallery all.
+        size: candidates a query. A smaller gallery gives all it has.
         folds: (images,) the fold of each image (`retrieval.protocols.folds_of`).
         caption_image: (captions,) the image of each caption.
     """
@@ -130,5 +130,5 @@ def score_first_stage(source: str, collection: Collection, work: Workload) -> Fi
     folder = find_checkpoint(source)
     kind = read_json(folder / "model.json").get("head", DEFAULT)
     able = kind in HEADS and HEADS[kind].first_stage
-    # The default head's loader refuses a checkpoint of another kind in words of its own.
+    # A head without a first stage goes to the default head's loader, which refuses it with a message.
     return load_part(kind if able else DEFAULT, "first_stage")(folder, collection, work)

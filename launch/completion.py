@@ -17,7 +17,7 @@ from runtime.errors import LigatureError, RecipeError
 
 SHELLS = ("bash", "zsh", "fish")
 NESTED = {"launch": ("local", "slurm", "hosts")}
-"""Commands whose first word is one of a few, followed by a stage."""
+"""Command -> the words that may follow it directly. A stage comes after them."""
 
 BASH = """\
 # ligature's commands and options. To use it: source <(ligature --completion {shell})

@@ -37,7 +37,7 @@ class Cluster:
 
     @property
     def bytes_per_second(self) -> float:
-        """Bytes a second that a GPU sends; the network between nodes is the slower part, so with several nodes it decides."""
+        """Bytes a second that a GPU sends. With several nodes the network between them, the slower part, decides."""
         return (self.network_gbps if self.nodes > 1 else self.gpu_gbps) / 8 * 1e9
 
 
@@ -57,7 +57,7 @@ class Pace:
         batch = budget.recipe.training.global_batch
         compute = budget.flops_per_sample * batch / cluster.world / (cluster.peak_tflops * 1e12 * cluster.utilisation)
         traffic = sum(budget.traffic(stage, cluster.world).values()) / cluster.bytes_per_second
-        # Traffic can hide only behind arithmetic that there is.
+        # Traffic hides behind arithmetic for at most as long as the arithmetic takes.
         hidden = min(cluster.overlap * traffic, compute)
         return cls(compute, traffic, batch / (compute + traffic - hidden))
 

@@ -39,7 +39,7 @@ def read_stage(stage: str, arguments: list[str]) -> Any:
 def read_shard_options(arguments: list[str]) -> ShardOptions:
     """Return the options of a `ligature shard` command line.
 
-    The source may come first without its option's name, and `--exclude` may be given several times.
+    The source may come first without its option's name, and `--exclude` may be repeated.
 
     Raises:
         RecipeError: An option cannot be run.

@@ -184,20 +184,20 @@ class Budget:
     # Floating-point operations of one sample
 
     def _text_flops(self, words: int) -> int:
-        """The text encoder on a caption of `words` tokens."""
+        """Return the operations of the text encoder on a caption of `words` tokens."""
         w, f = self.text.width, self.text.feed_forward
         return self.text.layers * (2 * words * (4 * w * w + 2 * w * f) + 4 * words**2 * w)
 
     @property
     def _read_flops(self) -> int:
-        """Keys and values of an image's tokens for every fusion layer, or their projection into a single stream."""
+        """Operations that make an image's keys and values for every fusion layer, or project its tokens into a single stream."""
         if self.single_stream:
             return 2 * self.image.tokens * self.image.width * self.text.width
         return self.model.fusion.layers * 4 * self.image.tokens * self.image.width * self.text.width
 
     @property
     def _pair_flops(self) -> int:
-        """One caption fused with one image, the image's keys and values being there.
+        """Operations that fuse one caption with one image. `_read_flops` counts the image's keys and values.
 
         A single stream has n + t tokens in its layers. Cross-attention adds query, output and 4 n t w for the scores.
         """
@@ -208,7 +208,10 @@ class Budget:
 
     @property
     def _matched_flops(self) -> int:
-        """One pair of which only [CLS] is read. The last layer makes the keys and values of all tokens, but one token's state."""
+        """Operations that fuse one pair of which only [CLS] is read.
+
+        The last layer makes the keys and values of all tokens, but the state of one token alone.
+        """
         if not self.model.fusion.layers:
             return 0
         w, f, n, t = self.text.width, self.text.feed_forward, self.caption_tokens, self.image.tokens
@@ -220,7 +223,7 @@ class Budget:
 
     @property
     def _language_flops(self) -> float:
-        """A masked caption through the text encoder and the fusion encoder, and the word head at its masked tokens."""
+        """Operations of the text and fusion encoders on a masked caption, and of the word head at its masked tokens."""
         w = self.text.width
         return (
             self._text_flops(self.caption_tokens)
@@ -230,7 +233,7 @@ class Budget:
 
     @property
     def _feature_flops(self) -> int:
-        """The two projections of [CLS] into the feature space."""
+        """Operations of the two projections of [CLS] into the feature space."""
         return 2 * self.model.feature_dim * (self.image.width + self.text.width)
 
     @cached_property
@@ -286,7 +289,7 @@ class Budget:
 
     @property
     def queue_bytes(self) -> int:
-        """The queue: a float32 feature of the image and one of the text, and an int64 image id, for each entry."""
+        """Bytes of the queue. An entry is a float32 feature of the image, one of the text, and an int64 image id."""
         return self.recipe.teacher.queue * (2 * 4 * self.model.feature_dim + 8)
 
     @cached_property
@@ -309,9 +312,8 @@ class Budget:
         layers = [(self.image.depth, 16 * t * self.image.width, t * self.image.width, 0), words]
         elements: float = 3 * self.image.image_size**2 + 2 * t * self.image.width + 2 * n * w
         masks = n * w
-        if (
-            self.matching
-        ):  # three pairs; the last layer makes the keys and values of all tokens, but only [CLS] after that
+        if self.matching:
+            # Three pairs. The last layer makes keys and values of all tokens; everything after them is for [CLS] alone.
             layers.append((fusion - 1, 3 * tokens * token, 3 * tokens * w, 3 * tokens * dropouts))
             layers.append((1, 3 * (4 * tokens * w + token), 3 * tokens * w, 3 * dropouts))
             elements += 3 * fusion * copied

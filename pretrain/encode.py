@@ -51,8 +51,8 @@ def encode_collection(
         ranks: this process among those that share the work.
         batch_size: images, or captions, in one forward pass.
         workers: processes that decode images.
-        keep_tokens: also keep the encoders' states, which a fusion head reads.
-        silent: show no progress.
+        keep_tokens: whether to keep the encoders' states too, which a fusion head reads.
+        silent: whether to leave out the progress bar.
     """
     training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -113,7 +113,7 @@ def gather_shares(
     Args:
         parts: this rank's rows, batch by batch; empty if its share is empty.
         count: rows of all ranks together.
-        batch_size: the batch size that the shares were made with.
+        batch_size: batch size of the shares, as in `rank_share`.
         shape: shape of one row.
         device: where the ranks exchange tensors.
 

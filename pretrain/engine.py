@@ -40,7 +40,10 @@ KEPT_WHOLE = 100_000
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed, quietly, for this device, without its communication extension for CPUs, which compiles at first use."""
+    """Import DeepSpeed for this device and silence its log.
+
+    Its communication extension for CPUs is left out, because it compiles at first use.
+    """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", str(ranks_from_environment().local_rank))  # DeepSpeed insists on it
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
@@ -293,7 +296,7 @@ class Engine:
         """Return whole masters by the id of their parameter, at stages 1 and 2.
 
         This takes one collective for each of the optimizer's groups; DeepSpeed's own function takes one for each parameter. On a
-        single rank they are the masters themselves, not copies.
+        single rank the tensors are the masters themselves, not copies.
         """
         optimizer, world, masters = self.module.optimizer, torch.distributed.get_world_size(), dict[int, Tensor]()
         groups = zip(optimizer.single_partition_of_fp32_groups, optimizer.round_robin_bit16_groups, strict=True)
@@ -318,10 +321,10 @@ class Engine:
         return self.adamw.state[self._unfused_masters()[id(parameter)] if self.bf16 else parameter]
 
     def _make_states(self) -> None:
-        """Make Adam's state before the first step; by itself it is made in that step.
+        """Make Adam's state now; AdamW itself would make it in the first step.
 
-        There is then something to load a checkpoint into. Besides, DeepSpeed 0.19 links only the first parameter group's moments if
-        it finds that the others' are not made yet.
+        A checkpoint can then be loaded into it. Besides, DeepSpeed 0.19 links only the first parameter group's moments if those
+        of the other groups do not exist yet.
         """
         if self.stage == 3:  # the optimizer's own groups are filled only for the step
             groups = [(self.adamw.defaults["fused"], self.module.optimizer.fp32_partitioned_groups_flat)]

@@ -48,14 +48,14 @@ class StepProfile:
             print(self.stop(), flush=True)
 
     def finish(self) -> None:
-        """Print the profile of the steps there were, if the run ended before `steps` of them."""
+        """Print the profile of the steps recorded so far, if the run ends before `steps` of them."""
         covered = self._steps_taken - WARM_UP
         if not self.steps or covered >= self.steps:
             return
         self.steps = max(1, covered)
         table = self.stop() if self._profile is not None else ""
-        few = f"no profile: it begins after {WARM_UP} steps, and {self._steps_taken} were taken"
-        print(table if covered > 0 else few, flush=True)
+        too_short = f"no profile: it begins after {WARM_UP} steps, and {self._steps_taken} were taken"
+        print(table if covered > 0 else too_short, flush=True)
 
     def start(self) -> None:
         """Mark the modules and begin to record."""
@@ -153,7 +153,7 @@ def format_table(times: dict[tuple[str, str], float], steps: int) -> str:
 
     Args:
         times: seconds of each (part, direction) over all profiled steps.
-        steps: how many steps were profiled.
+        steps: number of profiled steps.
     """
     whole = sum(times.values())
     rows = [f"{'part':48} {'forward':>10} {'backward':>10} {'share':>7}   (ms a step, {steps} steps)"]

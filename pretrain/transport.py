@@ -43,7 +43,7 @@ CACHED = 1 << 17
 """Entries of the kernel that a CPU works on at a time, so that they stay in its cache."""
 
 DENSE = 1024
-"""Most unknowns, on the smaller side, for which Newton steps are taken: their linear system is dense."""
+"""Largest number of unknowns, on the smaller side, that Newton steps are used for. Their linear system is dense."""
 NEWTON_STEPS, DAMPING, SHORTEST = 30, 1e-3, 0.02
 """Most Newton steps, the share of the error in their regularisation, and the shortest fraction of a step that is tried."""
 
@@ -110,11 +110,11 @@ def proximal_point(
         b: (…, k) masses of the codewords; None: uniform.
         beta: weight of each step's divergence from the plan before.
         outer_steps: the plan's entropy is that of a regularisation of beta / outer_steps.
-        inner_steps: a number runs the paper's loop, with so many sweeps in each outer step, whatever the tolerance. None takes many
-            outer steps at once, then settles the columns.
+        inner_steps: sweeps in each outer step of the paper's loop, which ignores the tolerance. None takes many outer steps at
+            once, then settles the columns.
         tolerance: column error at which a problem has settled; None stops at the end of the strides.
         start: (…, k), the potential g of an earlier plan over nearly the same codewords, instead of the strides. Where a problem
-            does not settle from it, or where there is no tolerance, strides are taken all the same.
+            does not settle from it, or where there is no tolerance, the solver takes the strides as well.
     """
     problem = _prepare(cost, a, b)
     if inner_steps is not None:
@@ -253,7 +253,7 @@ def _settle(
 
 
 def _newton_each(problem: _Problem, sharpness: float, f: Tensor, g: Tensor, tolerance: float) -> Potentials:
-    """Take Newton steps for each problem that has not settled, as many as it needs; where they fail it stays where it was."""
+    """Take Newton steps for each problem that has not settled. A problem that they do not settle keeps its f and g."""
     f, g = f.clone(), g.clone()
     for index in (~(_column_error(problem, sharpness, f, g) <= tolerance)).nonzero().tolist():
         at = tuple(index)
@@ -262,7 +262,8 @@ def _newton_each(problem: _Problem, sharpness: float, f: Tensor, g: Tensor, tole
         if k <= n:
             settled = _newton(cost_nk, sharpness, g[at], log_a_n, log_b_k, tolerance)
             f[at], g[at] = settled or (f[at], g[at])
-        else:  # fewer unknowns the other way round; making the rows exact again brings the columns no further away
+        else:
+            # The transposed problem has fewer unknowns. Making the rows exact afterwards does not increase the column error.
             settled = _newton(cost_nk.T.contiguous(), sharpness, f[at], log_b_k, log_a_n, tolerance)
             if settled:
                 g[at] = settled[0]
@@ -271,7 +272,7 @@ def _newton_each(problem: _Problem, sharpness: float, f: Tensor, g: Tensor, tole
 
 
 class _Dual(NamedTuple):
-    """The dual of one problem at some g, with f such that the rows are right."""
+    """The dual of one problem at some g, with the f that makes the rows right."""
 
     f: Tensor
     plan_nk: Tensor
@@ -291,8 +292,8 @@ def _newton(
     The columns miss r = b - columns, and they change with g by H = diag(columns) - plan' diag(1 / a) plan. H is singular,
     because a constant added to g changes nothing. So H + c |r| is solved, where c |r| vanishes as fast as the error does.
 
-    Steps go on to a tenth of the tolerance where they can. The last step squares the error, so that is one step more at most,
-    and plans hardly depend on where they started.
+    Steps go on to a tenth of the tolerance where they can, so that plans hardly depend on where they started. The last step
+    squares the error, so this costs at most one more step.
 
     Args:
         cost_nk: (n, k) of one problem; or transposed, with f for g and b for a.

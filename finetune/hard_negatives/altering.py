@@ -45,7 +45,7 @@ class Word:
 class AlteredCaptions:
     """Alters captions: an object word replaces a noun; its antonym replaces a verb, an adjective or an adverb.
 
-    Each such word is exchanged with probability `ratio`.
+    `ratio` is the probability that a word of these kinds is exchanged.
     """
 
     def __init__(self, config: HardNegativesConfig, lexicon: Lexicon, tokenizer: CaptionTokenizer) -> None:
@@ -169,12 +169,13 @@ def choose_patches(attention: Tensor | None, draws: Tensor, attended: float, res
     """
     images, patches = draws.shape
     chosen = torch.zeros(images, patches, dtype=torch.bool, device=draws.device)
-    first = round(attended * patches) if attention is not None else 0
-    if first and attention is not None:
-        chosen.scatter_(1, attention.topk(first, dim=1).indices, True)
-    others = round(rest * (patches - first))
-    if others:
-        chosen.scatter_(1, draws.masked_fill(chosen, 2.0).topk(others, dim=1, largest=False).indices, True)
+    attended_count = round(attended * patches) if attention is not None else 0
+    if attended_count and attention is not None:
+        chosen.scatter_(1, attention.topk(attended_count, dim=1).indices, True)
+    random_count = round(rest * (patches - attended_count))
+    if random_count:
+        # Draws are below 1, so a patch that is chosen already, at 2, is never among the lowest.
+        chosen.scatter_(1, draws.masked_fill(chosen, 2.0).topk(random_count, dim=1, largest=False).indices, True)
     return chosen
 
 

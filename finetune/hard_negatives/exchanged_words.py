@@ -21,7 +21,7 @@ def exchange_table(pairs: list[str], tokenizer: CaptionTokenizer) -> Tensor:
     """Return the token that each token is exchanged for; a token of no pair stays itself.
 
     Args:
-        pairs: of words, as in 'left right'. A word of several pairs is exchanged by the first of them.
+        pairs: pairs of words, as in 'left right'. The first pair that holds a word decides what it is exchanged for.
         tokenizer: the model's own.
 
     Returns:

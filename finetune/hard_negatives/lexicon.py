@@ -34,7 +34,7 @@ CLOSED = frozenset(
 
 @dataclass(frozen=True)
 class Entry:
-    """What a lexicon knows of a word in the form that a caption has."""
+    """What a lexicon knows of a word, in the form that a caption has it."""
 
     kind: Kind
     base: str
@@ -58,9 +58,9 @@ class Lexicon:
         return IRREGULAR.get(base, []) if kind == "noun" else []
 
     def inflect(self, replacement: str, word: str, entry: Entry) -> str:
-        """Inflect a replacement as a word is inflected.
+        """Inflect a replacement in the same form as the word that it replaces.
 
-        Of several words a verb's first one is inflected, any other kind's last one.
+        In a replacement of several words, a verb inflects the first one, any other kind the last one.
 
         Args:
             replacement: a base form, of one word or several.

@@ -22,7 +22,8 @@ OF_NUMBER: dict[str, Kind] = {"1": "noun", "2": "verb", "3": "adjective", "4": "
 USUAL: dict[str, Kind] = {"left": "adjective", "right": "adjective", "building": "noun", "pants": "noun"}
 """The reading in captions of words that WordNet's texts use otherwise (to leave, a right, to build)."""
 SENSES = 2
-"""How many of a word's most frequent senses are searched for an antonym: ripe is the opposite of green's third sense."""
+"""Number of a word's most frequent senses that are searched for an antonym. Rarer ones mislead: `ripe` is the opposite of the
+third sense of `green`."""
 WORDNET_FOLDERS = ("/usr/share/wordnet", "/usr/share/wordnet/dict", "/usr/local/WordNet-3.0/dict")
 """Folders that the lexicon `auto` looks for, in this order."""
 

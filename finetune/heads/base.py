@@ -76,8 +76,8 @@ class HeadTask(nn.Module):
         """Return the loss of this rank's share of a global batch, and its figures.
 
         Returns:
-            The loss, such that its mean over the ranks is the loss of the global batch, and detached scalars by name, `loss`
-            among them.
+            The loss, and detached scalars by name, `loss` among them. The mean of the losses over the ranks is the loss of the
+            global batch.
         """
         raise NotImplementedError
 

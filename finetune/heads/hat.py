@@ -80,9 +80,8 @@ class HatTask(RetrievalTask):
             )
         self.model = HatModel(encoders, config)
         self.image_size = encoders.image_size
-        self.has_idle_parameters = (
-            True  # the encoders are frozen at first, and nothing reads layers after the last level
-        )
+        # The encoders are frozen at first, and nothing reads the layers after the last level.
+        self.has_idle_parameters = True
 
     def begin_step(self, epoch: float) -> None:
         """Freeze or release the encoders, and choose which negatives count."""

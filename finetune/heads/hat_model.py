@@ -28,8 +28,8 @@ from runtime.recipe import build_config
 class HatModel(nn.Module):
     """Two encoders and, for each level, a norm and two projections.
 
-    Token states are projected but never normalised to unit length. The norm takes the part of the one that a backbone has
-    between its stages or at its end.
+    Token states are projected but never normalised to unit length. The norm replaces the one that a backbone applies between
+    its stages or at its end.
     """
 
     def __init__(self, encoders: LevelEncoders, config: HatConfig) -> None:
@@ -87,8 +87,8 @@ class HatModel(nn.Module):
             if self.config.attention == "mean":
                 total = total + mean_scores(regions, words, mask)
             else:
-                how, gram = Comparison(sharpness=self.config.sharpness), grams[level] if grams else None
-                total = total + pair_scores(regions, words, mask, self.config.direction, how, gram)
+                comparison, gram = Comparison(sharpness=self.config.sharpness), grams[level] if grams else None
+                total = total + pair_scores(regions, words, mask, self.config.direction, comparison, gram)
         assert isinstance(total, Tensor)
         return total
 

@@ -93,7 +93,7 @@ def encode_captions(model: HatModel, tokenizer: CaptionTokenizer, captions: list
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep the memory of freed tensors for the next ones. Other C libraries have no such switch and no such need.
+    """Make glibc keep the memory of freed tensors for the next ones. Other C libraries neither offer nor need this setting.
 
     By default glibc returns the end of the heap to the system beyond twice the largest block freed. Tensors of a few
     megabytes are then mapped and faulted in again at every operation, which is a quarter of the time of HAT's t-i scores.

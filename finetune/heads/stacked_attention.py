@@ -29,7 +29,7 @@ Pooling = Literal["mean", "sum", "max", "logsumexp"]
 SLOPE = 0.1
 """Slope of the leaky ReLU for negative similarities."""
 TINY = 1e-8
-"""Added to lengths, or the least a length counts as, before a division."""
+"""Added to a length, or its lower bound, before a division."""
 GRAM_ROWS = 128
 """Rows of a Gram matrix in one block. Of a matrix with more than twice as many rows only the upper half is computed."""
 
@@ -127,38 +127,46 @@ def mean_scores(regions: Tensor, words: Tensor, mask: Tensor) -> Tensor:
         return functional.normalize(regions.float().mean(1), dim=-1) @ functional.normalize(texts, dim=-1).T
 
 
-def _regions_query(regions: Tensor, words: Tensor, mask: Tensor, gram_cww: Tensor, how: Comparison) -> Tensor:
+def _regions_query(regions: Tensor, words: Tensor, mask: Tensor, gram_cww: Tensor, comparison: Comparison) -> Tensor:
     """Score in direction i-t. Images and regions are innermost: long contiguous rows, and one product for all pairs."""
-    (images, each, width), (captions, length, _) = regions.shape, words.shape
-    similarity_cwir = (words.reshape(-1, width) @ regions.reshape(-1, width).T).view(captions, length, images, each)
-    attention_cwir = _attention(similarity_cwir, 3, 1, how, mask[:, :, None, None], None)
+    (images, region_count, width), (captions, length, _) = regions.shape, words.shape
+    similarity_cwir = (words.reshape(-1, width) @ regions.reshape(-1, width).T).view(
+        captions, length, images, region_count
+    )
+    attention_cwir = _attention(similarity_cwir, 3, 1, comparison, mask[:, :, None, None], None)
     # From here on (c, w, (ir)): the context is axis 1.
-    similarity, attention = (part.view(captions, length, images * each) for part in (similarity_cwir, attention_cwir))
+    similarity, attention = (
+        part.view(captions, length, images * region_count) for part in (similarity_cwir, attention_cwir)
+    )
     inner, squared_length = _weighted(similarity, attention), _quadratic(gram_cww, attention)
-    cosine_cir = (inner * squared_length.clamp(min=TINY**2).rsqrt()).view(captions, images, each)
+    cosine_cir = (inner * squared_length.clamp(min=TINY**2).rsqrt()).view(captions, images, region_count)
     cosine_cir = cosine_cir / torch.linalg.vector_norm(regions, dim=-1).clamp(min=TINY)
-    return _pool(cosine_cir, 2, how, None).T
+    return _pool(cosine_cir, 2, comparison, None).T
 
 
-def _words_query(regions: Tensor, words: Tensor, mask: Tensor, gram_irr: Tensor, how: Comparison) -> Tensor:
+def _words_query(regions: Tensor, words: Tensor, mask: Tensor, gram_irr: Tensor, comparison: Comparison) -> Tensor:
     """Score in direction t-i. Captions are innermost, so that sums over words run over long rows."""
-    (images, each, width), (captions, length, _) = regions.shape, words.shape
-    words_wc, mask_wc = words.transpose(0, 1), mask.T  # the first of them has the width as its third axis
-    similarity_irwc = (regions.reshape(-1, width) @ words_wc.reshape(-1, width).T).view(images, each, length, captions)
-    attention_irwc = _attention(similarity_irwc, 2, 1, how, None, mask_wc)
+    (images, region_count, width), (captions, length, _) = regions.shape, words.shape
+    words_wc, mask_wc = words.transpose(0, 1), mask.T  # words_wc has the width as its third axis
+    similarity_irwc = (regions.reshape(-1, width) @ words_wc.reshape(-1, width).T).view(
+        images, region_count, length, captions
+    )
+    attention_irwc = _attention(similarity_irwc, 2, 1, comparison, None, mask_wc)
     # From here on (i, r, (wc)): the context is axis 1.
-    similarity, attention = (part.view(images, each, length * captions) for part in (similarity_irwc, attention_irwc))
+    similarity, attention = (
+        part.view(images, region_count, length * captions) for part in (similarity_irwc, attention_irwc)
+    )
     inner, squared_length = _weighted(similarity, attention), _quadratic(gram_irr, attention)
     cosine_iwc = (inner * squared_length.clamp(min=TINY**2).rsqrt()).view(images, length, captions)
     cosine_iwc = cosine_iwc / torch.linalg.vector_norm(words_wc, dim=-1).clamp(min=TINY)
-    return _pool(cosine_iwc, 1, how, mask_wc)
+    return _pool(cosine_iwc, 1, comparison, mask_wc)
 
 
 def _attention(
     similarity: Tensor,
     queries: int,
     context: int,
-    how: Comparison,
+    comparison: Comparison,
     context_mask: Tensor | None,
     query_mask: Tensor | None,
 ) -> Tensor:
@@ -168,18 +176,18 @@ def _attention(
         similarity: of all queries with all context tokens.
         queries: the axis of the queries.
         context: the axis of the context tokens.
-        how: normalisation and sharpness.
+        comparison: normalisation and sharpness.
         context_mask: bool, broadcast; False where the context has no token. None: all are there.
         query_mask: bool, broadcast; False where there is no query. None: all are there.
     """
-    if how.norm in ("clipped_l2norm", "l2norm"):
-        clipped = functional.leaky_relu(similarity, SLOPE) if how.norm == "clipped_l2norm" else similarity
+    if comparison.norm in ("clipped_l2norm", "l2norm"):
+        clipped = functional.leaky_relu(similarity, SLOPE) if comparison.norm == "clipped_l2norm" else similarity
         # The sharpness goes into the factor, which is small, and not over the similarities.
-        factor = how.sharpness / (_length(clipped, queries) + TINY)
+        factor = comparison.sharpness / (_length(clipped, queries) + TINY)
         logits = _times(clipped, factor, reuse=clipped is not similarity)
     else:
-        logits = _normalised(similarity, queries, how.norm, query_mask) * how.sharpness
-    if how.norm in ("no_norm", "clipped"):  # these are unbounded, and exp must not overflow
+        logits = _normalised(similarity, queries, comparison.norm, query_mask) * comparison.sharpness
+    if comparison.norm in ("no_norm", "clipped"):  # these are unbounded, and exp must not overflow
         if context_mask is not None:
             logits = logits.masked_fill(~context_mask, -torch.inf)
         logits = logits - logits.detach().amax(context, keepdim=True)
@@ -241,17 +249,17 @@ def _quadratic(gram: Tensor, attention: Tensor) -> Tensor:
     return total
 
 
-def _pool(cosine: Tensor, queries: int, how: Comparison, present_wc: Tensor | None) -> Tensor:
+def _pool(cosine: Tensor, queries: int, comparison: Comparison, present_wc: Tensor | None) -> Tensor:
     """Pool the queries' cosines, on axis `queries`, into one score. `present_wc`: bool, which words count."""
-    if how.pooling == "max":
+    if comparison.pooling == "max":
         return (cosine if present_wc is None else cosine.masked_fill(~present_wc, -torch.inf)).amax(queries)
-    if how.pooling == "logsumexp":
-        cosine = how.pooling_sharpness * cosine
+    if comparison.pooling == "logsumexp":
+        cosine = comparison.pooling_sharpness * cosine
         hidden = cosine if present_wc is None else cosine.masked_fill(~present_wc, -torch.inf)
-        return torch.logsumexp(hidden, queries) / how.pooling_sharpness
+        return torch.logsumexp(hidden, queries) / comparison.pooling_sharpness
     if present_wc is not None:
         cosine = cosine * present_wc
     total = cosine.sum(queries)
-    if how.pooling == "sum":
+    if comparison.pooling == "sum":
         return total
     return total / (cosine.shape[queries] if present_wc is None else present_wc.sum(0))

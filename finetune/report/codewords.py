@@ -64,7 +64,7 @@ def codebook_html(
 
 
 def usage_html(nearest_i: Tensor, nearest_t: Tensor, codewords: int, place: str) -> str:
-    """Return a plot of how many images and captions are nearest to each codeword, the most used first.
+    """Return a plot of the share of images and captions nearest to each codeword, the most used first.
 
     Args:
         nearest_i: each image's nearest codeword, (images,).

@@ -31,7 +31,7 @@ class Comparison:
     scores: list[np.ndarray]
     """Of each record, (captions, images)."""
     better_images: list[np.ndarray]
-    """Of each record, how many wrong images each caption ranks before or beside the right one, (captions,)."""
+    """Of each record, the number of wrong images that each caption ranks before or beside the right one, (captions,)."""
 
 
 def write_flips_page(first: Path, second: Path, data: str, images: str, page: Path, count: int = 24) -> str:
@@ -95,7 +95,7 @@ def _read_comparison(first: Path, second: Path, data: str, images: str) -> Compa
 
 
 def count_better_images(scores: np.ndarray, caption_image: np.ndarray) -> np.ndarray:
-    """Return how many other images score as high as the right one or higher, (captions,).
+    """Count the other images that score as high as the right one or higher, (captions,).
 
     Args:
         scores: (captions, images).
@@ -115,7 +115,7 @@ def _read_scores(record: Path) -> np.ndarray:
 
 
 def _counts_html(comparison: Comparison) -> str:
-    """Return what was compared, and a table of how many captions each model answers right."""
+    """Return what was compared, and a table of the number of captions that each model answers right."""
     first, second = (better == 0 for better in comparison.better_images)
     rows = {
         "both right": first & second,
@@ -127,10 +127,10 @@ def _counts_html(comparison: Comparison) -> str:
         f"<tr><th>{name}<td class=number>{int(chosen.sum()):,}<td class=number>{100 * chosen.mean():.1f} %"
         for name, chosen in rows.items()
     )
-    one, other = comparison.records
+    record, second_record = comparison.records
     description = (
-        f"{one['dataset']} {one['split']}: each caption's image among {one['images']:,}. "
-        f"First: {one['head']} ({one['training']}); second: {other['head']} ({other['training']}). "
+        f"{record['dataset']} {record['split']}: each caption's image among {record['images']:,}. "
+        f"First: {record['head']} ({record['training']}); second: {second_record['head']} ({second_record['training']}). "
         f"Below, captions that the first alone gets right: the second's best {TOP}, the right image framed."
     )
     return f"<p class=soft>{escape(description)}</p><table>{cells}</table>"

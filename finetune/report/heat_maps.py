@@ -101,7 +101,7 @@ def draw_heat_maps(checkpoint: str, image: Path, caption: str, out: Path) -> Non
 
 
 def _draw_map(axis: Any, image: np.ndarray, weights: np.ndarray, name: str | None) -> None:
-    """Draw one word's weights (rows, columns) over the image (size, size, 3), with `name` above it where given."""
+    """Draw one word's weights (rows, columns) over the image (size, size, 3), with `name` above it unless that is None."""
     axis.imshow(image)
     # Colours span the map's own range, so the label says how peaked it is.
     axis.imshow(weights, extent=(0, len(image), len(image), 0), cmap="inferno", alpha=0.6, interpolation="bicubic")

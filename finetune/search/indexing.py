@@ -122,7 +122,7 @@ def _is_finished(out: Path, checkpoint: str, recipe: IndexRecipe) -> bool:
 def _write_index(recipe: IndexRecipe, out: Path, ranks: Ranks, device: torch.device) -> None:
     """Encode the parts that are missing, each on one rank, and join all parts into the index."""
     encoder = load_encoder(recipe.checkpoint, device)
-    # Before anything is written: a model may give a text no vector, and then raises here.
+    # Before anything is written: a model that cannot encode texts raises here.
     width = encode(encoder.encode_text, [""]).shape[1]
 
     def list_missing_parts() -> list[int]:

@@ -30,7 +30,7 @@ class Query:
     """A query in words, or the image of a file."""
 
     text: str
-    """The words, or the image's path as given."""
+    """The words, or the image's path as the user wrote it."""
     image: Path | None = None
 
 
@@ -48,7 +48,7 @@ class Hit:
 
 @dataclass
 class Answers:
-    """The hits of several queries, and how the search was made."""
+    """The hits of several queries, and how the index was searched."""
 
     index: Index
     queries: list[Query]
@@ -110,7 +110,7 @@ def search(
         folder: the index.
         queries: at least one.
         top: hits of each query; a smaller index gives all its images.
-        checkpoint: where the index's checkpoint is now; None: where it was when the index was made.
+        checkpoint: folder that holds the index's checkpoint now; None: the folder that the index names.
         approximate: read the index's inverted lists instead of all its rows.
         device: where queries are encoded.
 

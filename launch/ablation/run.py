@@ -24,7 +24,7 @@ from runtime.progress import format_duration
 from runtime.recipe import load_recipe, write_recipe
 
 Start = Callable[..., None]
-"""Runs one `ligature` command, its arguments given one by one."""
+"""Runs one `ligature` command. Takes the command's words as separate arguments."""
 Trial = tuple[int, str, str]
 """Seed, condition and arm of one run."""
 
@@ -47,7 +47,7 @@ def run_arms(recipe: AblateRecipe, start: Start) -> str:
         LigatureError: A command failed.
     """
     folder = Path(recipe.runs) / recipe.name
-    for shared in recipe.conditions.values():  # a mistake in any arm is answered before the first one runs
+    for shared in recipe.conditions.values():  # a mistake in any arm must show before the first one runs
         for changes in recipe.arms.values():
             read_stage("pretrain", ["--config", recipe.base, *format_options(shared | changes)])
     check_records(folder, recipe)

@@ -1,4 +1,4 @@
-"""Processes that run one command after another. What every command imports (ten seconds) is imported once a process.
+"""Processes that run one command after another. Each imports the libraries, which takes ten seconds, once.
 
 Tested in tests/launch/ablation/test_ablation.py.
 """
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """A pool of processes, used as a context. Calling it runs one command in an idle process; threads may call it at once."""
+    """A pool of processes, used as a context manager. A call runs one command in an idle process; several threads may call it."""
 
     def __init__(self, count: int, run: Callable[[list[str]], int]) -> None:
         """Start the processes.

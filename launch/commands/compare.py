@@ -13,7 +13,7 @@ from runtime.recipe import OptionParser
 
 
 def run(arguments: list[str]) -> None:
-    """Print the comparison, and write it as JSON and as a page where asked."""
+    """Print the comparison, and write it to the JSON file and the page that the options name."""
     parser = OptionParser(
         "ligature compare", description="Compare two score records, query by query, by a paired test."
     )

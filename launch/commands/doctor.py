@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> None:
         type=Path,
         action="append",
         default=[],
-        help="shard folder that will be read; may be given several times",
+        help="shard folder that runs will read; repeat the option for several",
     )
     parser.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="device that runs will use (default auto)"

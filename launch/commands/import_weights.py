@@ -17,7 +17,7 @@ def run(arguments: list[str]) -> None:
         description="Convert a published checkpoint into one of ours, to pretrain, fine-tune or evaluate with --checkpoint. "
         "(Weights of BERT and timm are named in a recipe: model.text.weights, model.image.weights.)",
     )
-    parser.add_argument("kind", choices=["albef"], help="whose checkpoint it is")
+    parser.add_argument("kind", choices=["albef"], help="format of the published checkpoint")
     parser.add_argument("checkpoint", type=Path, help="the published .pth file")
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--tokenizer", default="bert-base-uncased", help="folder or name (default bert-base-uncased)")
@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument(
         "--image-heads",
         type=int,
-        help="attention heads of the image encoder (default: so many that a head is as wide as the text encoder's)",
+        help="attention heads of the image encoder (default: the number that makes a head as wide as the text encoder's)",
     )
     parser.add_argument(
         "--fine-tuned-on", metavar="DATASET", help="dataset that a fine-tuned checkpoint was fine-tuned on"

@@ -13,7 +13,7 @@ from runtime.recipe import OptionParser
 
 
 def run(arguments: list[str]) -> None:
-    """Index the folder where asked, verify it, and print a description."""
+    """Index the folder if `--index` is given, verify it, and print a description."""
     parser = OptionParser(
         "ligature inspect", description="Verify and describe a shard folder, or index tars made elsewhere."
     )

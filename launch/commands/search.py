@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def run(arguments: list[str]) -> None:
-    """Search the index and print the hits as tables or JSON lines, and write a page where asked."""
+    """Search the index, print the hits as tables or JSON lines, and write a page if `--html` names one."""
     parser = OptionParser(
         "ligature search", description="List the images of an index that are most like some words or an image."
     )
@@ -34,7 +34,7 @@ def run(arguments: list[str]) -> None:
         "--approximate", action="store_true", help="search the index's inverted lists instead of all its rows"
     )
     parser.add_argument(
-        "--checkpoint", help="folder of the index's checkpoint (default: where it was when the index was made)"
+        "--checkpoint", help="folder of the index's checkpoint (default: the folder that the index names)"
     )
     parser.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="cpu", help="device that encodes the query (default cpu)"

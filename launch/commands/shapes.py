@@ -12,7 +12,7 @@ from runtime.recipe import OptionParser
 
 
 def run(arguments: list[str]) -> None:
-    """Draw the scenes into a new folder and print how many."""
+    """Draw the scenes into a new folder and print the number of each split."""
     from data_tools.shapes.scenes import SPLITS
     from data_tools.shapes.source import write_source
     from data_tools.shapes.wrong_captions import swap_captions

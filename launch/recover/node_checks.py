@@ -30,7 +30,7 @@ class Finding:
     name: str
     """Name of the check."""
     text: str
-    """What was seen and, unless the level is ok, what to do."""
+    """What the check measured and, unless the level is ok, what to do."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ RECENT = 20
 """Number of logged steps whose median rate is shown."""
 ERROR = re.compile(r"^(ligature[^:]*: |srun: error: |[A-Za-z_.]*(Error|Exception)(:|$))")
 NO_ERROR = re.compile(r"stopped at step \d+|received; stopping")
-"""Lines that look like errors, but come from a run that stopped as it was asked to."""
+"""Lines that look like errors, but come from a run that stopped on request."""
 
 
 def read_status(folder: Path) -> dict[str, str]:
@@ -113,7 +113,7 @@ def _config(folder: Path) -> dict[str, Any]:
 def total_steps(training: dict[str, Any], metrics: list[dict[str, float]]) -> int | None:
     """Return the steps of the whole run, or None if that is not known yet.
 
-    The recipe states them, or states epochs; then the share of an epoch that the logged steps have covered tells.
+    The recipe states steps or epochs. For epochs, the size of the training data follows from the epoch logged with the last step.
 
     Args:
         training: The recipe's `training` group.

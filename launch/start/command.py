@@ -52,7 +52,7 @@ def error_with_code(message: str, code: int) -> LigatureError:
 
 
 def end_with_parent(parent: int) -> Callable[[], None] | None:
-    """Return what a started process must run first, so that it ends when its parent does, even by kill -9.
+    """Return a function that a new process runs first, so that it ends with its parent, even if that is killed by `kill -9`.
 
     On Linux the process asks the kernel for SIGTERM at its parent's end. A stage then saves at its step boundary and
     leaves; other commands end at once.

@@ -49,7 +49,7 @@ class Job:
 
     name: str
     tasks: list[Task]
-    """One task. An array has one each, or a single one that reads `$SLURM_ARRAY_TASK_ID`."""
+    """A single task, or one for each line of an array's file. An array of slices has a single one, which reads `$SLURM_ARRAY_TASK_ID`."""
     array: int
     """Number of tasks of the array; 0: not an array."""
     threads: int
@@ -107,7 +107,7 @@ def plan_job(stage: str, arguments: list[str], options: LaunchOptions) -> tuple[
                 planned.append(plan_task(stage, own, options))
         except RecipeError as error:
             raise RecipeError(f"{where}{error}") from None
-    tasks = [one.task for one in planned]
+    tasks = [entry.task for entry in planned]
     if len({task.folder for task in tasks}) < len(tasks):
         raise RecipeError(
             f"two tasks of --array {options.array} have one folder; give each its own name (--name, --out)"
@@ -125,7 +125,7 @@ def plan_job(stage: str, arguments: list[str], options: LaunchOptions) -> tuple[
         ligature=ligature_of(options),
         resumes=stage not in ("evaluate", "doctor"),
     )
-    return job, [one.recipe for one in planned if one.recipe]
+    return job, [entry.recipe for entry in planned if entry.recipe]
 
 
 def ligature_of(config: SlurmConfig) -> str:

@@ -83,7 +83,7 @@ def run_ranks(
             if process.poll() is None:
                 process.send_signal(number)
 
-    # Set before any rank starts: a signal that came in between would leave ranks without a parent.
+    # The handlers are set before any rank starts: otherwise an early signal would end this process and leave its ranks running.
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         for rank in range(count):

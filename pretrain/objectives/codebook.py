@@ -18,7 +18,8 @@ from pretrain.objectives.state import Plans, StudentState
 from pretrain.transport import proximal_point, sinkhorn
 
 FEATURES_PER_CODEWORD = 10
-"""Features for each codeword over which usage is measured. With fewer, many codewords of the best codebook would be nobody's nearest."""
+"""Features for each codeword over which usage is measured. With fewer, many codewords of
+even the best codebook would be the nearest of no feature."""
 
 
 class Codebook:
@@ -50,7 +51,7 @@ class Codebook:
 
 
 class CodebookUsage:
-    """How evenly the codebook is used over the last steps, and how much its naming of features changes from step to step."""
+    """How evenly the codebook is used over the last steps, and how many features change their nearest codeword in a step."""
 
     def __init__(self, codewords: int, global_batch: int) -> None:
         steps = math.ceil(FEATURES_PER_CODEWORD * codewords / (2 * global_batch))
@@ -58,12 +59,14 @@ class CodebookUsage:
         self._previous_codewords_cd: Tensor | None = None
 
     def update(self, features_mnd: Tensor, codewords_cd: Tensor, samples: int) -> dict[str, Tensor]:
-        """Count each feature's nearest codeword. Usage is returned once enough steps are counted, churn from the second step on.
+        """Count each feature's nearest codeword, and return usage and churn.
+
+        Usage is returned once enough steps are counted, churn from the second step on.
 
         Args:
             features_mnd: (2, n, feature_dim) unit-norm, images and texts.
             codewords_cd: (codewords, feature_dim) unit-norm, of this step.
-            samples: how many of the n, the first, are this global batch's; the others were counted in their own step.
+            samples: number of leading samples that belong to this global batch. The others were counted in their own step.
         """
         figures: dict[str, Tensor] = {}
         nearest_mn = (features_mnd @ codewords_cd.T).argmax(-1)
@@ -71,7 +74,7 @@ class CodebookUsage:
         if len(self._counts) == self._counts.maxlen:
             figures |= usage_figures(torch.stack([*self._counts]).sum(0))
         if self._previous_codewords_cd is not None:
-            # Churn: the share of the same features that the codewords of the step before named otherwise.
+            # Churn: the share of these features that had another nearest codeword in the step before.
             previous_mn = (features_mnd @ self._previous_codewords_cd.T).argmax(-1)
             figures["codebook/churn"] = (nearest_mn != previous_mn).float().mean()
         self._previous_codewords_cd = codewords_cd
@@ -79,7 +82,7 @@ class CodebookUsage:
 
 
 def usage_figures(counts: Tensor) -> dict[str, Tensor]:
-    """Return how evenly the codebook is used. counts: (codewords,), how many features have each codeword as their nearest."""
+    """Return how evenly the codebook is used. counts: (codewords,), number of features nearest to each codeword."""
     share = counts / counts.sum()
     return {
         "codebook/perplexity": (-torch.special.xlogy(share, share).sum()).exp(),
@@ -108,8 +111,8 @@ def solve_plans(
         start: (2, codewords), potentials that an earlier call returned.
 
     Returns:
-        The plans, rows scaled to sum to 1 (a plan's own row sums to 1 / n: as a target it would be n times too weak);
-        figures that tell their health; and the codewords' potentials (2, codewords), or None with the solver `argmax`.
+        The plans, with rows scaled to sum to 1 (a plan's own rows sum to 1 / n, so as targets they would be n times too weak);
+        figures on their quality; and the codewords' potentials (2, codewords), or None with the solver `argmax`.
     """
     cost_mnc = 1 - torch.stack([image_nd, text_nd]) @ codewords_cd.T
     plan_mnc, potentials_mc, (row_error_m, column_error_m) = _solve(cost_mnc, config, start)

@@ -16,7 +16,7 @@ from runtime.ranks import sum_over_ranks
 
 
 class MaskedLanguage:
-    """Cross-entropy of the masked words. `distill_weight` of it has the teacher's prediction as target."""
+    """Cross-entropy of the masked words. A share of it, `distill_weight`, takes the teacher's prediction as its target."""
 
     def __init__(self, config: MaskedLanguageConfig) -> None:
         pass  # the weight is the task's, and words are masked before the forward (`mask_captions`)
@@ -43,11 +43,11 @@ def mask_captions(
 
     Args:
         words: (samples, words), on the host: which words are masked is then known without waiting for the device.
-        mask: (samples, words) bool, the mask of `words` again, on the device.
+        mask: (samples, words) bool, a copy of `words.mask` on the device.
         positions: (samples,) int64, the samples' positions in the endless order.
         tokenizer: the run's.
         config: the share of words, and whether [SEP] may be chosen.
-        seed: of these draws.
+        seed: seed of these draws.
         parts: the rows of each micro-batch.
         world_size: ranks that share the global batch.
 
@@ -80,21 +80,20 @@ def mask_words(
     The choice is a function of (seed, position, word). Special tokens are never chosen, except [SEP] with `separators`.
 
     Args:
-        text: (batch, words).
+        text: captions, ids (batch, words).
         positions: (batch,) int64, the samples' positions in the endless order.
         tokenizer: names the special tokens.
-        share: of the words, 0 to 1.
-        seed: of these draws.
-        separators: [SEP] may be chosen too.
+        share: share of the words to choose, 0 to 1.
+        seed: seed of these draws.
+        separators: whether [SEP] may be chosen too.
 
     Returns:
         The altered ids (batch, words), and which words are chosen, (batch, words) bool.
     """
     ids = text.ids
     numbers = uniforms(seed, positions.cpu().numpy(), 3 * ids.shape[1]).reshape(len(positions), ids.shape[1], 3)
-    draws = torch.from_numpy(np.ascontiguousarray(numbers)).to(
-        ids.device
-    )  # is it chosen, what becomes of it, which other token
+    # Three draws a word: whether it is chosen, what becomes of it, and which other token may replace it.
+    draws = torch.from_numpy(np.ascontiguousarray(numbers)).to(ids.device)
     special = (ids == tokenizer.cls) | (ids == tokenizer.pad) | ~text.mask
     if not separators:
         special |= ids == tokenizer.sep

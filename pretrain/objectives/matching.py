@@ -22,7 +22,7 @@ from runtime.ranks import Ranks, gather_rows
 def draw_negatives(similarity_qc: Tensor, same_qc: Tensor, draws_q: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one candidate for each query, with probability softmax(similarity) over those that are not the same image.
 
-    Vectorised, without waiting for the device. Ties, equal captions and saturated similarities are handled.
+    It is vectorised and does not wait for the device. It handles ties, equal captions and saturated similarities.
 
     Args:
         similarity_qc: (…, queries, candidates) logits.
@@ -47,7 +47,10 @@ def draw_negatives(similarity_qc: Tensor, same_qc: Tensor, draws_q: Tensor) -> t
 
 @dataclass
 class Triples:
-    """Right and wrong pairs of a micro-batch, ready to be fused. Texts and images are tables; the wrong rows point into them."""
+    """Right and wrong pairs of a micro-batch, ready to be fused.
+
+    Negative images are rows of `images`; negative texts are tensors of their own.
+    """
 
     images: PreparedImages
     """The micro-batch's own images, and behind them those drawn from other ranks."""
@@ -170,8 +173,8 @@ class Matching:
     def draw_from_all(self, state: StudentState, queries: Tensor, keys: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Draw a wrong candidate for each query among the global batch.
 
-        Arguments and results are those of `draw`, but for the candidates: `keys` (keys, feature_dim) begin with the global batch,
-        and the rows drawn are rows of it.
+        Arguments and results are those of `draw`, except for the candidates. `keys`, (keys, feature_dim), begin with the global
+        batch, and the result holds rows of the global batch.
 
         Raises:
             RecipeError: the batch does not carry the global inputs (fine-tuning).
@@ -207,7 +210,7 @@ def nearest_codeword(features: Tensor, state: StudentState) -> Tensor:
 
 
 def exclude_others(same_qc: Tensor, eligible_qc: Tensor) -> Tensor:
-    """Exclude candidates that are not eligible too, in rows that have an eligible one left. Both (…, queries, candidates) bool."""
+    """Exclude ineligible candidates too, in rows that keep an eligible one. Both are (…, queries, candidates) bool."""
     excluded_qc = same_qc | ~eligible_qc
     return torch.where(excluded_qc.all(-1, keepdim=True), same_qc, excluded_qc)
 
@@ -218,7 +221,7 @@ def gather_inputs(images: Tensor, text: TextBatch, ranks: Ranks) -> GlobalInputs
     Args:
         images: (samples, 3, size, size) uint8, this rank's.
         text: this rank's captions.
-        ranks: of this run.
+        ranks: the run's ranks.
     """
     gathered_images = gather_rows(images.contiguous())
     longest = torch.tensor(text.ids.shape[1], device=text.ids.device)

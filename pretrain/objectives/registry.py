@@ -2,16 +2,16 @@
 
 To add one:
 
-1. Copy `pretrain/objectives/levels.py`, the shortest objective, and write your loss in it. The class is made with its config. It is
-   called with a `StudentState` and returns named tensors: its loss under its recipe key, and figures to log under other names.
+1. Copy `pretrain/objectives/levels.py`, the shortest objective, and write your loss in it. The constructor takes the config.
+   A call takes a `StudentState` and returns named tensors: its loss under its recipe key, and figures to log under other names.
 2. Copy `LevelsConfig` in `pretrain/config.py`, and add a field for it, named by the recipe key, to `ObjectivesConfig`. A `weight` of 0
    turns the objective off. Make 0 the default, so that existing recipes keep their meaning.
 3. Add one line to `OBJECTIVES` below.
 4. Add a test: copy `tests/pretrain/objectives/test_levels.py`, and state in `tests/pretrain/test_task.py` which parameters the loss reaches.
 5. If it is expensive, count its arithmetic in `pretrain/budget.py`, so that `ligature plan` knows what it costs.
 
-An objective has no parameters of its own. If it needs more of the teacher than `MicroBatch` offers, its file makes that, and
-`PretrainTask.prepare` calls it (`mask_captions` of `masked_language.py` is the example).
+An objective has no parameters of its own. If it needs more inputs than `MicroBatch` offers, write a function that makes them in its
+file, and call that function in `PretrainTask.prepare`. `mask_captions` in `masked_language.py` is an example.
 
 An objective that lives outside this package needs none of these steps: the recipe names its class (`objectives.others`, docs/codis.md).
 
@@ -43,7 +43,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "codebook": Codebook,
     "levels": Levels,
 }
-"""Recipe key, which is also the name of the loss -> class, made with the config under that key."""
+"""Recipe key, which is also the name of the loss -> class. Its constructor takes the config under that key."""
 
 
 def objective_weights(config: ObjectivesConfig) -> dict[str, float]:
