@@ -62,8 +62,10 @@ class GlooPool:
         replies = self._collect()
         if wrong := {rank: reply for rank, (fine, reply) in replies.items() if not fine}:
             self.close()
-            told = "\n".join(f"--- rank {rank} of {self.world} ---\n{reply}" for rank, reply in sorted(wrong.items()))
-            raise RankFailed(f"{getattr(function, '__name__', function)} failed\n{told}")
+            tracebacks = "\n".join(
+                f"--- rank {rank} of {self.world} ---\n{reply}" for rank, reply in sorted(wrong.items())
+            )
+            raise RankFailed(f"{getattr(function, '__name__', function)} failed\n{tracebacks}")
         return [replies[rank][1] for rank in range(self.world)]
 
     def close(self) -> None:

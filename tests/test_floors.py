@@ -82,13 +82,13 @@ def test_no_module_imports_itself_through_others():
 
 
 def test_the_engine_alone_imports_deepspeed():
-    found = {
+    actual = {
         module_name(path)
         for path in FILES
         for name in imports(ast.parse(path.read_text(encoding="utf-8")))
         if name.split(".")[0] == "deepspeed"
     }
-    assert found == {"pretrain.engine"}
+    assert actual == {"pretrain.engine"}
 
 
 def test_scoring_and_loading_never_reach_the_engine():

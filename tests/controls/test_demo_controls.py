@@ -39,9 +39,16 @@ def test_trained_on_shuffled_pairs_it_scores_chance(tmp_path):
     data = ["--data.train", str(tmp_path / "train"), "--data.validation", str(DEMO / "shards" / "validation")]
     recipe = ["--config", "pretrain/demo.yaml", "--runs", str(tmp_path), *data, "--training.steps", str(STEPS)]
     assert main(["launch", "local", "--nproc", "2", "pretrain", *recipe]) == 0
-    asked = ["--config", "finetune/demo_evaluate.yaml", "--checkpoint", str(tmp_path / "pretrain"), "--heads", "[dual]"]
+    options = [
+        "--config",
+        "finetune/demo_evaluate.yaml",
+        "--checkpoint",
+        str(tmp_path / "pretrain"),
+        "--heads",
+        "[dual]",
+    ]
     out = tmp_path / "scores.json"
-    assert main(["evaluate", *asked, "--data", str(DEMO / "shards" / "test"), "--out", str(out)]) == 0
+    assert main(["evaluate", *options, "--data", str(DEMO / "shards" / "test"), "--out", str(out)]) == 0
     shuffled = read_record(out)
     true = next(line for line in read_metrics(DEMO / "pretrain") if line["step"] == STEPS and "validation/rsum" in line)
     for way in WAYS:

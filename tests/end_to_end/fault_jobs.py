@@ -92,11 +92,11 @@ def slow_data(changes: dict[str, Any], seconds: float) -> None:
     run(changes)
 
 
-def memory(changes: dict[str, Any], marks: list[int], told: str) -> None:
+def memory(changes: dict[str, Any], marks: list[int], output: str) -> None:
     """Resident bytes of the rank and its loader workers at some steps, a line each."""
 
     def look() -> None:
-        with open(told, "a") as file:
+        with open(output, "a") as file:
             file.write(f"{resident(os.getpid())}\n")
 
     run(changes, at=dict.fromkeys(marks, look))

@@ -43,8 +43,8 @@ def captions(drawn):
 
 
 def evaluate(checkpoint, data, out):
-    asked = ["--data", str(data), "--dataset", "shapes", "--split", "test", "--device", "cpu", "--workers", "0"]
-    return main(["evaluate", "--checkpoint", str(checkpoint), "--out", str(out), *asked])
+    options = ["--data", str(data), "--dataset", "shapes", "--split", "test", "--device", "cpu", "--workers", "0"]
+    return main(["evaluate", "--checkpoint", str(checkpoint), "--out", str(out), *options])
 
 
 def one_line(capfd):
@@ -86,7 +86,7 @@ def test_a_broken_image_in_the_test_set_is_refused_by_its_key(drawn, captions, t
         file.seek(int(index.image_offset[row]))
         file.write(b"\0" * int(index.image_size[row]))
     folder = save_untrained(tmp_path / "model", captions)
-    asked = [
+    options = [
         "--data",
         str(tmp_path / "test"),
         "--dataset",
@@ -98,7 +98,7 @@ def test_a_broken_image_in_the_test_set_is_refused_by_its_key(drawn, captions, t
         "--workers",
         workers,
     ]
-    assert main(["evaluate", "--checkpoint", str(folder), "--out", str(tmp_path / "scores.json"), *asked]) == 1
+    assert main(["evaluate", "--checkpoint", str(folder), "--out", str(tmp_path / "scores.json"), *options]) == 1
     assert index.key[row] in one_line(capfd)
     assert not (tmp_path / "scores.json").exists()
 

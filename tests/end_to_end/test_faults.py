@@ -228,10 +228,10 @@ def test_memory_does_not_grow(changes, tmp_path, steps):
         "training__log_every": 10,
         "training__checkpoint_every": steps,
     }
-    marks, told = [steps // 2, steps - 1], tmp_path / "told"
-    codes, logs = start_ranks(tmp_path / "a", 1, fault_jobs.memory, changes | more, marks, str(told)).wait()
+    marks, output = [steps // 2, steps - 1], tmp_path / "told"
+    codes, logs = start_ranks(tmp_path / "a", 1, fault_jobs.memory, changes | more, marks, str(output)).wait()
     assert codes == [0], logs
-    middle, last = (int(line) for line in told.read_text().splitlines())
+    middle, last = (int(line) for line in output.read_text().splitlines())
     print(f"{steps} steps: {middle / 1e6:.1f} MB of its own at half of them, {last / 1e6:.1f} MB at the end")
     # Allocators settle within some 2 MB. In the long form 4 kB kept in each step, an image and its caption, would be more.
     assert last - middle < 4e6, (middle, last)

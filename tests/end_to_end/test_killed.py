@@ -60,12 +60,12 @@ def strike(ranks: RankProcesses, run: Path, kill: Kill, draw: random.Random) -> 
     """Wait for the moment and kill. -> whether it came before the run had ended by itself."""
     began, wanted = last_step(run), draw.randint(1, 2)
     delay = draw.uniform(0, 2.0 if kill.when == "starting" else 0.3)
-    seen = {
+    reached = {
         "starting": lambda: True,
         "training": lambda: last_step(run) >= began + wanted,
         "mid-save": lambda: last_step(run) > began and half_written(run),
     }[kill.when]
-    while not seen():
+    while not reached():
         ranks.processes[0].join(0.01)
         if ranks.processes[0].exitcode is not None:
             return False

@@ -30,9 +30,9 @@ def test_the_demo_leaves_its_records_table_and_curves(demo):
 def test_every_objective_is_logged_and_validation_too(demo):
     lines = read_metrics(demo / "pretrain")
     last = {name: value for line in lines for name, value in line.items()}
-    wanted = ("loss", "contrastive", "matching", "masked_language", "codebook", "lr", "temperature", "gradient_norm")
-    wanted += ("samples_per_second", "data_wait", "codebook/perplexity")
-    assert all(f"train/{name}" in last for name in wanted)
+    names = ("loss", "contrastive", "matching", "masked_language", "codebook", "lr", "temperature", "gradient_norm")
+    names += ("samples_per_second", "data_wait", "codebook/perplexity")
+    assert all(f"train/{name}" in last for name in names)
     assert "validation/image_to_text_R@1" in last
     assert list((demo / "pretrain" / "tensorboard").glob("events.*"))
 
@@ -83,9 +83,9 @@ def test_an_untrained_model_scores_chance(tmp_path):
     # One step at a vanishing rate: the whole path runs, and the weights stay what they were.
     still = ["--training.steps", "1", "--optimizer.lr", "1e-12", "--optimizer.min_lr", "1e-12"]
     assert main(["pretrain", *recipe, *still]) == 0
-    asked = ["--config", "finetune/demo_evaluate.yaml", "--checkpoint", str(tmp_path / "pretrain")]
-    asked += ["--data", str(tmp_path / "test"), "--out", str(tmp_path / "scores.json"), "--shortlist", "4"]
-    assert main(["evaluate", *asked]) == 0
+    options = ["--config", "finetune/demo_evaluate.yaml", "--checkpoint", str(tmp_path / "pretrain")]
+    options += ["--data", str(tmp_path / "test"), "--out", str(tmp_path / "scores.json"), "--shortlist", "4"]
+    assert main(["evaluate", *options]) == 0
     for name in ("scores.json", "scores-fusion.json"):
         record = read_record(tmp_path / name)
         for way in ("image_to_text", "text_to_image"):

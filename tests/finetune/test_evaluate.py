@@ -72,10 +72,10 @@ def test_embeddings_and_their_matrix_score_the_same_in_every_format(drawn, embed
 
 def test_a_caption_file_stands_in_for_shards(drawn, embeddings, tmp_path):
     """ALBEF's format, gzipped, captions to be cut to the first three: the shards' own figures under the same cut."""
-    told = json.loads((drawn / "source" / "captions_test.json").read_text())
-    names = {image["id"]: image["file_name"] for image in told["images"]}
+    annotation = json.loads((drawn / "source" / "captions_test.json").read_text())
+    names = {image["id"]: image["file_name"] for image in annotation["images"]}
     lists = {name: [] for name in names.values()}
-    for note in told["annotations"]:
+    for note in annotation["annotations"]:
         lists[names[note["image_id"]]].append(note["caption"])
     albef = [{"image": f"images/{name}", "caption": captions} for name, captions in lists.items()]
     (tmp_path / "test.json.gz").write_bytes(gzip.compress(json.dumps(albef).encode()))
@@ -182,8 +182,8 @@ def test_tf32_is_refused_on_a_cpu(pretrained, drawn, tmp_path, capfd):
 
 @pytest.mark.parametrize("more", [["--heads", "[dual, fusion]"], ["--shortlist_from", "runs/dual"]], ids=str)
 def test_extended_positives_are_refused_for_shortlists_within_folds(pretrained, drawn, tmp_path, capfd, more):
-    asked = ["--extended", "true", "--protocol", "coco_1k", *more]
-    assert main([*small.evaluate(pretrained, drawn, tmp_path / "s.json"), *asked]) == 2
+    options = ["--extended", "true", "--protocol", "coco_1k", *more]
+    assert main([*small.evaluate(pretrained, drawn, tmp_path / "s.json"), *options]) == 2
     assert "use --protocol coco_5k" in one_line(capfd)
 
 
@@ -205,12 +205,14 @@ def test_selecting_on_a_test_split_is_refused_unless_forced(pretrained, drawn, t
 
 
 def test_an_image_without_captions_and_an_empty_gallery_are_refused(drawn, tmp_path):
-    told = json.loads((drawn / "source" / "captions_test.json").read_text())
-    told["annotations"] = [note for note in told["annotations"] if note["image_id"] != told["images"][2]["id"]]
-    (tmp_path / "captions.json").write_text(json.dumps(told))
+    annotation = json.loads((drawn / "source" / "captions_test.json").read_text())
+    annotation["annotations"] = [
+        note for note in annotation["annotations"] if note["image_id"] != annotation["images"][2]["id"]
+    ]
+    (tmp_path / "captions.json").write_text(json.dumps(annotation))
     with pytest.raises(DataError, match="1 images have no caption"):
         open_collection(tmp_path / "captions.json", None, str(drawn / "source" / "images"))
-    with pytest.raises(DataError, match=f"image {told['images'][2]['file_name']} has no caption"):
+    with pytest.raises(DataError, match=f"image {annotation['images'][2]['file_name']} has no caption"):
         open_collection(tmp_path / "captions.json", None, captions_only=True)
     shutil.copytree(drawn / "test", tmp_path / "empty")
     manifest = json.loads((tmp_path / "empty" / "manifest.json").read_text())

@@ -67,8 +67,8 @@ def test_scoring_by_an_untuned_fusion_head_prints_a_note(pretrained, drawn, tmp_
         capsys.readouterr()
         scores = tmp_path / f"{name}.json"
         assert main(small.evaluate(tmp_path / f"{name}-plain", drawn, scores, "--heads", "[fusion]")) == 0
-        said = "was fine-tuned with matching_weight 0" in capsys.readouterr().err
-        assert said == (name == "untuned") == ("fusion_tuned" in read_json(scores))
+        noted = "was fine-tuned with matching_weight 0" in capsys.readouterr().err
+        assert noted == (name == "untuned") == ("fusion_tuned" in read_json(scores))
 
 
 def test_without_matching_the_fusion_head_does_not_change(pretrained, drawn, tmp_path):
@@ -184,13 +184,13 @@ def test_parts_the_dual_head_cannot_train_are_left_out_or_refused(drawn, tmp_pat
 def test_the_dual_heads_logits_are_float32_under_bf16(pretrained, monkeypatch):
     from finetune.heads import dual
 
-    ordinary, seen = dual.dual_loss, []
+    ordinary, dtypes = dual.dual_loss, []
 
-    def looking(image, text, ids, temperature):
-        seen.append({image.dtype, text.dtype, (image @ text.T).dtype})
+    def recorded_loss(image, text, ids, temperature):
+        dtypes.append({image.dtype, text.dtype, (image @ text.T).dtype})
         return ordinary(image, text, ids, temperature)
 
-    monkeypatch.setattr(dual, "dual_loss", looking)
+    monkeypatch.setattr(dual, "dual_loss", recorded_loss)
     task = DualTask(FinetuneRecipe(checkpoint=str(pretrained), dataset="shapes", matching_weight=0.0))
     text = TextBatch(*task.tokenizer(["a star", "two red circles", "a blue square"]))
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
@@ -201,4 +201,4 @@ def test_the_dual_heads_logits_are_float32_under_bf16(pretrained, monkeypatch):
             or task.model.image_projection(task.model.image_encoder(images)[:, 0]).dtype == torch.bfloat16
         ), "autocast is on"
         loss, _ = task(batch)
-    assert seen == [{torch.float32}] and loss.dtype == torch.float32
+    assert dtypes == [{torch.float32}] and loss.dtype == torch.float32

@@ -41,7 +41,7 @@ def write(folder: Path, counts: bool = True) -> Path:
         letter = {"noun": "n", "verb": "v", "adj": "a", "adv": "r"}[pos]
 
         def lines(offsets: list[int], synsets=synsets, letter=letter) -> list[str]:
-            made = []
+            result = []
             for number, (words, antonyms) in enumerate(synsets):
                 named = " ".join(f"{word} 0" for word in words)
                 pointers = "".join(f" ! {offsets[to - 1]:08d} {letter} {a:02x}{b:02x}" for a, to, b in antonyms)
@@ -49,8 +49,8 @@ def write(folder: Path, counts: bool = True) -> Path:
                 head = (
                     f"{offsets[number]:08d} 00 {letter} {len(words):02x} {named} {len(antonyms):03d}{pointers}{frames}"
                 )
-                made.append(f"{head} | a gloss\n")
-            return made
+                result.append(f"{head} | a gloss\n")
+            return result
 
         offsets = [0] * len(synsets)  # eight digits each, so that lengths do not depend on them
         place = len(LICENCE)

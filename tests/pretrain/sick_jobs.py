@@ -33,12 +33,12 @@ def steps(stage: int, precision: str, taken: list[tuple[int, float]]) -> dict[st
     task = tiny.task(recipe, ranks)
     engine = Engine(task.student, recipe.optimizer, recipe.training, micro_batch, accumulation, torch.device("cpu"))
     task.gathered = engine.gathered
-    found: dict[str, Any] = {"norms": [], "applied": [], "states": []}
+    results: dict[str, Any] = {"norms": [], "applied": [], "states": []}
     for number, factor in taken:
-        asked: list[float] = []
+        norms: list[float] = []
 
-        def admits(norm: float, asked: list[float] = asked) -> bool:
-            asked.append(norm)
+        def admits(norm: float, norms: list[float] = norms) -> bool:
+            norms.append(norm)
             return norm < 1000
 
         rows = slice(ranks.rank * micro_batch, (ranks.rank + 1) * micro_batch)
@@ -49,12 +49,12 @@ def steps(stage: int, precision: str, taken: list[tuple[int, float]]) -> dict[st
         engine.step(admits)
         if engine.applied:
             task.finish(engine.masters())
-        found["norms"].append((asked[0], len(asked)))
-        found["applied"].append(engine.applied)
+        results["norms"].append((norms[0], len(norms)))
+        results["applied"].append(engine.applied)
         parts = [*engine.masters(), *engine.moments(), *task.teacher.averages.items(), *task.queue.state_dict().items()]
         counts = [state["step"].item() for state in engine.adamw.state.values()]
-        found["states"].append(({name: value.detach().clone() for name, value in parts}, counts))
-    return found
+        results["states"].append(({name: value.detach().clone() for name, value in parts}, counts))
+    return results
 
 
 def same(one: tuple[dict[str, Any], list[float]], other: tuple[dict[str, Any], list[float]]) -> bool:

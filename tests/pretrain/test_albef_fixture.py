@@ -67,14 +67,14 @@ def albef(shared) -> Albef:
     return Albef(sizes, checkpoint, inputs, expected, gradients, read, model.eval(), text)
 
 
-def close(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found, wanted, **TOLERANCE)
+def close(actual: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(actual, wanted, **TOLERANCE)
 
 
-def close_to_scale(found: Tensor, wanted: Tensor) -> None:
+def close_to_scale(actual: Tensor, wanted: Tensor) -> None:
     """To 1e-5 of the largest entry: word logits reach 17, and the figures themselves are 1.7e-5 from the float64 result."""
     scale = float(wanted.abs().max())
-    torch.testing.assert_close(found / scale, wanted / scale, atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual / scale, wanted / scale, atol=1e-5, rtol=0)
 
 
 def test_every_tensor_of_the_checkpoint_is_mapped(albef):
@@ -175,8 +175,8 @@ def losses(albef: Albef) -> dict[str, Tensor]:
     ("name", "figure"), [("itc", "loss_itc"), ("itm", "loss_itm_matched_and_rolled"), ("mlm", "loss_mlm")]
 )
 def test_losses_and_all_gradients_equal_albefs(albef, name, figure):
-    found = losses(albef)[name]
-    close(found, albef.expected[figure])
+    actual = losses(albef)[name]
+    close(actual, albef.expected[figure])
     theirs = {
         key.removeprefix(f"{name}/"): gradient
         for key, gradient in albef.gradients.items()
@@ -186,7 +186,7 @@ def test_losses_and_all_gradients_equal_albefs(albef, name, figure):
     wanted, _ = translate_names(theirs, albef.sizes["fusion_layer"])
     parameters = dict(albef.model.named_parameters())
     gradients = dict(
-        zip(parameters, torch.autograd.grad(found, list(parameters.values()), allow_unused=True), strict=True)
+        zip(parameters, torch.autograd.grad(actual, list(parameters.values()), allow_unused=True), strict=True)
     )
     own_temperature = gradients.pop("temperature.logit")
     assert {key for key, gradient in gradients.items() if gradient is not None} == set(wanted)

@@ -161,13 +161,13 @@ class Cluster:
 
     def processes(self) -> list[int]:
         """Processes of this cluster that still live: their environment names its configuration."""
-        mark, found = f"SLURM_CONF={self.folder}/slurm.conf".encode(), []
+        mark, pids = f"SLURM_CONF={self.folder}/slurm.conf".encode(), []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
                 with suppress(OSError):
                     if mark in (entry / "environ").read_bytes().split(b"\0"):
-                        found.append(int(entry.name))
-        return found
+                        pids.append(int(entry.name))
+        return pids
 
     def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
         """Ask four times a second until `condition()`. Raises ClusterFailed with the logs' ends."""

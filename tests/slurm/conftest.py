@@ -36,10 +36,10 @@ training: {global_batch: 32, micro_batch: 4, steps: 150, precision: fp32, device
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Three nodes of this machine, two of which a job can lose."""
-    made = Cluster(tmp_path_factory.mktemp("cluster"), nodes=3)
-    made.start()
-    yield made
-    made.stop()
+    daemons = Cluster(tmp_path_factory.mktemp("cluster"), nodes=3)
+    daemons.start()
+    yield daemons
+    daemons.stop()
 
 
 class Launcher:
@@ -67,8 +67,8 @@ class Launcher:
 
     def submit(self, *arguments: str) -> int:
         """Launch on CPUs over this machine's own network. -> the job's number."""
-        told = self("launch", "slurm", *arguments, "--gpus-per-node", "0", "--network-interface", "lo")
-        return int(told.split()[1])
+        output = self("launch", "slurm", *arguments, "--gpus-per-node", "0", "--network-interface", "lo")
+        return int(output.split()[1])
 
     def run_folder(self, name: str = "run") -> Path:
         return self.folder / "runs" / name
@@ -82,8 +82,8 @@ class Launcher:
             self.cluster.wait_for(condition, what, seconds)
         except Exception as error:
             logs = [path for path in self.folder.glob("runs/*/*/*") if path.suffix == ".log"]
-            told = "\n".join(f"--- {path}\n{path.read_text(errors='replace')[-3000:]}" for path in logs)
-            raise AssertionError(f"{error}\n{told}") from None
+            output = "\n".join(f"--- {path}\n{path.read_text(errors='replace')[-3000:]}" for path in logs)
+            raise AssertionError(f"{error}\n{output}") from None
 
 
 @pytest.fixture

@@ -40,8 +40,8 @@ def test_a_run_of_another_recipe_is_refused_unless_forced(cluster, ligature):
     assert "belongs to another recipe (optimizer.lr: 0.001 -> 0.5)" in said and said.count("\n") == 1
     assert cluster.run("squeue", "--noheader") == ""
     assert "lr: 0.001" in (config := ligature.run_folder() / "config.yaml").read_text()
-    told = ligature("launch", "slurm", *HELD, "--optimizer.lr", "0.5", "--resume-with-changes")
-    assert "changed: optimizer.lr: 0.001 -> 0.5" in told and "lr: 0.5" in config.read_text()
+    output = ligature("launch", "slurm", *HELD, "--optimizer.lr", "0.5", "--resume-with-changes")
+    assert "changed: optimizer.lr: 0.001 -> 0.5" in output and "lr: 0.5" in config.read_text()
 
 
 def test_of_two_launches_at_once_one_is_refused(cluster, ligature):
@@ -74,11 +74,11 @@ def test_two_jobs_share_a_node_and_each_rank_has_its_cores(cluster, ligature, dr
     )
     logs = [ligature.folder / f"runs/doctor-{number}/logs/{number}-n1.log" for number in range(2)]
     ligature.wait(lambda: all(log.exists() and "clocks" in log.read_text() for log in logs), "both doctors")
-    told = [log.read_text() for log in logs]
-    for text in told:
+    output = [log.read_text() for log in logs]
+    for text in output:
         assert "gloo over 2 ranks" in text and "2 ranks, 2 a node" in text and "(2 requested)" in text
         assert text.count("=== ") == 1
-    assert "FAIL" not in told[0] and "no shard folder" in told[1]
+    assert "FAIL" not in output[0] and "no shard folder" in output[1]
     events = [ligature.folder / f"runs/doctor-{number}/launch/events.log" for number in range(2)]
     ligature.wait(lambda: "finished" in events[0].read_text() and "held after" in events[1].read_text(), "both ends")
     ports = [text.read_text().split("ranks meet at ")[1].split()[0] for text in events]

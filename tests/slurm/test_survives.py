@@ -73,7 +73,7 @@ def test_preemption_time_limits_and_lost_nodes_do_not_change_the_result(cluster,
     lost_at = ligature.step()
     ligature.wait(lambda: cluster.job(job)["JobState"] == "RUNNING", "the fourth start")
     assert lost not in cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()
-    assert "RUNNING" in (told := ligature("status", str(run))) and "started 4 times" in told
+    assert "RUNNING" in (output := ligature("status", str(run))) and "started 4 times" in output
     ligature.wait((run / "finished.json").exists, "the last step", 600)
     cluster.start_node(lost)
 
@@ -148,6 +148,6 @@ def test_crashes_are_counted_and_the_job_is_held_with_the_reason(cluster, ligatu
     assert f"job {job} start 0: crashed with code 137 rank" in events and "(crash 1 of 1); requeued" in events
     assert f"job {job} start 1: crashed with code 1 rank" in events and f"no shard folder {data}" in events
     assert "held after crash 2" in events
-    told = ligature("status", str(run))
-    assert f"{job} PENDING" in told and "held after crash 2" in told and f"no shard folder {data}" in told
+    output = ligature("status", str(run))
+    assert f"{job} PENDING" in output and "held after crash 2" in output and f"no shard folder {data}" in output
     cluster.run("scancel", str(job))

@@ -113,7 +113,7 @@ def test_images_of_missing_and_truncated_shards_are_listed_as_broken(drawn, tmp_
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda folder: None, "no images at"),
         (lambda folder: folder.mkdir(), "holds no images"),
@@ -121,7 +121,7 @@ def test_images_of_missing_and_truncated_shards_are_listed_as_broken(drawn, tmp_
         (lambda folder: folder.write_bytes(b"x" * 2000), "tar"),
     ],
 )
-def test_an_empty_gallery_is_refused(tmp_path, make, said):
+def test_an_empty_gallery_is_refused(tmp_path, make, message):
     make(tmp_path / "x")
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         open_gallery(str(tmp_path / "x"))

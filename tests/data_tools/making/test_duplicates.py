@@ -138,15 +138,15 @@ def brute(records, rule, protected):
 @pytest.mark.parametrize(("rule", "protected"), [("drop_near", 0), ("drop_exact", 0), ("drop_near", 60), ("keep", 60)])
 def test_the_search_finds_what_brute_force_finds(rule, protected):
     records = planted(protected)
-    found, expected = find_duplicates(records, rule, protected), brute(records, rule, protected)
-    assert ((found.original >= 0) == (expected >= 0)).all() and (expected >= 0).sum() > 12
-    gone = np.flatnonzero(found.original >= 0)
-    assert (found.original[found.original[gone]] < 0).all() and (
-        found.original[gone] < gone
+    actual, expected = find_duplicates(records, rule, protected), brute(records, rule, protected)
+    assert ((actual.original >= 0) == (expected >= 0)).all() and (expected >= 0).sum() > 12
+    gone = np.flatnonzero(actual.original >= 0)
+    assert (actual.original[actual.original[gone]] < 0).all() and (
+        actual.original[gone] < gone
     ).all()  # what a copy names is kept
     for number in gone:
-        a, b = records[number], records[found.original[number]]
-        distance = found.distance[number]
+        a, b = records[number], records[actual.original[number]]
+        distance = actual.distance[number]
         assert (distance == -1 and (a["content"] == b["content"]).all()) or bits_between(
             a, b
         ) <= LOOK_DISTANCE + distance
@@ -156,8 +156,8 @@ def test_many_identical_looks_cost_no_quadratic_time():
     records = np.zeros(200_000, RECORD)
     records["content"][:, 0] = np.arange(len(records))
     records["look"] = np.random.default_rng(0).integers(0, 2**63, 4)
-    found = find_duplicates(records)
-    assert found.original[0] == -1 and (found.original[1:] == 0).all()
+    actual = find_duplicates(records)
+    assert actual.original[0] == -1 and (actual.original[1:] == 0).all()
 
 
 def test_an_empty_list_has_no_duplicates():

@@ -65,12 +65,13 @@ def test_the_cc12m_shard_is_first_class_and_agrees_with_webdataset(shared_data, 
     theirs = list(webdataset.WebDataset(str(tar), shardshuffle=False, empty_check=False))
     assert [reader[n].key for n in range(32)] == [sample["__key__"] for sample in theirs]
     for number, sample in enumerate(theirs):
-        raw, told = reader[number], json.loads(sample["json"])
+        raw, metadata = reader[number], json.loads(sample["json"])
         assert raw.image == sample["jpg"] and raw.captions == [sample["txt"].decode().strip()]
     index = read_index(tar.with_suffix(".index.parquet"))
     sizes = [Image.open(io.BytesIO(sample["jpg"])).size for sample in theirs]
     assert (
-        list(zip(index.width.tolist(), index.height.tolist(), strict=True)) == sizes and told["width"] == sizes[-1][0]
+        list(zip(index.width.tolist(), index.height.tolist(), strict=True)) == sizes
+        and metadata["width"] == sizes[-1][0]
     )
     assert verify(tmp_path / "cc", full=True).fingerprint == manifest.fingerprint
 
@@ -112,8 +113,8 @@ def test_bad_samples_are_left_out_and_listed_and_good_ones_kept(tmp_path):
     (tmp_path / "x.tar").write_bytes(content[: end + 100])
     manifest = index_folder(tmp_path, workers=1)
     reader = ShardReader(tmp_path)
-    found = {reader[n].key: reader[n].captions for n in range(len(reader))}
-    assert found == {
+    actual = {reader[n].key: reader[n].captions for n in range(len(reader))}
+    assert actual == {
         "a": ["one", "two"],
         "b_v1": ["dotted"],
         "a_2": ["the same key"],
@@ -143,9 +144,9 @@ def test_keys_shared_by_tars_get_their_tars_name(tmp_path):
 
 def ids(*folders):
     reader = ShardReader({str(folder): folder for folder in folders})
-    found = [sample.image_id for sample in reader.read(range(len(reader)))]
-    assert found == [reader[number].image_id for number in range(len(reader))] and min(found) >= 0
-    return found
+    actual = [sample.image_id for sample in reader.read(range(len(reader)))]
+    assert actual == [reader[number].image_id for number in range(len(reader))] and min(actual) >= 0
+    return actual
 
 
 def test_a_file_name_is_another_picture_in_another_folder_and_a_stated_id_is_not(tmp_path):
@@ -214,6 +215,6 @@ def test_the_command_indexes_verifies_describes_and_writes_a_page(folder, tmp_pa
 def test_describe_reads_captions_of_a_part_of_many_samples(folder, monkeypatch):
     index_folder(folder, workers=1)
     monkeypatch.setattr("data_tools.making.inspection.CAPTIONS_READ", 4)
-    found = describe(folder)
-    assert (found["captions_read_of"], found["samples"], found["images"]) == (3, 6, 6)
+    actual = describe(folder)
+    assert (actual["captions_read_of"], actual["samples"], actual["images"]) == (3, 6, 6)
     assert read_manifest(folder).captions == 6

@@ -180,12 +180,12 @@ def test_a_huge_image_is_refused_by_its_header(side, monkeypatch):
     "data", [b"", b"no image", encoded(noise(), "JPEG")[:200], encoded(noise(), "GIF"), encoded(noise(), "TIFF")]
 )
 def test_unsupported_files_are_refused_with_a_constant_message(data):
-    said = set()
+    messages = set()
     for _ in range(2):
         with pytest.raises(ValueError) as error:
             decode_image(bytes(data))
-        said.add(str(error.value))
-    assert len(said) == 1 and "0x" not in said.pop()
+        messages.add(str(error.value))
+    assert len(messages) == 1 and "0x" not in messages.pop()
 
 
 @pytest.mark.parametrize("kind", range(5), ids=["jpeg", "progressive", "png", "webp", "palette"])

@@ -35,32 +35,34 @@ def read(text: str) -> tuple[list[dict], str | None]:
     text = re.sub(r"^a picture of |^there (is|are) ", "", text)
     background = re.search(r" (?:on|on a|against a) (white|grey|black)(?: background)?$", text)
     text = text[: background.start()] if background else text
-    said = []
+    facts_read = []
     for match in NOUN_PHRASE.finditer(text):
         words = match.groupdict()
         words["texture"] = words["texture"] or words.pop("tail")
-        said.append({name: READ[name][words[name]] for name in READ if words.get(name)})
+        facts_read.append({name: READ[name][words[name]] for name in READ if words.get(name)})
     rest = NOUN_PHRASE.sub("", text)
     place = None
     if beside := re.search(r", with  (?:on (?:its|their) (left|right)|(above|below) (?:it|them))", rest):
-        said.reverse()
+        facts_read.reverse()
         place = beside[1] or {"above": "top", "below": "bottom"}[beside[2]]
     elif places := re.findall("|".join(PLACE), re.sub(r"on the (left|right) of", r"\1 of", rest)):
         place = PLACE[places[0]]
-        assert len(places) == len(said) and (len(said) == 1 or PLACE[places[1]] == OPPOSITE[place])
+        assert len(places) == len(facts_read) and (len(facts_read) == 1 or PLACE[places[1]] == OPPOSITE[place])
     elif relation := re.search("|".join(RELATION), rest):
         place = RELATION[relation[0]]
     if place:
-        said = [facts | {"place": where} for facts, where in zip(said, (place, OPPOSITE[place]), strict=False)]
-    return said, background[1] if background else None
+        facts_read = [
+            facts | {"place": where} for facts, where in zip(facts_read, (place, OPPOSITE[place]), strict=False)
+        ]
+    return facts_read, background[1] if background else None
 
 
 def test_captions_state_their_facts_and_the_facts_are_true():
     for scene in scenes("train", 400, 1) + scenes("test", 400, 1):
         for caption in describe(scene, seed=5):
             assert caption.text == caption.text.lower()
-            said, background = read(caption.text)
-            assert (said, background) == (list(caption.groups), caption.background), caption.text
+            facts_read, background = read(caption.text)
+            assert (facts_read, background) == (list(caption.groups), caption.background), caption.text
             assert fits(caption, scene)
 
 
@@ -72,8 +74,9 @@ def test_captions_are_varied_and_a_stated_share_leaves_something_out():
     two_groups = [(scene, caption) for scene in drawn if scene.second for caption in describe(scene)]
     complete = sum(
         len(caption.groups) == 2
-        and all({"colour", "size", "place"} <= said.keys() for said in caption.groups)
-        and sum("texture" in said for said in caption.groups) >= sum(group.texture != "plain" for group in scene.groups)
+        and all({"colour", "size", "place"} <= stated.keys() for stated in caption.groups)
+        and sum("texture" in stated for stated in caption.groups)
+        >= sum(group.texture != "plain" for group in scene.groups)
         for scene, caption in two_groups
     )
     assert 0.75 < complete / len(two_groups) < 0.85

@@ -80,9 +80,9 @@ def test_an_index_has_the_promised_columns(tmp_path):
 
     write_index(tmp_path / "index.parquet", ShardIndex.from_rows(ROWS))
     schema = pq.read_schema(tmp_path / "index.parquet")
-    found = {name: str(schema.field(name).type) for name in schema.names}
+    actual = {name: str(schema.field(name).type) for name in schema.names}
     long, short = "int64", "int32"
-    assert found == {
+    assert actual == {
         "key": "string", "image_offset": long, "image_size": long, "image_format": "string", "text_offset": long,
         "text_size": long, "text_format": "string", "width": short, "height": short, "captions": short, "image_id": long,
     }  # fmt: skip
@@ -93,10 +93,10 @@ def test_image_ids_join_samples_of_one_picture_and_older_indexes_are_still_read(
 
     index = ShardIndex.from_rows([ROWS[0], ROWS[1], ("c", *ROWS[1][1:])], ["7", "9", "7"])
     write_index(tmp_path / "index.parquet", index)
-    found = read_index(tmp_path / "index.parquet").image_id
-    assert found[0] == found[2] != found[1] and found.dtype == np.int64 and (found >= 0).all()
+    actual = read_index(tmp_path / "index.parquet").image_id
+    assert actual[0] == actual[2] != actual[1] and actual.dtype == np.int64 and (actual >= 0).all()
     # BLAKE2b's first 8 bytes, big-endian, without the last bit: stated by the standard library, not by our function.
-    assert found[0] == int(hashlib.blake2b(b"7", digest_size=8).hexdigest(), 16) // 2
+    assert actual[0] == int(hashlib.blake2b(b"7", digest_size=8).hexdigest(), 16) // 2
 
     pq.write_table(pq.read_table(tmp_path / "index.parquet").drop_columns(["image_id"]), tmp_path / "old.parquet")
     old = read_index(tmp_path / "old.parquet")
@@ -159,8 +159,8 @@ def test_verify_finds_damage_that_only_hashes_show_and_lists_all_of_it(folder):
 
 
 def test_describe_measures_captions_and_sides(folder):
-    found = describe(folder)
-    assert (found["samples"], found["captions"], found["shards"]) == (3, 5, 2)
-    assert found["image_formats"] == {"jpg": 2, "png": 1}
-    assert found["quantiles"]["caption_words"]["1"] == 4 and found["quantiles"]["caption_words"]["0"] == 1
-    assert found["quantiles"]["shorter_side"]["1"] == 30
+    actual = describe(folder)
+    assert (actual["samples"], actual["captions"], actual["shards"]) == (3, 5, 2)
+    assert actual["image_formats"] == {"jpg": 2, "png": 1}
+    assert actual["quantiles"]["caption_words"]["1"] == 4 and actual["quantiles"]["caption_words"]["0"] == 1
+    assert actual["quantiles"]["shorter_side"]["1"] == 30

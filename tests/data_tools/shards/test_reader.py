@@ -129,7 +129,7 @@ def test_a_disk_that_fails_costs_the_samples_it_fails_at(folder, monkeypatch):
         return data
 
     monkeypatch.setattr(module.os, "pread", failing)
-    found = reader.read(range(3))
-    assert [sample.key for sample in found] == ["one0", "two0", "not_utf80"]
-    assert [isinstance(sample, BrokenSample) for sample in found] == [False, True, False]
-    assert "Input/output error" in found[1].reason
+    results = reader.read(range(3))
+    assert [sample.key for sample in results] == ["one0", "two0", "not_utf80"]
+    assert [isinstance(sample, BrokenSample) for sample in results] == [False, True, False]
+    assert "Input/output error" in results[1].reason

@@ -32,11 +32,11 @@ fork = multiprocessing.get_context("fork")
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; `server.faults` says what becomes of the next requests for a file, `server.asked` counts them."""
+    """Serves a folder; `server.faults` says what becomes of the next requests for a file, `server.requests` counts them."""
 
     def do_GET(self) -> None:
         name = self.path.lstrip("/")
-        self.server.asked[name] += 1
+        self.server.requests[name] += 1
         faults = self.server.faults.get(name) or self.server.faults.get(Path(name).name)
         fault = faults.pop(0) if faults else None
         if fault == "busy":
@@ -72,7 +72,7 @@ def server(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, root / "one")
     make(root / "two", "s", 20, shard_samples=4)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(root)))
-    server.asked, server.faults, server.root = Counter(), {}, root
+    server.requests, server.faults, server.root = Counter(), {}, root
     server.reached, server.released = threading.Event(), threading.Event()
     server.address = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
@@ -103,16 +103,16 @@ def test_a_remote_folder_streams_as_the_same_folder_on_a_disk(folder, server, ca
     there = ShardStream(TrainingSet(f"{server.address}/one", cache=cache), 5, workers=workers)
     assert keys_of(there, 8) == keys_of(here, 8)
     assert there.state_dict() == here.state_dict()
-    assert tars(server.asked) == {f"one/shard-00000{n}.tar": 1 for n in range(5)}
+    assert tars(server.requests) == {f"one/shard-00000{n}.tar": 1 for n in range(5)}
     assert not list(cache.folder.glob("*.partial"))
 
 
 def test_a_second_run_on_the_node_requests_only_the_manifest(server, cache):
     for _ in range(2):
         keys_of(ShardStream(TrainingSet(f"{server.address}/one", cache=cache), 5), 4)
-        asked = dict(server.asked)
-        server.asked.clear()
-    assert asked == {"one/manifest.json": 1}
+        requests = dict(server.requests)
+        server.requests.clear()
+    assert requests == {"one/manifest.json": 1}
 
 
 def test_files_of_one_name_in_two_folders_are_two_files(server, cache):
@@ -131,7 +131,7 @@ def test_failed_and_damaged_downloads_are_requested_again(server, cache, tmp_pat
     }
     stream = ShardStream(TrainingSet(f"{server.address}/one", cache=cache), 5, quarantine=tmp_path / "q.jsonl")
     assert sorted(keys_of(stream, 4)) == [f"r{n:02}" for n in range(20)]
-    assert server.asked["one/shard-000001.tar"] == 3 and server.asked["one/shard-000002.parquet"] == 2
+    assert server.requests["one/shard-000001.tar"] == 3 and server.requests["one/shard-000002.parquet"] == 2
     assert not (tmp_path / "q.jsonl").exists()
 
 
@@ -145,14 +145,14 @@ def test_a_shard_that_never_arrives_whole_costs_its_own_samples(server, cache, t
     assert {f"r{n:02}" for n in range(20)} - set(keys_of(stream, 4)) == {"r04", "r05", "r06", "r07"}
     lines = (tmp_path / "q.jsonl").read_text().splitlines()
     assert len(lines) == 4 and all(told in line for line in lines)
-    assert server.asked["one/shard-000001.tar"] == (1 if fault == "gone" else remote.RETRIES)
+    assert server.requests["one/shard-000001.tar"] == (1 if fault == "gone" else remote.RETRIES)
     assert not list(cache.folder.glob("*.partial"))
 
 
 def test_a_missing_manifest_gives_a_one_line_error_after_one_request(server, cache):
     with pytest.raises(DataError, match=r"/none/manifest\.json; copy a whole shard folder") as error:
         TrainingSet(f"{server.address}/none", cache=cache)
-    assert "\n" not in str(error.value) and server.asked["none/manifest.json"] == 1
+    assert "\n" not in str(error.value) and server.requests["none/manifest.json"] == 1
 
 
 def test_an_unknown_protocol_gives_a_one_line_error():
@@ -185,11 +185,11 @@ def test_the_cache_stays_within_its_bounds_and_drops_what_was_used_longest_ago(s
     ShardReader(f"{server.address}/one", cache)[0]
     reader[12]
     assert max(highest) <= bound
-    server.asked.clear()
+    server.requests.clear()
     again = ShardReader(f"{server.address}/one", cache)
     for sample in (0, 8, 12, 4):
         again[sample]
-    assert tars(server.asked) == {"one/shard-000001.tar": 1}
+    assert tars(server.requests) == {"one/shard-000001.tar": 1}
     deleted = [os.readlink(f"/proc/self/fd/{tar.descriptor}") for tar in reader._tars.values()]
     reader[16]
     kept = [os.readlink(f"/proc/self/fd/{tar.descriptor}") for tar in reader._tars.values()]
@@ -238,9 +238,9 @@ def test_a_full_cache_keeps_the_selections_that_lie_in_it(server, tmp_path):
     shard = read_manifest(server.root / "one").shards[0].bytes
     data = TrainingSet(f"{server.address}/one", "all", cache=ShardCache(tmp_path / "cache", (shard + 30_000) / 1e9))
     assert {key[0] for key in keys_of(ShardStream(data, 5), 8)} == {"r"}
-    server.asked.clear()
+    server.requests.clear()
     keys_of(ShardStream(data, 5), 8)
-    assert server.asked, "nothing had to leave"
+    assert server.requests, "nothing had to leave"
     assert len(list((tmp_path / "cache" / "selections").glob("*/items.bin"))) == 1
 
 
@@ -267,7 +267,7 @@ def test_processes_of_a_node_share_the_cache(server, tmp_path, roomy):
         other.join()
     assert found == [[f"r{n:02}" for n in range(20)]] * 4
     if roomy:
-        assert set(tars(server.asked).values()) == {1}
+        assert set(tars(server.requests).values()) == {1}
 
 
 def test_a_download_killed_in_the_middle_starts_again(server, tmp_path):

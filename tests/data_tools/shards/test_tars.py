@@ -37,11 +37,11 @@ def test_a_whole_tar_is_listed_as_tarfile_lists_it(tmp_path, form):
     if form != tarfile.USTAR_FORMAT:
         members |= {"ключ" * 40 + ".jpg": b"K" * 700}
     path = packed(tmp_path / "t.tar", members, form)
-    found = walk_tar(path)
-    assert not found.problems and not found.skipped
+    walked = walk_tar(path)
+    assert not walked.problems and not walked.skipped
     with tarfile.open(path) as tar:
-        assert [(m.name, m.offset, m.size) for m in found.members] == [(m.name, m.offset_data, m.size) for m in tar]
-    assert contents(path, found.members) == members
+        assert [(m.name, m.offset, m.size) for m in walked.members] == [(m.name, m.offset_data, m.size) for m in tar]
+    assert contents(path, walked.members) == members
 
 
 def test_links_devices_and_odd_paths_are_passed_over(tmp_path):
@@ -52,9 +52,9 @@ def test_links_devices_and_odd_paths_are_passed_over(tmp_path):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, "/etc/passwd" if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else ""
             tar.addfile(member)
-    found = walk_tar(tmp_path / "t.tar")
-    assert [member.name for member in found.members] == ["good.jpg"] and not found.problems
-    assert found.skipped == ["link.jpg", "hard.jpg", "dev.jpg", "fifo.jpg", "/etc/a.jpg", "../b.jpg"]
+    walked = walk_tar(tmp_path / "t.tar")
+    assert [member.name for member in walked.members] == ["good.jpg"] and not walked.problems
+    assert walked.skipped == ["link.jpg", "hard.jpg", "dev.jpg", "fifo.jpg", "/etc/a.jpg", "../b.jpg"]
 
 
 def test_every_cut_and_every_broken_header_is_noticed_and_costs_only_its_own(tmp_path):
@@ -67,16 +67,16 @@ def test_every_cut_and_every_broken_header_is_noticed_and_costs_only_its_own(tmp
     heads = {member.offset - 512: member.name for member in whole}
     for at in range(512, end + 512, 512):
         path.write_bytes(content[:at])
-        found = walk_tar(path)
-        assert found.problems, at
+        walked = walk_tar(path)
+        assert walked.problems, at
         kept = [m for m in whole if m.offset + m.size <= at]
-        assert {m.name for m in found.members} == {m.name for m in kept}
+        assert {m.name for m in walked.members} == {m.name for m in kept}
     for at in range(512, end, 512):
         path.write_bytes(content[:at] + b"\xff" * 512 + content[at + 512 :])
-        found = walk_tar(path)
+        walked = walk_tar(path)
         lost = {heads[at]} if at in heads else set()
-        assert {m.name for m in found.members} == {m.name for m in whole} - lost
-        assert bool(found.problems) == bool(lost)
+        assert {m.name for m in walked.members} == {m.name for m in whole} - lost
+        assert bool(walked.problems) == bool(lost)
         path.write_bytes(content[:at] + bytes(512) + content[at + 512 :])  # a hole: tarfile takes two for the end
         if at in heads:
             assert {m.name for m in walk_tar(path).members} == {m.name for m in whole} - lost and walk_tar(
@@ -93,9 +93,9 @@ def test_a_negative_size_is_a_broken_header(tmp_path):
     content[head + 148 : head + 156] = b"%06o\0 " % sum(content[head : head + 512])
     assert tarfile.TarInfo.frombuf(content[head : head + 512], "utf-8", "strict").size == -1024
     path.write_bytes(content)
-    found = walk_tar(path)
-    assert [member.name for member in found.members] == ["000.jpg", "000.txt", "001.txt", "002.jpg", "002.txt"]
-    assert len(found.problems) == 1 and f"broken header at byte {head:,}" in found.problems[0]
+    walked = walk_tar(path)
+    assert [member.name for member in walked.members] == ["000.jpg", "000.txt", "001.txt", "002.jpg", "002.txt"]
+    assert len(walked.problems) == 1 and f"broken header at byte {head:,}" in walked.problems[0]
 
 
 def test_a_file_that_is_no_tar_gives_a_one_line_error(tmp_path):
@@ -121,8 +121,8 @@ def test_members_are_grouped_in_any_order_and_names_end_at_the_last_dot(tmp_path
         "a.cls",
         "d/a.webp",
     ]
-    found = group_members(walk_tar(packed(tmp_path / "t.tar", {name: name.encode() for name in names[:7]})).members)
-    assert [(g.name, g.image_format, sorted(g.texts)) for g in found] == [
+    walked = group_members(walk_tar(packed(tmp_path / "t.tar", {name: name.encode() for name in names[:7]})).members)
+    assert [(g.name, g.image_format, sorted(g.texts)) for g in walked] == [
         ("b", "jpg", ["json", "txt"]), ("a", "jpg", ["txt"]), ("x.v1", "jpg", []), ("x.v2", "jpg", []),
     ]  # fmt: skip
     with tarfile.open(tmp_path / "t.tar", "w") as tar:

@@ -33,8 +33,8 @@ def test_every_epoch_is_a_permutation(counts, seed, epoch, block, window):
 
 def test_epochs_and_seeds_differ():
     order = whole(100, 3)
-    seen = [epoch_of(order, 0), epoch_of(order, 1), epoch_of(whole(100, 4), 0), list(range(100))]
-    assert len({tuple(one) for one in seen}) == 4
+    orders = [epoch_of(order, 0), epoch_of(order, 1), epoch_of(whole(100, 4), 0), list(range(100))]
+    assert len({tuple(one) for one in orders}) == 4
 
 
 def test_seed_and_epoch_are_not_added_up():
@@ -63,10 +63,10 @@ def test_the_order_is_the_same_on_every_machine():
 
 def test_a_set_no_larger_than_half_a_window_is_shuffled_uniformly():
     """Every sample is as likely at every place (chi-squared over 1,000 seeds), in blocks of 3 all the same."""
-    seen = np.zeros((12, 12))
+    counts = np.zeros((12, 12))
     for seed in range(1000):
-        seen[np.arange(12), epoch_of(SampleOrder(np.array([7, 5]), seed, 3, 24), 0)] += 1
-    assert stats.chi2.sf(((seen - 1000 / 12) ** 2 / (1000 / 12)).sum(), 11 * 11) > 1e-3
+        counts[np.arange(12), epoch_of(SampleOrder(np.array([7, 5]), seed, 3, 24), 0)] += 1
+    assert stats.chi2.sf(((counts - 1000 / 12) ** 2 / (1000 / 12)).sum(), 11 * 11) > 1e-3
 
 
 def test_blocks_come_from_everywhere_and_samples_slide_over_the_windows():

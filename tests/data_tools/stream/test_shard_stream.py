@@ -80,14 +80,14 @@ def overwrite(folder: Path, key: str, member: str = "image") -> None:
 def take(folder, batches: int, batch_size: int, world: int = 1, workers: int = 0, state=None, **options):
     """Walk `batches` global batches as `world` ranks -> (batches in the global order, every rank's cursor)."""
     streams = [ShardStream(folder, batch_size, rank, world, workers, **options) for rank in range(world)]
-    taken = []
+    batches_by_rank = []
     for stream in streams:
         if state is not None:
             stream.load_state_dict(json.loads(json.dumps(state)))
         iterator = iter(stream)
-        taken.append([next(iterator) for _ in range(batches)])
+        batches_by_rank.append([next(iterator) for _ in range(batches)])
         iterator.close()
-    in_order = list(itertools.chain.from_iterable(zip(*taken, strict=True)))
+    in_order = list(itertools.chain.from_iterable(zip(*batches_by_rank, strict=True)))
     return in_order, [stream.state_dict() for stream in streams]
 
 
@@ -114,11 +114,11 @@ def test_ranks_and_resumes_walk_the_one_endless_order(folders, samples, seed, se
     """Each segment is another life of the run: (ranks, batch size, batches until it ends)."""
     state, walked = None, []
     for world, batch_size, batches in segments:
-        taken, states = take(folders[samples], batches, batch_size, world, state=state, seed=seed)
-        assert all(len(batch["keys"]) == batch_size for batch in taken)
+        batches_by_rank, states = take(folders[samples], batches, batch_size, world, state=state, seed=seed)
+        assert all(len(batch["keys"]) == batch_size for batch in batches_by_rank)
         assert all(state_dict == states[0] for state_dict in states)
         state = states[0]
-        walked += taken
+        walked += batches_by_rank
     positions = joined(walked, "positions")
     assert positions == list(range(len(positions)))
     assert state["samples"] == len(positions)
@@ -138,10 +138,10 @@ def test_workers_that_read_ahead_lose_and_repeat_nothing(folders, seed, block, s
     """(ranks, workers, batch size, batches) of each life of the run; each ends with its workers batches ahead."""
     state, walked, options = None, [], {"seed": seed, "block": block, "window": 10}
     for world, workers, batch_size, batches in segments:
-        taken, states = take(folders[37], batches, batch_size, world, workers, state=state, **options)
+        batches_by_rank, states = take(folders[37], batches, batch_size, world, workers, state=state, **options)
         state = states[0]
         assert all(state_dict == state for state_dict in states)
-        walked += taken
+        walked += batches_by_rank
     positions = joined(walked, "positions")
     assert positions == list(range(len(positions)))
     plain, _ = take(folders[37], 1, len(positions), **options)

@@ -36,7 +36,7 @@ def pixels(image, seed: int) -> torch.Tensor:
     return torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
 
 
-def measure(folder: Path, workers: int, told: Path) -> None:
+def measure(folder: Path, workers: int, output: Path) -> None:
     """Write down the private memory of this process and its workers, once an epoch. In a lean process: a fork of the test's own
     copies page after page of what the test holds, wherever it counts references."""
     # Freed blocks go back at once instead of lying in the heap; the workers inherit it.
@@ -50,15 +50,15 @@ def measure(folder: Path, workers: int, told: Path) -> None:
             sizes.append([private_bytes(process) for process in ("self", *children)])
         if len(sizes) == EPOCHS:
             break
-    told.write_text(json.dumps(sizes))
+    output.write_text(json.dumps(sizes))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_fifty_epochs_cost_no_memory(tmp_path, workers):
-    shards, told = make(tmp_path / "shards", "m", 60, 20), tmp_path / "told.json"
-    codes, logs = start_ranks(tmp_path / "ranks", 1, measure, shards, workers, told).wait()
+    shards, output = make(tmp_path / "shards", "m", 60, 20), tmp_path / "told.json"
+    codes, logs = start_ranks(tmp_path / "ranks", 1, measure, shards, workers, output).wait()
     assert codes == [0], logs
-    sizes = torch.tensor(json.loads(told.read_text()), dtype=torch.float64)
+    sizes = torch.tensor(json.loads(output.read_text()), dtype=torch.float64)
     assert sizes.shape == (EPOCHS, 1 + workers)
     # The first epochs fill caches. After them 60 samples an epoch, of 24 kB each, would show at once if they stayed.
     growth = (sizes[-10:].median(0).values - sizes[5:15].median(0).values) / (EPOCHS - 15)

@@ -247,12 +247,12 @@ def test_captions_for_a_tokenizer_come_from_everywhere(folders, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("told", "read"),
+    ("setting", "read"),
     [("a", "a"), ('["s3://b/x", "y"]', ["s3://b/x", "y"]), ('{"s3://b/x": 2, "y": 0.5}', {"s3://b/x": 2.0, "y": 0.5})],
 )
-def test_a_recipe_names_folders_in_three_ways(tmp_path, told, read):
-    (tmp_path / "r.yaml").write_text(f"data: {{train: {told}}}\n")
-    for arguments in (["--config", str(tmp_path / "r.yaml")], ["--data.train", told]):
+def test_a_recipe_names_folders_in_three_ways(tmp_path, setting, read):
+    (tmp_path / "r.yaml").write_text(f"data: {{train: {setting}}}\n")
+    for arguments in (["--config", str(tmp_path / "r.yaml")], ["--data.train", setting]):
         recipe = read_recipe(PretrainRecipe, arguments, "ligature pretrain")
         assert recipe.data.train == read and type(recipe.data.train) is type(read)
     write_recipe(tmp_path / "written.yaml", recipe)

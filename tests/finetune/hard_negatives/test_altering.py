@@ -183,8 +183,8 @@ def test_a_word_of_several_pieces_is_one_word_and_long_captions_end_in_sep(wordn
     assert [word.text for word in words] == ["riding", "dogs"] and words[-1].stop == len(ids) - 1
     long = short.encode(["the dogs " * 20])[0]
     assert len(long) == 14
-    made = maker.alter(long, np.zeros(maker.numbers_per_caption))
-    assert len(made) == 14 and made[-1] == short.sep
+    result = maker.alter(long, np.zeros(maker.numbers_per_caption))
+    assert len(result) == 14 and result[-1] == short.sep
     nouns = maker.nouns(*short([CAPTIONS[1], CAPTIONS[3]]))
     assert short.decode(short([CAPTIONS[1]])[0][0][nouns[0]]) == "man box", "orange is no noun of this WordNet"
     assert torch.equal(nouns[1], short([CAPTIONS[1], CAPTIONS[3]])[1][1]), "no nouns: every token"
@@ -204,11 +204,11 @@ def test_attended_patches_are_chosen_first_and_then_a_share_of_the_rest():
 def test_patches_come_from_the_same_position_in_another_image():
     images = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4).to(torch.uint8)
     chosen = torch.tensor([[[True, False], [False, False]], [[False, False], [False, True]]])
-    made = exchange_patches(images, chosen, torch.tensor([1, 0]))
-    assert torch.equal(made[0, :, :2, :2], images[1, :, :2, :2]) and torch.equal(
-        made[1, :, 2:, 2:], images[0, :, 2:, 2:]
+    result = exchange_patches(images, chosen, torch.tensor([1, 0]))
+    assert torch.equal(result[0, :, :2, :2], images[1, :, :2, :2]) and torch.equal(
+        result[1, :, 2:, 2:], images[0, :, 2:, 2:]
     )
-    assert torch.equal(made[0, :, 2:], images[0, :, 2:]) and torch.equal(made[1, :, :2], images[1, :, :2])
+    assert torch.equal(result[0, :, 2:], images[0, :, 2:]) and torch.equal(result[1, :, :2], images[1, :, :2])
 
 
 @pytest.mark.parametrize(

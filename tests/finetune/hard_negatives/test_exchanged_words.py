@@ -75,15 +75,15 @@ def test_a_run_trains_with_exchanged_words(pretrained, drawn, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("given", "message"),
     [
         ({"weight": 1.0}, "exchanged.words is empty"),
         ({"words": ["left"]}, "holds 'left'"),
         ({"words": ["left left"]}, "holds 'left left'"),
     ],
 )
-def test_wrong_settings_are_refused(given, says):
-    with pytest.raises(RecipeError, match=says):
+def test_wrong_settings_are_refused(given, message):
+    with pytest.raises(RecipeError, match=message):
         ExchangedWordsConfig(**given)
 
 

@@ -66,17 +66,19 @@ def test_a_full_shortlist_is_ordered_by_matching_alone(model, encodings):
 
 
 def test_each_pair_is_scored_once_in_batches_of_limited_size(model, encodings, monkeypatch):
-    similarity, seen = (encodings.image @ encodings.text.T).numpy(), []
+    similarity, batches = (encodings.image @ encodings.text.T).numpy(), []
 
     def scored(model, encodings, image, text, device):
-        seen.append(list(zip(image.tolist(), text.tolist(), strict=True)))
+        batches.append(list(zip(image.tolist(), text.tolist(), strict=True)))
         return match_pairs(model, encodings, image, text, device)
 
     monkeypatch.setattr(fusion, "PAIRS", 4)
     expected = in_new_order(model, encodings, similarity, 100)
     monkeypatch.setattr(fusion, "match_pairs", scored)
     actual = in_new_order(model, encodings, similarity, 100)
-    assert [len(pairs) for pairs in seen] == [4] * 6 + [3] and len({pair for pairs in seen for pair in pairs}) == 27
+    assert [len(pairs) for pairs in batches] == [4] * 6 + [3] and len(
+        {pair for pairs in batches for pair in pairs}
+    ) == 27
     assert all(np.array_equal(*both) for both in zip(expected, actual, strict=True))
 
 

@@ -33,9 +33,9 @@ def written_out(regions, words, count, direction, sharpness=9.0):
 
 def test_scores_match_every_variant_of_the_fixture(fixture):
     regions, words, mask, expected = fixture
-    for name, wanted in expected.items():
+    for name, target in expected.items():
         actual = pair_scores(regions, words, mask, **settings(name))
-        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(actual, target, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
     assert len(expected) == 40
 
 
@@ -69,14 +69,14 @@ def test_values_and_gradients_equal_the_written_out_formula(direction, count):
     actual = pair_scores(*leaves, mask, direction)
     (actual * weights).sum().backward()
     exact = [tensor.clone().requires_grad_() for tensor in (regions, words)]
-    wanted = torch.stack(
+    target = torch.stack(
         [
             torch.stack([written_out(exact[0][i], exact[1][j], lengths[j], direction) for j in range(3)])
             for i in range(2)
         ]
     )
-    (wanted * weights).sum().backward()
-    torch.testing.assert_close(actual.double(), wanted, atol=1e-5, rtol=0)
+    (target * weights).sum().backward()
+    torch.testing.assert_close(actual.double(), target, atol=1e-5, rtol=0)
     for mine, theirs in zip(leaves, exact, strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-3)
     assert not leaves[1].grad[1, 1:].any(), "what stands behind a caption gets no gradient"
@@ -98,8 +98,8 @@ def test_mean_pooling_compares_by_cosine(fixture):
     actual = mean_scores(regions, words, mask)
     for caption in range(len(words)):
         mean = words[caption][mask[caption]].mean(0)
-        wanted = torch.nn.functional.cosine_similarity(regions.mean(1), mean[None], dim=-1)
-        torch.testing.assert_close(actual[:, caption], wanted, atol=1e-6, rtol=0)
+        target = torch.nn.functional.cosine_similarity(regions.mean(1), mean[None], dim=-1)
+        torch.testing.assert_close(actual[:, caption], target, atol=1e-6, rtol=0)
 
 
 def test_attention_for_pictures_is_a_distribution_over_its_context(fixture):

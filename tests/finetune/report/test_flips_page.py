@@ -24,9 +24,9 @@ def records(drawn, tmp_path):
         wrong[7, caption] = 3.0
     for name, scores in (("first", right), ("second", wrong)):
         np.save(tmp_path / f"{name}.npy", scores)
-        made = ["--scores", str(tmp_path / f"{name}.npy"), "--data", str(drawn / "test"), "--save_scores", "true"]
+        scored = ["--scores", str(tmp_path / f"{name}.npy"), "--data", str(drawn / "test"), "--save_scores", "true"]
         about = ["--dataset", "shapes", "--split", "test", "--out", str(tmp_path / f"{name}.json")]
-        assert main(["evaluate", *made, *about]) == 0
+        assert main(["evaluate", *scored, *about]) == 0
     return tmp_path, collection
 
 

@@ -28,8 +28,8 @@ def expected(**arms: str) -> dict[str, Comparison]:
 
 
 def recipe(folder, **more) -> AblateRecipe:
-    told = {"base": "pretrain/demo.yaml", "arms": ARMS, "seeds": [0, 1, 2], "comparisons": expected()} | more
-    return AblateRecipe(name="try", runs=str(folder), data="shards", **told)
+    settings = {"base": "pretrain/demo.yaml", "arms": ARMS, "seeds": [0, 1, 2], "comparisons": expected()} | more
+    return AblateRecipe(name="try", runs=str(folder), data="shards", **settings)
 
 
 def fake(commands: list[list[str]], worth):
@@ -228,10 +228,10 @@ def test_the_published_table_matches_its_results(monkeypatch):
     rows = rows[next(number for number, row in enumerate(rows) if "MRR, 20 % wrong" in row) + 2 :]
     for comparison in shipped.comparisons.values():
         for arm in (comparison.baseline, *comparison.arms):
-            told, *rows = rows
-            assert told[1].endswith(f"`{arm}`") and told[-2] == comparison.arms.get(arm, "")
+            first, *rows = rows
+            assert first[1].endswith(f"`{arm}`") and first[-2] == comparison.arms.get(arm, "")
             for condition, (mean, minus) in zip(
-                ("clean", "wrong20", "wrong40"), (told[2:4], told[4:6], told[6:8]), strict=True
+                ("clean", "wrong20", "wrong40"), (first[2:4], first[4:6], first[6:8]), strict=True
             ):
                 measured, before = values_of(found[condition], arm, "MRR"), lost.get(condition)
                 apart = differences(found[condition], arm, comparison.baseline, "MRR")
@@ -272,8 +272,8 @@ def test_earlier_runs_of_a_process_do_not_change_a_run(drawn, tmp_path, capfd):
             }
         )
     )
-    told = {"base": str(tmp_path / "base.yaml"), "arms": {"a": {}, "b": {}}, "seeds": [0, 1], "runs": str(tmp_path)}
-    same = AblateRecipe(name="same", data=str(drawn / "test"), comparisons=expected(), **told)
+    settings = {"base": str(tmp_path / "base.yaml"), "arms": {"a": {}, "b": {}}, "seeds": [0, 1], "runs": str(tmp_path)}
+    same = AblateRecipe(name="same", data=str(drawn / "test"), comparisons=expected(), **settings)
     with Workers(same.jobs, main) as start:
         run_arms(same, start)
     found = json.loads((tmp_path / "same" / "results.json").read_text())[""]
@@ -287,7 +287,7 @@ def test_earlier_runs_of_a_process_do_not_change_a_run(drawn, tmp_path, capfd):
 def test_a_command_that_fails_in_a_worker_stops_the_ablation_with_its_code(tmp_path):
     with (
         Workers(1, main) as start,
-        pytest.raises(LigatureError, match="stopped in `ligature pretrain --config nothing.yaml`") as told,
+        pytest.raises(LigatureError, match="stopped in `ligature pretrain --config nothing.yaml`") as caught,
     ):
         start("pretrain", "--config", "nothing.yaml")
-    assert told.value.exit_code == 2
+    assert caught.value.exit_code == 2
