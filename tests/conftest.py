@@ -1,4 +1,4 @@
-"""What all tests share: one thread, the folder of real data, a small drawn shard folder."""
+"""Fixtures of all tests: one thread, the folder of real data, and a small drawn shard folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captions become ids, the same ones wherever the tokenizer is read again."""
+"""Captions become the same ids wherever a tokenizer is loaded."""
 
 from __future__ import annotations
 

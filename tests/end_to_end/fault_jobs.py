@@ -1,4 +1,4 @@
-"""What the tests of faults have ranks do: a tiny pretraining run into which something breaks at a step of their choice."""
+"""Jobs of the fault tests: a tiny pretraining run with a fault at a chosen step."""
 
 from __future__ import annotations
 

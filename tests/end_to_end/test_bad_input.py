@@ -1,4 +1,4 @@
-"""What goes wrong at the stages' doors: one clear line, an exit code that is not 0, nothing half-written."""
+"""Bad input to a stage gives one clear line and a non-zero exit code, and leaves nothing half-written."""
 
 import os
 import shutil

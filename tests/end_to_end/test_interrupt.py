@@ -1,4 +1,4 @@
-"""A run that is interrupted and started again gives what an undisturbed run gives, to the last bit."""
+"""An interrupted and resumed run equals an undisturbed one to the last bit."""
 
 import os
 import signal

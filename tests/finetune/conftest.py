@@ -1,4 +1,4 @@
-"""What the tests of fine-tuning share."""
+"""Fixtures of the fine-tuning tests."""
 
 from __future__ import annotations
 

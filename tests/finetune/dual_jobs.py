@@ -1,4 +1,4 @@
-"""What the two processes of test_dual.py run."""
+"""Jobs that each rank of test_dual.py runs."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""A tiny HAT, and what the two processes of test_hat.py run."""
+"""A tiny HAT, and jobs that each rank of test_hat.py runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each rank runs in the tests of indexing."""
+"""Jobs that each rank of the indexing tests runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of a user's own, caption files in place of shards, and what may not be scored or selected on."""
+"""A user's own scores and caption files are scored, and unsuitable data or splits are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: resolution, what it leaves alone, and going on."""
+"""Fine-tuning changes resolution, trains only its own parts, and resumes."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The campaign benchmarks/campaigns/vldeformer_scenes.py: a model that does not look at the picture gets half of its questions right."""
+"""In the vldeformer_scenes campaign a model that ignores the picture gets half of the questions right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models to take apart, and what the two processes of test_vldeformer.py run."""
+"""Tiny models to decompose, and jobs that each rank of test_vldeformer.py runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests across ranks have their ranks do: losses and raw gradients in float64, without DeepSpeed or optimizer."""
+"""Jobs of the tests across ranks: losses and raw gradients in float64, without DeepSpeed or optimizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the planner have a process do: count and measure."""
+"""Jobs of the planner tests: count and measure in a process of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of encoding have their ranks do."""
+"""Jobs that each rank of the encoding tests runs."""
 
 from __future__ import annotations
 

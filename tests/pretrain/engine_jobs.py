@@ -1,4 +1,4 @@
-"""What the tests of the engine have their ranks do: train a tiny model for a few steps and tell everything of it."""
+"""Jobs of the engine tests: train a tiny model for a few steps and return its whole state."""
 
 from __future__ import annotations
 

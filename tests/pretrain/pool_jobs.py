@@ -1,4 +1,4 @@
-"""What the tests of the pool have its ranks do."""
+"""Jobs that each rank of the pool tests runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of sick steps have ranks do."""
+"""Jobs that each rank of the sick-step tests runs."""
 
 from __future__ import annotations
 

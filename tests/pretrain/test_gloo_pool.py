@@ -1,4 +1,4 @@
-"""The pool that distributed tests stand on."""
+"""The process pool of the distributed tests works."""
 
 from __future__ import annotations
 

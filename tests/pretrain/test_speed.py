@@ -1,4 +1,4 @@
-"""What keeps a step fast and can be asserted on a CPU: forward and backward ask nothing of the device, and layers compile whole."""
+"""A training step never waits for the device, and layers compile whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parameters each loss reaches, by name; and the order of a step."""
+"""Each loss reaches the stated parameters, and a step runs in the stated order."""
 
 from __future__ import annotations
 

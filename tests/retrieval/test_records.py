@@ -1,4 +1,4 @@
-"""Records survive JSON, say what they are, and make a table that a person can read."""
+"""Records survive JSON, hold the stated keys, and make a readable table."""
 
 import json
 import subprocess

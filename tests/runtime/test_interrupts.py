@@ -1,4 +1,4 @@
-"""A signal becomes a flag: the step it falls into ends as any other."""
+"""A signal sets a flag, and the current step ends as usual."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log of a run: a line a step, continued where a checkpoint continues, never read past a crash."""
+"""The log of a run has a line a step, continues from a checkpoint, and ignores a line cut by a crash."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: what is right goes round; what is wrong is one line with key, value and nearest right key, before anything is written."""
+"""A right recipe survives writing and reading, and a wrong one gives one line with key, value and nearest key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the watchdog have ranks do: wait for one another while one of them fails to come."""
+"""Jobs of the watchdog tests: ranks wait for one another while one of them fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cluster of real daemons for the tests here; without them the tests fail, they are not skipped."""
+"""A cluster of real daemons for these tests, which fail rather than skip where it cannot start."""
 
 from __future__ import annotations
 

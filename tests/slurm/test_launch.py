@@ -1,4 +1,4 @@
-"""What launching asks SLURM for, and what it refuses, with SLURM's own answers."""
+"""The launcher requests resources from a real SLURM and refuses what it cannot give."""
 
 from __future__ import annotations
 

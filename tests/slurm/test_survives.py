@@ -1,4 +1,4 @@
-"""A run survives what a cluster does to it: preemption, time limits, lost nodes, crashed ranks; and ends as if undisturbed."""
+"""A run survives preemption, time limits, lost nodes and crashed ranks with an unchanged result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A collection is read whole and in order, or not at all: a skipped image would change the score."""
+"""A collection is read whole and in order, or refused, because a skipped image would change the score."""
 
 from __future__ import annotations
 

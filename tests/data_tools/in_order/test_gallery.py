@@ -1,4 +1,4 @@
-"""Images to be indexed: found in folders and tars of any shape, and what cannot be read named with its reason."""
+"""Images to index are found in folders and tars of any shape, and unreadable ones are named with their reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies: found by bytes and by looks, against brute force and on real pictures; what is excluded never gets in."""
+"""Duplicates are found by bytes and by appearance, and excluded images never enter a folder."""
 
 from __future__ import annotations
 

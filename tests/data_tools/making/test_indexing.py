@@ -1,4 +1,4 @@
-"""Tars made elsewhere become a shard folder in place: read as our own are, nothing of them touched, what is bad said."""
+"""Tars made elsewhere become a shard folder in place, unchanged, and bad samples are listed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of a shard folder: captions as text, broken images as such, and histograms that count every value."""
+"""The page of a shard folder shows captions as text and marks broken images, and its histograms count every value."""
 
 from __future__ import annotations
 

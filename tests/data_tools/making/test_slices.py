@@ -1,4 +1,4 @@
-"""A folder written by several jobs, or killed at any of its steps: the bytes of one uninterrupted run, always."""
+"""Several jobs, or jobs killed at any step, write the same bytes as one uninterrupted run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards: plain WebDataset, the same bytes however often the writer was killed, nothing broken under a final name."""
+"""Shards are plain WebDataset with the same bytes after any kills, and nothing broken has a final name."""
 
 from __future__ import annotations
 

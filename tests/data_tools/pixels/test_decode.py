@@ -1,4 +1,4 @@
-"""Any image becomes RGB, upright, the same by every way in; broken, monstrous or dangerous ones are refused in words."""
+"""Any supported image becomes upright RGB by every decoder, and broken, huge or dangerous ones are refused."""
 
 from __future__ import annotations
 

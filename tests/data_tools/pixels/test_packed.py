@@ -1,4 +1,4 @@
-"""Views made on the device are the views the workers would have made, whatever shares their batch."""
+"""Views made on the device equal the views that workers make, for any batch."""
 
 from __future__ import annotations
 

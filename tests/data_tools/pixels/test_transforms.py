@@ -1,4 +1,4 @@
-"""A view is a function of its seed, and equals what a plain pipeline makes."""
+"""A view is a function of its seed and equals the result of a plain pipeline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is drawn for a view: torchvision's distributions, from our own seeds; and the operations are torchvision's."""
+"""Draws for a view follow torchvision's distributions, and the operations equal torchvision's."""
 
 from __future__ import annotations
 

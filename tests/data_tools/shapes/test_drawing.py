@@ -1,4 +1,4 @@
-"""Drawn images show what their scenes say, where they say it."""
+"""Drawn images show the objects of their scenes at the stated positions."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Scenes, worlds and splits: what each promises, checked on thousands of scenes."""
+"""Scenes, worlds and splits keep their promises, checked on thousands of scenes."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The promise of a shard folder: kept, recognised, and missed in one line where it is broken."""
+"""A manifest is read back as written, and a damaged folder gives a one-line error."""
 
 from __future__ import annotations
 

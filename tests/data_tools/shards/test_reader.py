@@ -1,4 +1,4 @@
-"""Random access to the samples of a shard folder, by the index, captions of both formats, and what is wrong in one line."""
+"""The reader finds any sample by the index and reports bad samples in one line."""
 
 from __future__ import annotations
 

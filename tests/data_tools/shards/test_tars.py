@@ -1,4 +1,4 @@
-"""Walking tars: what tarfile lists in a whole one, and everything good around the places that are broken."""
+"""The tar walker lists what tarfile lists, and keeps every good member around damage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Broken text files are one line that names the place."""
+"""Broken text files give a one-line error that names the line."""
 
 from __future__ import annotations
 

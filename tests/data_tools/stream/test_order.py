@@ -1,4 +1,4 @@
-"""The order of samples and the numbers that belong to them: functions of the seed, and of nothing else."""
+"""The order of samples and their random numbers are functions of the seed alone."""
 
 from __future__ import annotations
 

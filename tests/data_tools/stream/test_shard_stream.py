@@ -1,4 +1,4 @@
-"""ShardStream: one endless order, walked exactly by any number of ranks and workers, resumed anywhere, broken samples and all."""
+"""ShardStream gives one endless order for any number of ranks and workers, resumes anywhere, and replaces broken samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What loader workers leave behind: no memory over epochs, and nothing in shared memory after kill -9."""
+"""Loader workers leave no memory behind over epochs, nor shared memory after kill -9."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several folders in their shares, filters, all captions: which samples a run sees, and how often."""
+"""Mixtures, filters and all-captions sets give the stated samples in the stated shares."""
 
 from __future__ import annotations
 

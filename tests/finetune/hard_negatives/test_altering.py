@@ -1,4 +1,4 @@
-"""Hard negatives: WordNet's own files read, inflections kept, captions and images altered where they can be and counted where not."""
+"""Hard negatives: lexicons are read, inflections are kept, and captions and images are altered or counted as unaltered."""
 
 from __future__ import annotations
 

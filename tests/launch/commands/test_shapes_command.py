@@ -1,4 +1,4 @@
-"""`ligature shapes`: a drawn source, or one line."""
+"""`ligature shapes` writes a drawn source or gives a one-line error."""
 
 import json
 

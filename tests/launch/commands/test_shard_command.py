@@ -1,4 +1,4 @@
-"""The commands of docs/data.md are commands that the program takes."""
+"""The commands of docs/data.md are accepted by the program."""
 
 from __future__ import annotations
 

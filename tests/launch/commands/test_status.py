@@ -1,4 +1,4 @@
-"""`ligature status`: what a run's folder tells, with and without SLURM."""
+"""`ligature status` describes a run from its folder, with and without SLURM."""
 
 from __future__ import annotations
 

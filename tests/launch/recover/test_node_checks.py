@@ -1,4 +1,4 @@
-"""`ligature doctor`: what it finds on a node, and what it says to do."""
+"""`ligature doctor` reports faults of a node and what to do about them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launching on SLURM, as far as it goes without SLURM: what the script asks for, what it does when ranks end, what is refused."""
+"""The batch script requests the stated resources, handles every way ranks end, and wrong options are refused."""
 
 from __future__ import annotations
 

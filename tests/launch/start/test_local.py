@@ -1,4 +1,4 @@
-"""Several processes on one machine: started only for what can run, stopped together, the first failure's code returned."""
+"""Local ranks start only for a valid recipe, stop together, and return the code of the first failure."""
 
 from __future__ import annotations
 

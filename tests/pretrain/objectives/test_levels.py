@@ -1,4 +1,4 @@
-"""Alignment at inner layers: the formula, and whom it reaches."""
+"""Alignment at inner layers follows its formula and reaches only earlier layers."""
 
 from __future__ import annotations
 

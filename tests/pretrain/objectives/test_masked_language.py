@@ -1,4 +1,4 @@
-"""Masked words: which, how often, a function of what; and the loss against the formula over full tensors."""
+"""Masked words are drawn in the stated shares from seed and position, and the loss equals the full formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hard negatives: drawn with the weights they should have, never the same image, and never in trouble."""
+"""Hard negatives are drawn with the right weights and never show the same image."""
 
 from __future__ import annotations
 
