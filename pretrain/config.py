@@ -11,103 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from data_tools.config import DataConfig
+from pretrain.model.config import ModelConfig
 from runtime.errors import RecipeError
 from runtime.recipe import check_name, free
 from training.config import LoopConfig, OptimizerConfig
-
-
-@dataclass
-class ImageEncoderConfig:
-    """A timm Vision Transformer."""
-
-    architecture: str = "vit_base_patch16_224"
-    """Name of a timm ViT that has a class token."""
-    image_size: int = 256
-    """Pixels a side. Position embeddings of starting weights are interpolated to it."""
-    patch: int | None = None
-    """Pixels a side of a patch. None: the architecture's own."""
-    width: int | None = None
-    """Width of the tokens. None: the architecture's own."""
-    depth: int | None = None
-    """Transformer layers. None: the architecture's own."""
-    heads: int | None = None
-    """Attention heads. None: the architecture's own."""
-    position_std: float = 0.02
-    """Standard deviation of fresh position embeddings. A small model from random weights needs 1.0 to learn where things are (docs/decisions.md)."""
-    drop_path: float = 0.0
-    """Share of residual branches that training skips at random (stochastic depth)."""
-    weights: str = "none"
-    """Starting weights: `none` (random), `timm` (the architecture's own, downloaded), or a safetensors or .pth file."""
-
-
-@dataclass
-class TextEncoderConfig:
-    """BERT layers that read words alone. The fusion encoder continues from their states."""
-
-    width: int = 768
-    """Width of the word states."""
-    layers: int = 6
-    """Transformer layers. With 0 a caption has no feature of its own, and `model.fusion.kind` must be single_stream."""
-    heads: int = 12
-    """Attention heads. They must divide the width."""
-    feed_forward: int = 3072
-    """Width of the feed-forward parts."""
-    dropout: float = 0.1
-    """Share of values that training sets to 0, in the fusion encoder too."""
-    positions: int = 512
-    """Position embeddings: tokens in the longest caption the model can read."""
-    weights: str = "none"
-    """Starting weights: `none` (random), or a BERT's folder or name on the hub. The BERT's layers after `layers` start the fusion encoder."""
-
-    def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise RecipeError(
-                f"model.text.width {self.width} is not a multiple of model.text.heads {self.heads}; change one of them"
-            )
-
-
-@dataclass
-class FusionEncoderConfig:
-    """BERT layers that join words and image tokens. Width, heads and dropout are the text encoder's."""
-
-    kind: Literal["cross_attention", "single_stream"] = "cross_attention"
-    """`cross_attention`: words attend to image tokens (CODIS, ALBEF). `single_stream`: one self-attention stack reads both (ViLT,
-    VinVL), and VLDeformer can decompose it."""
-    layers: int = 6
-    """Transformer layers. 0: no fusion encoder; matching and masked_language must be off."""
-
-
-@dataclass
-class ModelConfig:
-    """Image, text and fusion encoder, and what joins them."""
-
-    image: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
-    """The image encoder."""
-    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
-    """The text encoder."""
-    fusion: FusionEncoderConfig = field(default_factory=FusionEncoderConfig)
-    """The fusion encoder."""
-    feature_dim: int = 256
-    """Width of the projected, unit-norm features."""
-    codewords: int = 4000
-    """Rows of the codebook. 0: a model without one."""
-    temperature: float = 0.07
-    """Starting temperature of the contrastive losses. It is learned, within 0.001 and 0.5."""
-    levels: list[list[int]] = field(default_factory=list)
-    """Pairs of [text layer, image layer], counted from 1, that `objectives.levels` aligns in addition to the last layers."""
-
-    def __post_init__(self) -> None:
-        if not 0.001 < self.temperature < 0.5:
-            raise RecipeError(f"model.temperature is {self.temperature}; it must lie between 0.001 and 0.5")
-        if self.codewords < 0:
-            raise RecipeError(f"model.codewords is {self.codewords}; it must be 0 or more")
-        if self.feature_dim < 1:
-            raise RecipeError(f"model.feature_dim is {self.feature_dim}; it must be 1 or more")
-        for pair in self.levels:
-            if len(pair) != 2 or min(pair) < 1 or pair[0] > self.text.layers:
-                raise RecipeError(
-                    f"model.levels holds {pair}; a level is a pair [text layer, image layer] of existing layers, counted from 1"
-                )
 
 
 @dataclass
@@ -349,6 +256,12 @@ class PretrainRecipe:
     """Steps to profile, after the first ones. The first rank prints where their time went, part by part. 0: no profile."""
 
     def __post_init__(self) -> None:
+        for side in ("image", "text"):
+            encoder = getattr(self.model, side)
+            if encoder.frozen and encoder.weights == "none" and not self.checkpoint:
+                raise RecipeError(
+                    f"model.{side}.frozen is true, but model.{side}.weights is none; random weights must learn"
+                )
         if self.checkpoint:  # so that the run's config.yaml says what the run began from
             self.model.image.weights = self.model.text.weights = "none"
             self.data.tokenizer = self.checkpoint

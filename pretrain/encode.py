@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from data_tools.in_order.collection import Collection
-from data_tools.pixels.transforms import EvaluationTransform
 from data_tools.tokenizer import CaptionTokenizer
 from pretrain.model.alignment_model import AlignmentModel
 from runtime.progress import progress
@@ -60,7 +59,7 @@ def encode_collection(
     image_parts, token_parts, text_parts, state_parts, mask_parts = [], [], [], [], []
     own_images, own_captions = rank_share(images, batch_size, ranks), rank_share(len(captions), batch_size, ranks)
     with progress("encoding", images + len(captions), "items", silent=silent or not ranks.first) as bar:
-        transform = EvaluationTransform(model.config.image.image_size)
+        transform = model.evaluation_transform()
         for pixels in collection.images(transform, own_images, batch_size, workers):
             tokens = model.image_encoder(pixels.to(device))
             image_parts.append(model.image_features(tokens))
@@ -70,7 +69,7 @@ def encode_collection(
         for start in range(own_captions.start, own_captions.stop, batch_size):
             ids, mask = tokenizer(captions[start : min(start + batch_size, own_captions.stop)])
             states = model.text_encoder(ids.to(device), mask.to(device))
-            text_parts.append(model.text_features(states))
+            text_parts.append(model.text_features(states, mask.to(device)))
             if keep_tokens:
                 # A batch is as long as its longest caption; padded to one length, batches can be joined.
                 padding = (0, 0, 0, tokenizer.caption_tokens - ids.shape[1])

@@ -19,6 +19,7 @@ import itertools
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -48,6 +49,9 @@ def _import_deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("LOCAL_RANK", str(ranks_from_environment().local_rank))  # DeepSpeed insists on it
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # torch 2.13 renamed the collectives that DeepSpeed 0.19 calls, and warns on every call and rank: gigabytes in the logs of a long run.
+    renamed = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", renamed, FutureWarning)
     import deepspeed
     import deepspeed.ops
 
@@ -257,6 +261,8 @@ class Engine:
     def copy_weights(self, network: nn.Module) -> None:
         """Copy the student's weights into `network`, a model of the same shape, in the compute precision. A collective."""
         own = dict(network.named_parameters())
+        for name, buffer in self.module.module.model.named_buffers():
+            network.get_buffer(name).copy_(buffer)
         for name, parameter in self.parameters.items():
             with self.gathered([parameter]):
                 own[name].data = parameter.detach().clone()

@@ -95,6 +95,8 @@ class PretrainTask:
         if recipe.training.checkpoint_activations:
             # The student alone: the teacher keeps no activations. After compiling, because dynamo does not look behind it.
             checkpoint_activations(model.layers())
+        self.constants = {name: tensor.cpu().clone() for name, tensor in model.constants().items()}
+        """Frozen weights and batch norm statistics in float32, for checkpoints: the engine casts its own copy."""
         self.queue = FeatureQueue(recipe.teacher.queue, recipe.model.feature_dim, device)
         self.potentials: Tensor | None = None
         """(2, codewords): the potentials of the last step's plans, from which the next step starts with `transport.warm_start`."""
@@ -138,7 +140,12 @@ class PretrainTask:
             encoded = [model.encode(views[-1, part], text.ids[part], text.mask[part]) for part in parts]
             tokens = [image_tokens for image_tokens, _, _ in encoded]
             image_features = torch.cat([model.image_features(image_tokens) for image_tokens in tokens])
-            text_features = torch.cat([model.text_features(states) for _, states, _ in encoded])
+            text_features = torch.cat(
+                [
+                    model.text_features(states, text.mask[part])
+                    for (_, states, _), part in zip(encoded, parts, strict=True)
+                ]
+            )
         self.before_collective()
         with profiled("communication"):
             gathered = gather_rows(image_features), gather_rows(text_features), gather_rows(ids)
@@ -260,7 +267,10 @@ class PretrainTask:
         model.eval()  # dropout is not seeded here, and a plan must not depend on what was drawn before it
         image_features = torch.cat([model.image_features(model.image_encoder(images[part])) for part in parts])
         text_features = torch.cat(
-            [model.text_features(model.text_encoder(text.ids[part], text.mask[part])) for part in parts]
+            [
+                model.text_features(model.text_encoder(text.ids[part], text.mask[part]), text.mask[part])
+                for part in parts
+            ]
         )
         model.train(training)
         return image_features, text_features

@@ -27,7 +27,9 @@ class Teacher:
         model.codebook = None
         del model.matching_head, model.temperature
         self.momentum = momentum
-        self.averages: dict[str, Tensor] = {name: parameter.data for name, parameter in model.named_parameters()}
+        self.averages: dict[str, Tensor] = {
+            name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
         # bf16 cannot hold an average: steps of (1 - momentum) are lost below its resolution. So a bf16 model is a cast of the averages.
         self.model = model if precision == torch.float32 else copy.deepcopy(model)
         for parameter in self.model.parameters():
@@ -66,4 +68,5 @@ class Teacher:
     def _cast(self) -> None:
         if next(self.model.parameters()).dtype != torch.float32:
             for name, parameter in self.model.named_parameters():
-                parameter.data.copy_(self.averages[name])
+                if name in self.averages:  # frozen weights have no average
+                    parameter.data.copy_(self.averages[name])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from pretrain.model.alignment_model import AlignmentModel
 from pretrain.step_profile import StepProfile
 from pretrain.task import PretrainTask
 from pretrain.weights.begin_from import begin_from
-from pretrain.weights.load import describe_model, find_checkpoint
+from pretrain.weights.load import copy_weights, describe_model, find_checkpoint
+from pretrain.weights.packages import model_folder
 from pretrain.weights.starting import load_starting_weights
 from retrieval.protocols import recalls
 from runtime.checkpoint import checkpoint_hash, read_tensors, verify_checkpoint, write_checkpoint
@@ -90,6 +92,8 @@ def train(recipe: PretrainRecipe, context: RunContext) -> None:
             if source:
                 context.folder.write("begun_from.json", {"checkpoint": str(source), "hash": checkpoint_hash(source)})
             print("\n".join([describe(model, recipe, context, (micro_batch, accumulation)), *report]), flush=True)
+    else:
+        load_constants(model, checkpoint)
     model.to(device)
 
     # The task (student, teacher, queue, objectives) and the engine that trains its student.
@@ -194,7 +198,7 @@ class Pretraining(Stage):
         """Copy everything to the first rank's memory; see `Stage.save`."""
         recipe, task, engine, first = self.recipe, self.task, self.engine, self.context.ranks.first
         tensors = {
-            "model": host_copies(engine.masters(), first),
+            "model": host_copies(chain(engine.masters(), task.constants.items()), first),
             "optimizer": host_copies(engine.moments(), first),
             "teacher": host_copies(task.teacher.averages.items(), first),
             "queue": host_copies(task.queue.state_dict().items(), first),
@@ -224,7 +228,9 @@ class Pretraining(Stage):
         saved = read_json(checkpoint / "state.json")
         sick.load(saved.get("sick"))
         applied = saved["step"] - sick.skipped  # Adam counts the steps that were applied
-        self.engine.load(read_tensors(checkpoint, "model"), read_tensors(checkpoint, "optimizer"), applied)
+        weights = read_tensors(checkpoint, "model")
+        masters = {name: weight for name, weight in weights.items() if name not in task.constants}
+        self.engine.load(masters, read_tensors(checkpoint, "optimizer"), applied)
         task.teacher.load(read_tensors(checkpoint, "teacher"))
         task.queue.load_state_dict(read_tensors(checkpoint, "queue"))
         task.potentials = None
@@ -252,6 +258,13 @@ def load_first_weights(model: AlignmentModel, source: Path | None) -> tuple[list
     return begin_from(source, model) if source else (report, None)
 
 
+def load_constants(model: AlignmentModel, checkpoint: Path) -> None:
+    """Copy a checkpoint's frozen weights and batch norm statistics into the model; the engine restores the rest."""
+    if constants := model.constants():
+        weights = read_tensors(checkpoint, "model")
+        copy_weights(constants, {name: weights[name] for name in constants if name in weights}, checkpoint)
+
+
 def prepare_tokenizer(
     recipe: PretrainRecipe, context: RunContext, data: TrainingSet, source: Path | None
 ) -> CaptionTokenizer:
@@ -272,7 +285,9 @@ def prepare_tokenizer(
             captions = data.some_captions(TOKENIZER_CAPTIONS)
             tokenizer = train_tokenizer(captions, config.vocabulary, config.caption_tokens, config.punctuation)
         else:
-            tokenizer = load_tokenizer(source or config.tokenizer, config.caption_tokens)
+            tokenizer = load_tokenizer(
+                source or model_folder(config.tokenizer, "data.tokenizer"), config.caption_tokens
+            )
             if not config.punctuation:
                 tokenizer.drop_punctuation()
         tokenizer.save(folder.path)

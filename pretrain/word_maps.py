@@ -6,7 +6,6 @@ tokens; in a single stream both are words, then image tokens).
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, cast
 
 import torch
@@ -17,6 +16,7 @@ from pretrain.model.alignment_model import AlignmentModel
 from pretrain.model.bert_layers import BertLayer, KeysValues, split_heads
 from pretrain.model.image_encoder import ImageEncoder
 from pretrain.model.single_stream import SingleStreamEncoder
+from pretrain.model.timm_tower import TimmTower
 
 
 def word_maps(model: AlignmentModel, images: Tensor, ids: Tensor, mask: Tensor, layer: int | None = None) -> Tensor:
@@ -93,13 +93,11 @@ def run_until_layer(
     return BeforeLayer(states, mask, layers[number:], images[number:])
 
 
-def to_patch_grid(maps_phqk: Tensor, words: int, encoder: ImageEncoder) -> Tensor:
+def to_patch_grid(maps_phqk: Tensor, words: int, encoder: ImageEncoder | TimmTower) -> Tensor:
     """Average a layer's attention over heads and keep words x patches: (pairs, heads, queries, keys) -> (pairs, words, rows, columns)."""
-    patches = encoder.vit.patch_embed.num_patches
-    side = math.isqrt(patches)
-    return maps_phqk.mean(1)[:, :words, -patches:].unflatten(
-        -1, (side, side)
-    )  # the class token comes before the patches
+    rows, columns = encoder.grid
+    # The class token and registers come before the patches.
+    return maps_phqk.mean(1)[:, :words, -rows * columns :].unflatten(-1, (rows, columns))
 
 
 def run_with_attention(

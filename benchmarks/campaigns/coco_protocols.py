@@ -35,8 +35,8 @@ from data_tools.tokenizer import CaptionTokenizer, train_tokenizer
 from finetune.heads.config import HatConfig, ImageBackboneConfig
 from finetune.heads.hat_model import HatModel
 from finetune.heads.levels import BackboneEncoders, CheckpointEncoders, LevelEncoders
-from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from pretrain.model.alignment_model import AlignmentModel
+from pretrain.model.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from pretrain.weights.load import describe_model
 from retrieval.records import read_record
 from runtime.checkpoint import write_checkpoint

@@ -68,12 +68,22 @@ def render(pixels: np.ndarray, view: View, size: int) -> Tensor:
 
 
 class EvaluationTransform:
-    """Resizes the whole image to a square, whatever its shape, as ALBEF does for scoring."""
+    """Makes an image ready for scoring.
 
-    def __init__(self, image_size: int) -> None:
-        self.image_size = image_size
+    Args:
+        image_size: Pixels a side of the result.
+        crop: None resizes the whole image to a square, whatever its shape, as ALBEF does. A share resizes the shorter side to
+            `image_size / crop` and cuts the square out of the middle, as most published image models do.
+    """
+
+    def __init__(self, image_size: int, crop: float | None = None) -> None:
+        self.image_size, self.crop = image_size, crop
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return (3, size, size) uint8. An image that is not RGB or not upright is converted as decoding would."""
         size = [self.image_size, self.image_size]
-        return functional.pil_to_tensor(functional.resize(upright(image), size, InterpolationMode.BICUBIC))
+        image = upright(image)
+        if self.crop is None:
+            return functional.pil_to_tensor(functional.resize(image, size, InterpolationMode.BICUBIC))
+        shorter = functional.resize(image, [round(self.image_size / self.crop)], InterpolationMode.BICUBIC)
+        return functional.pil_to_tensor(functional.center_crop(shorter, size))

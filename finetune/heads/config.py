@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pretrain.config import TextEncoderConfig
+from pretrain.model.config import TextEncoderConfig
 from runtime.errors import RecipeError
 
 

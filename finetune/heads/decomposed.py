@@ -20,10 +20,10 @@ from data_tools.pixels.transforms import EvaluationTransform
 from data_tools.tokenizer import CaptionTokenizer, load_tokenizer
 from finetune.heads.base import Workload
 from finetune.heads.config import VLDeformerConfig
-from pretrain.config import ModelConfig
 from pretrain.encode import gather_shares, rank_share
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.model.bert_layers import BertLayer
+from pretrain.model.config import ModelConfig
 from pretrain.model.fusion_encoder import FusionEncoder
 from pretrain.model.single_stream import IMAGE, TEXT, SingleStreamEncoder
 from pretrain.weights.load import Images, Texts, find_checkpoint, load_model, load_weights
@@ -163,7 +163,7 @@ class LoadedVLDeformer:
             torch.manual_seed(0)  # a projection between widths is new; it is the same each time
             self.model = Decomposed(network, "mean")
         self.model.eval().requires_grad_(False).to(self.device)
-        self.transform = EvaluationTransform(network.config.image.image_size)
+        self.transform = EvaluationTransform(network.config.image.image_size, network.image_encoder.crop)
         """Turns a PIL image into (3, size, size) uint8."""
 
     @property
@@ -207,7 +207,7 @@ def encode_decomposed(
     count, captions = len(collection), collection.captions
     own, own_captions = rank_share(count, batch_size, ranks), rank_share(len(captions), batch_size, ranks)
     images, texts = [], []
-    transform = EvaluationTransform(model.image_encoder.vit.patch_embed.img_size[0])
+    transform = EvaluationTransform(model.image_encoder.image_size, model.image_encoder.crop)
     with progress("encoding", count + len(captions), "items", silent=work.silent or not ranks.first) as bar:
         for pixels in collection.images(transform, own, batch_size, work.workers):
             images.append(model.encode_image(pixels.to(work.device)))

@@ -65,6 +65,7 @@ class DualTask(RetrievalTask):
             )
         self.contrastive_weight, self.matching_weight = recipe.contrastive_weight, recipe.matching_weight
         self.model = start.network.requires_grad_(True)
+        self.model.freeze()
         self.model.codebook = None  # retrieval does not read it
         if not recipe.matching_weight:  # no loss reaches these, and DDP would wait for their gradients
             self.model.fusion_encoder.requires_grad_(False)
@@ -104,7 +105,7 @@ class DualTask(RetrievalTask):
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Return the model's parameters: a dual checkpoint is an alignment model."""
-        return dict(self.model.named_parameters())
+        return self.model.state_dict()
 
     def describe(self, training: str) -> dict[str, Any]:
         """Return an alignment model's `model.json`, and whether its fusion head was tuned."""

@@ -22,7 +22,7 @@ from finetune.heads.hat_model import HatModel, LoadedHat
 from finetune.heads.hat_scoring import hat_scores
 from finetune.heads.levels import BackboneEncoders, CheckpointEncoders, LevelEncoders
 from finetune.shortlist import make_shortlists, score_first_stage
-from pretrain.config import ModelConfig
+from pretrain.model.config import ModelConfig
 from pretrain.objectives.state import MicroBatch
 from pretrain.weights.load import load_model
 from retrieval.protocols import folds_of
@@ -132,7 +132,7 @@ class HatTask(RetrievalTask):
         """Return the encoders' transformer layers."""
         encoders = self.model.encoders
         assert isinstance(encoders, CheckpointEncoders), "the recipe refuses other encoders"
-        return [*encoders.image_encoder.vit.blocks, *encoders.text_encoder.layers]
+        return [*encoders.image_encoder.layers(), *encoders.text_encoder.layers]
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Return the parameters and buffers of the encoders and the projections."""

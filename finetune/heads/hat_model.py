@@ -16,8 +16,8 @@ from data_tools.tokenizer import CaptionTokenizer, load_tokenizer
 from finetune.heads.config import HatConfig
 from finetune.heads.levels import BackboneEncoders, CheckpointEncoders, LevelEncoders
 from finetune.heads.stacked_attention import Comparison, context_gram, mean_scores, pair_scores
-from pretrain.config import ModelConfig
 from pretrain.model.alignment_model import AlignmentModel
+from pretrain.model.config import ModelConfig
 from pretrain.weights.load import find_checkpoint, load_weights
 from runtime.checkpoint import checkpoint_hash, read_tensors, verify_checkpoint
 from runtime.errors import CheckpointError

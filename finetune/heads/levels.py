@@ -60,7 +60,7 @@ class CheckpointEncoders(LevelEncoders):
     def __init__(self, network: AlignmentModel) -> None:
         super().__init__()
         self.image_encoder, self.text_encoder = network.image_encoder, network.text_encoder
-        self.image_widths = [self.image_encoder.width] * len(self.image_encoder.vit.blocks)
+        self.image_widths = self.image_encoder.level_widths
         self.image_size = network.config.image.image_size
 
     def image_levels(self, images: Tensor, levels: list[int]) -> list[Tensor]:

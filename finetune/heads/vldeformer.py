@@ -182,7 +182,7 @@ class VLDeformerTask(RetrievalTask):
             image that the patches come from.
         """
         negatives = self.recipe.vldeformer.negatives
-        side = self.image_size // self.model.image_encoder.vit.patch_embed.patch_size[0]
+        side = self.model.image_encoder.grid[0]
         numbers = torch.from_numpy(self._numbers(batch, PATCHES, 1 + side * side)).to(batch.images.device)
         attention = None
         if self.guide is not None:
@@ -205,7 +205,7 @@ class VLDeformerTask(RetrievalTask):
 
     def layers(self) -> list[nn.Module]:
         """Return the transformer layers of both encoders and the joint layers."""
-        return [*self.model.image_encoder.vit.blocks, *self.model.text_encoder.layers, *self.model.joint.layers]
+        return [*self.model.image_encoder.layers(), *self.model.text_encoder.layers, *self.model.joint.layers]
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Return the parameters and buffers of the model taken apart."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from data_tools.in_order.collection import Collection
-from data_tools.pixels.transforms import EvaluationTransform
 from finetune.report.codewords import codebook_html
 from finetune.report.page_parts import figure_html, note_html
 from finetune.report.word_map_figures import word_maps_html
@@ -173,5 +172,5 @@ def _model_html(run: Path, data: str, limit: int) -> list[str]:
 
 def _read_pixels(model: ImageTextModel, collection: Collection, count: int) -> Tensor:
     """Return the first images as the model sees them, (count, 3, size, size) uint8."""
-    transform = EvaluationTransform(model.network.config.image.image_size)
+    transform = model.transform
     return torch.cat(list(collection.images(transform, range(count), 64, 0)))

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pretrain.config import ModelConfig
+from data_tools.pixels.transforms import EvaluationTransform
 from pretrain.model.bert_layers import PreparedImages, initialize_weights
+from pretrain.model.config import ModelConfig
 from pretrain.model.fusion_encoder import FusionEncoder
 from pretrain.model.image_encoder import ImageEncoder
 from pretrain.model.single_stream import SingleStreamEncoder
 from pretrain.model.text_encoder import TextEncoder
+from pretrain.model.timm_tower import TimmTower
 from runtime.errors import RecipeError
 
 
@@ -74,16 +76,19 @@ class AlignmentModel(nn.Module):
         super().__init__()
         width = config.text.width
         self.config = config
-        self.image_encoder = ImageEncoder(config.image)
+        self.image_encoder: ImageEncoder | TimmTower = (
+            TimmTower(config.image) if config.image.kind == "timm" else ImageEncoder(config.image)
+        )
         self.text_encoder = TextEncoder(config.text, vocabulary)
         fusion = SingleStreamEncoder if config.fusion.kind == "single_stream" else FusionEncoder
         self.fusion_encoder: FusionEncoder | SingleStreamEncoder = fusion(
             config.fusion, config.text, self.image_encoder.width
         )
-        self.image_projection = nn.Linear(self.image_encoder.width, config.feature_dim)
+        self.image_projection = nn.Linear(self.image_encoder.pooled_width, config.feature_dim)
         self.text_projection = nn.Linear(width, config.feature_dim)
         self.masked_language_head = MaskedLanguageHead(width, vocabulary)
-        layers = len(self.image_encoder.vit.blocks)
+        level_widths = self.image_encoder.level_widths
+        layers = len(level_widths)
         for pair in config.levels:
             if pair[1] > layers:
                 raise RecipeError(
@@ -92,12 +97,12 @@ class AlignmentModel(nn.Module):
         self.level_projections = nn.ModuleList(
             nn.ModuleDict(
                 {
-                    "image_norm": nn.LayerNorm(self.image_encoder.width),  # a ViT's inner layers are not normalised
-                    "image": nn.Linear(self.image_encoder.width, config.feature_dim),
+                    "image_norm": nn.LayerNorm(level_widths[layer - 1]),  # a ViT's inner layers are not normalised
+                    "image": nn.Linear(level_widths[layer - 1], config.feature_dim),
                     "text": nn.Linear(width, config.feature_dim),
                 }
             )
-            for _ in config.levels
+            for _, layer in config.levels
         )
         self.matching_head = nn.Linear(width, 2)
         self.temperature = Temperature(config.temperature)
@@ -106,10 +111,36 @@ class AlignmentModel(nn.Module):
             if config.codewords
             else None
         )
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Let no gradient reach the encoders that `model.image.frozen` and `model.text.frozen` name."""
+        for part in self._frozen_parts():
+            part.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> AlignmentModel:
+        """Set the training mode. Frozen encoders stay in evaluation mode: without dropout they give the same tokens each time."""
+        super().train(mode)
+        for part in self._frozen_parts():
+            part.eval()
+        return self
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        parts: list[nn.Module] = [self.image_encoder.vit] if self.config.image.frozen else []
+        return parts + ([self.text_encoder] if self.config.text.frozen else [])
+
+    def constants(self) -> dict[str, Tensor]:
+        """Return what a checkpoint must hold beside the trained parameters: frozen weights, and statistics of batch norms."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in trained}
+
+    def evaluation_transform(self) -> EvaluationTransform:
+        """Return what makes an image ready for scoring: squashed to a square as in ALBEF, or the tower's own centre crop."""
+        return EvaluationTransform(self.config.image.image_size, self.image_encoder.crop)
 
     def layers(self) -> list[nn.Module]:
         """Return the transformer layers of all three encoders."""
-        return [*self.image_encoder.vit.blocks, *self.text_encoder.layers, *self.fusion_encoder.layers]
+        return [*self.image_encoder.layers(), *self.text_encoder.layers, *self.fusion_encoder.layers]
 
     def compile_layers(self) -> None:
         """Compile each layer's forward: once for all layers of a class, and once more for each kind of call.
@@ -142,17 +173,22 @@ class AlignmentModel(nn.Module):
         ):
             assert isinstance(projections, nn.ModuleDict)
             image = projections["image"](projections["image_norm"](class_token))
-            text = projections["text"](states[layer][:, 0])
+            text = projections["text"](self.text_encoder.global_state(states[layer], mask))
             levels.append((_unit(image), _unit(text)))
         return tokens, states[-1], levels
 
     def image_features(self, image_tokens: Tensor) -> Tensor:
-        """Project the class token of (images, tokens, width) to unit-norm features (images, feature_dim), float32."""
-        return _unit(self.image_projection(image_tokens[:, 0]))
+        """Pool and project (images, tokens, width) to unit-norm features (images, feature_dim), float32."""
+        return _unit(self.image_projection(self.image_encoder.global_state(image_tokens)))
 
-    def text_features(self, text_states: Tensor) -> Tensor:
-        """Project [CLS] of (texts, words, width) to unit-norm features (texts, feature_dim), float32."""
-        return _unit(self.text_projection(text_states[:, 0]))
+    def text_features(self, text_states: Tensor, mask: Tensor) -> Tensor:
+        """Pool and project (texts, words, width) to unit-norm features (texts, feature_dim), float32.
+
+        Args:
+            text_states: (texts, words, width).
+            mask: (texts, words) bool, True where a word is.
+        """
+        return _unit(self.text_projection(self.text_encoder.global_state(text_states, mask)))
 
     def match(
         self, states: Tensor, mask: Tensor, images: PreparedImages, image_of_text: Tensor | None = None

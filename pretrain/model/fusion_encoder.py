@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pretrain.config import FusionEncoderConfig, TextEncoderConfig
 from pretrain.model.bert_layers import BertLayer, KeysValues, initialize_weights
+from pretrain.model.config import FusionEncoderConfig, TextEncoderConfig
 
 
 class FusionEncoder(nn.Module):

@@ -2,12 +2,14 @@
 
 The interface that the rest of the model uses:
 
-- `forward(images)` returns tokens (images, 1 + patches, width), the class token first. It is the global feature, and
-  `AlignmentModel.image_features` projects it.
+- `forward(images)` returns tokens (images, 1 + patches, width), the class token first.
+- `global_state(tokens)` pools them, here to the class token, and `AlignmentModel.image_features` projects the result.
 - `with_levels(images, layers)` returns the tokens and the class token after inner layers, for levels. `layer_tokens` returns the patch
-  tokens after inner layers.
-- `width`, and `tokens`, how many tokens an image has.
-- `set_image_size(image_size)`.
+  tokens after inner layers. `level_widths` has the width of each.
+- `width`; `pooled_width`, that of the global state; `tokens`, how many tokens an image has; `grid`, rows and columns of patches.
+- `layers()`, for compiling and activation checkpointing; `set_image_size(image_size)`; `crop`, for scoring.
+
+`timm_tower.py` has the same interface for other models.
 
 Tested in tests/pretrain/model/test_alignment_model.py.
 """
@@ -21,8 +23,8 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from pretrain.config import ImageEncoderConfig
 from pretrain.model.bert_layers import initial_std
+from pretrain.model.config import ImageEncoderConfig
 from runtime.errors import RecipeError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -40,6 +42,8 @@ class ImageEncoder(nn.Module):
 
     mean: Tensor
     std: Tensor
+    crop: float | None = None
+    """Share of the shorter side that an evaluation image's centre crop keeps. None: the whole image is squashed to a square."""
 
     def __init__(self, config: ImageEncoderConfig) -> None:
         super().__init__()
@@ -69,16 +73,37 @@ class ImageEncoder(nn.Module):
                 f"model.image.architecture {config.architecture} has no class token; choose a timm ViT that has one"
             )
         self.width: int = self.vit.embed_dim
+        self.pooled_width = self.width
+        self.level_widths = [self.width] * len(self.vit.blocks)
         with torch.no_grad():
             for module in self.vit.modules():
                 if isinstance(module, nn.Linear):
                     nn.init.trunc_normal_(module.weight, std=initial_std(self.width))
             if self.vit.pos_embed is not None:  # some of timm's models have rotary positions instead
                 self.vit.pos_embed.normal_(std=config.position_std)
-        self.tokens: int = self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
         # Not persistent: they are constants, and DeepSpeed does not copy buffers between ranks.
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1) * 255, persistent=False)
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side."""
+        return int(self.vit.patch_embed.img_size[0])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        rows, columns = self.vit.patch_embed.grid_size
+        return rows, columns
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image: patches, the class token, and registers where the architecture has them."""
+        return self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
+
+    def layers(self) -> list[nn.Module]:
+        """Return the transformer layers."""
+        return list(self.vit.blocks)
 
     def set_image_size(self, image_size: int) -> None:
         """Take images of `image_size` pixels a side from now on, and interpolate the position embeddings."""
@@ -91,6 +116,10 @@ class ImageEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return tokens (batch, 1 + patches, width) of images (batch, 3, size, size) uint8."""
         return self.vit(self._pixels(images))
+
+    def global_state(self, tokens: Tensor) -> Tensor:
+        """Return the class token, (batch, width), of tokens (batch, 1 + patches, width)."""
+        return tokens[:, 0]
 
     def with_levels(self, images: Tensor, layers: list[int]) -> tuple[Tensor, list[Tensor]]:
         """Return `forward`'s tokens, and the class token after inner layers.

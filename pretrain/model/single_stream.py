@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pretrain.config import FusionEncoderConfig, TextEncoderConfig
 from pretrain.model.bert_layers import BertLayer, PreparedImages, initialize_weights
+from pretrain.model.config import FusionEncoderConfig, TextEncoderConfig
 
 TEXT, IMAGE = 0, 1
 """Rows of the segment embedding, the paper's [T] and [V]."""

@@ -2,8 +2,8 @@
 
 The interface that the rest of the model uses:
 
-- `forward(ids, mask)` returns the word states (texts, words, width), [CLS] first. It is the global feature, and
-  `AlignmentModel.text_features` projects it.
+- `forward(ids, mask)` returns the word states (texts, words, width), [CLS] first.
+- `global_state(states, mask)` pools them, and `AlignmentModel.text_features` projects the result.
 - `layer_states(ids, mask)` returns the states after every layer, for levels.
 - `width`, and `layers`, the transformer layers, for compiling and activation checkpointing.
 - `words`, the word embeddings, which the masked-language head shares.
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pretrain.config import TextEncoderConfig
 from pretrain.model.bert_layers import BertLayer, initialize_weights
+from pretrain.model.config import TextEncoderConfig
 
 
 class TextEncoder(nn.Module):
@@ -26,7 +26,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: TextEncoderConfig, vocabulary: int) -> None:
         super().__init__()
-        self.width, self.dropout = config.width, config.dropout
+        self.width, self.dropout, self.pooling = config.width, config.dropout, config.pooling
         self.words = nn.Embedding(vocabulary, config.width, padding_idx=0)
         self.positions = nn.Embedding(config.positions, config.width)
         # BERT's segments. Captions use only the first.
@@ -48,6 +48,13 @@ class TextEncoder(nn.Module):
             (texts, words, width)
         """
         return self.layer_states(ids, mask)[-1]
+
+    def global_state(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Pool states (texts, words, width) as `model.text.pooling` says, to (texts, width). Padding does not count."""
+        if self.pooling == "class":
+            return states[:, 0]
+        words = mask[..., None].to(states.dtype)
+        return (states * words).sum(1) / words.sum(1)
 
     def layer_states(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
         """Return the embeddings, then the states after each layer, (texts, words, width) each; arguments as in `forward`."""

@@ -112,7 +112,7 @@ class StudentState:
     @cached_property
     def text(self) -> Tensor:
         """Unit-norm text features (batch, feature_dim)."""
-        return self.model.text_features(self.text_states)
+        return self.model.text_features(self.text_states, self.batch.text.mask)
 
     @cached_property
     def prepared_images(self) -> PreparedImages:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from data_tools.tokenizer import CaptionTokenizer, load_tokenizer
-from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from pretrain.model.alignment_model import AlignmentModel, Temperature
+from pretrain.model.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from pretrain.model.image_encoder import interpolate_positions
 from pretrain.weights.load import describe_model
 from pretrain.weights.starting import from_bert
@@ -299,7 +299,14 @@ def _find_sizes(
     if width % image_heads:
         raise CheckpointError(f"--image-heads {image_heads} does not divide the image encoder's width of {width}")
     return ModelConfig(
-        ImageEncoderConfig("vit_base_patch16_224", side * patch, patch, width, blocks, image_heads),
+        ImageEncoderConfig(
+            architecture="vit_base_patch16_224",
+            image_size=side * patch,
+            patch=patch,
+            width=width,
+            depth=blocks,
+            heads=image_heads,
+        ),
         TextEncoderConfig(
             text_width, first, heads, feed_forward, float(bert.get("hidden_dropout_prob", 0.1)), len(positions)
         ),

@@ -47,15 +47,15 @@ def begin_from(source: Path, model: AlignmentModel) -> tuple[list[str], dict[str
         teacher = {name: weight.data for name, weight in averaged.named_parameters() if name in averages}
     network = at_resolution(start.network, model.config.image.image_size)
     _check(model, network, start.folder)
-    mine, theirs = dict(model.named_parameters()), dict(network.named_parameters())
+    mine, theirs = model.state_dict(), network.state_dict()
     shared = mine.keys() & theirs.keys()
     for name in shared:
         mine[name].data.copy_(theirs[name])
     return [
         f"{len(shared)} tensors and the tokenizer from {start.folder}; the teacher begins as "
         + ("its teacher" if teacher else "the student: it has none"),
-        f"random, because it has none: {_parts(mine.keys() - theirs.keys())}",
-        f"not used of it: {_parts(theirs.keys() - mine.keys())}",
+        f"random, because it has none: {count_by_part(mine.keys() - theirs.keys())}",
+        f"not used of it: {count_by_part(theirs.keys() - mine.keys())}",
     ], teacher
 
 
@@ -73,11 +73,13 @@ def _check(model: AlignmentModel, network: AlignmentModel, folder: Path) -> None
 def _properties(model: AlignmentModel) -> dict[str, object]:
     """Return what must agree wherever both models have it: the shapes of weights, and settings that no shape shows."""
     config = model.config
-    properties: dict[str, object] = {name: list(weight.shape) for name, weight in model.named_parameters()}
-    properties["attention heads of image and text"] = [
-        model.image_encoder.vit.blocks[0].attn.num_heads,
-        config.text.heads,
-    ]
+    properties: dict[str, object] = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    vit = config.image.kind == "vit"
+    image_heads = model.image_encoder.vit.blocks[0].attn.num_heads if vit else 0
+    properties["attention heads of image and text"] = [image_heads, config.text.heads]
+    properties["kind and poolings"] = [config.image.kind, config.image.pooling, config.text.pooling]
+    if not vit:
+        properties["model.image.architecture"] = config.image.architecture
     if config.fusion.layers:
         properties["fusion.kind"] = config.fusion.kind
     if config.levels:
@@ -85,7 +87,7 @@ def _properties(model: AlignmentModel) -> dict[str, object]:
     return properties
 
 
-def _parts(names: set[str]) -> str:
+def count_by_part(names: set[str]) -> str:
     """Return how many tensors there are of each part, as in `codebook (1), fusion_encoder (26)`."""
     counted = Counter(name.split(".")[0] for name in sorted(names))
     return ", ".join(f"{part} ({count})" for part, count in counted.items()) or "nothing"

@@ -35,6 +35,6 @@ def export(source: Path, out: Path) -> str:
     exported = describe_model(model.network.config, model.tokenizer.caption_tokens, model.training)
     if "fusion_tuned" in description:  # it tells whether fine-tuning trained the fusion encoder
         exported["fusion_tuned"] = description["fusion_tuned"]
-    write_checkpoint(out, {"model": dict(model.network.named_parameters())}, {"model": exported}, model.tokenizer.save)
+    write_checkpoint(out, {"model": model.network.state_dict()}, {"model": exported}, model.tokenizer.save)
     millions = sum(parameter.numel() for parameter in model.network.parameters()) / 1e6
     return f"{out}: {millions:.1f} M parameters of {model.folder}, {model.training}"

@@ -14,10 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from data_tools.pixels.transforms import EvaluationTransform
 from data_tools.tokenizer import CaptionTokenizer, load_tokenizer
-from pretrain.config import ModelConfig
 from pretrain.model.alignment_model import AlignmentModel
+from pretrain.model.config import ModelConfig
 from runtime.checkpoint import checkpoint_hash, read_tensors, resolve_pointer, verify_checkpoint
 from runtime.errors import CheckpointError
 from runtime.files import read_json
@@ -37,7 +36,7 @@ class ImageTextModel:
         self.tokenizer, self.device, self.folder = tokenizer, device, folder
         self.training = training
         """`pretrained` or `fine-tuned-on X`, as in score records."""
-        self.transform = EvaluationTransform(network.config.image.image_size)
+        self.transform = network.evaluation_transform()
         """Turns a PIL image into (3, size, size) uint8."""
 
     @property
@@ -61,7 +60,8 @@ class ImageTextModel:
         """Return the texts' unit-norm features, (batch, feature_dim)."""
         self._need_features()
         ids, mask = self.tokenizer(list(texts))
-        return self.network.text_features(self.network.text_encoder(ids.to(self.device), mask.to(self.device)))
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        return self.network.text_features(self.network.text_encoder(ids, mask), mask)
 
     def match(self, images: Images, texts: Texts) -> Tensor:
         """Return the probability that image i and text i belong together, by the fusion encoder.

@@ -14,9 +14,13 @@ from timm.models import load_state_dict
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
-from pretrain.config import ImageEncoderConfig, TextEncoderConfig
 from pretrain.model.alignment_model import AlignmentModel
+from pretrain.model.config import ImageEncoderConfig, TextEncoderConfig
 from pretrain.model.text_encoder import TextEncoder
+from pretrain.model.timm_tower import TimmTower
+from pretrain.weights.begin_from import count_by_part
+from pretrain.weights.packages import model_folder
+from pretrain.weights.tower import load_tower_weights
 from runtime.errors import CheckpointError
 
 
@@ -39,6 +43,8 @@ CLASSIFIER = ("head.", "head_dist.", "fc_norm.", "pre_logits.")
 
 def _load_image(model: AlignmentModel, config: ImageEncoderConfig) -> list[str]:
     """Load the image encoder's weights, and return the names that were not used."""
+    if isinstance(model.image_encoder, TimmTower):
+        return load_tower_weights(model.image_encoder, config)
     source, vit, unused = config.weights, model.image_encoder.vit, list[str]()
     if source != "timm" and not Path(source).is_file():
         raise CheckpointError(
@@ -127,16 +133,25 @@ def from_bert(weights: dict[str, Tensor], text_layers: int) -> dict[str, Tensor]
 
 def _read_bert(config: TextEncoderConfig, key: str) -> dict[str, Tensor]:
     """Return the weights of the BERT that `config.weights` names, under our names. `key` is the recipe key, for errors."""
-    from transformers import BertForMaskedLM
+    from transformers import AutoConfig, BertForMaskedLM
 
+    source = model_folder(config.weights, f"{key}.weights")
     try:
-        bert = BertForMaskedLM.from_pretrained(config.weights)
+        kind = AutoConfig.from_pretrained(source).model_type
+        if kind != "bert":  # its tensors have other names, and transformers would start a random BERT in their place
+            raise CheckpointError(
+                f"{key}.weights: {config.weights} is a {kind}, but the text encoder is a BERT; name a BERT"
+            )
+        loaded: Any = BertForMaskedLM.from_pretrained(source, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{key}.weights: cannot load a BERT from `{config.weights}` ({reason}); without network, give a folder"
         ) from error
-    return from_bert(bert.state_dict(), config.layers)
+    # What the file lacks is random here, and must not count as loaded.
+    bert, loading = loaded
+    weights = {name: weight for name, weight in bert.state_dict().items() if name not in loading["missing_keys"]}
+    return from_bert(weights, config.layers)
 
 
 def _copy_bert(ours: Mapping[str, Tensor], theirs: dict[str, Tensor], config: TextEncoderConfig, key: str) -> list[str]:
@@ -179,6 +194,6 @@ def _load_bert(model: AlignmentModel, config: TextEncoderConfig) -> list[str]:
     fresh = [name for name in text_side if name not in used]
     unused = [name for name in theirs if name not in ours]
     return [
-        f"text side: {len(used)} tensors started from {config.weights}, {len(fresh)} are random (cross-attention, and others that this BERT lacks)",
+        f"text side: {len(used)} tensors started from {config.weights}, {len(fresh)} are random, because it lacks them: {count_by_part(set(fresh))}",
         f"not used of it: {', '.join(unused) or 'nothing'}",
     ]

@@ -12,8 +12,8 @@ from data_tools.shards.manifest import read_index
 from data_tools.shards.reader import ShardReader
 from data_tools.tokenizer import train_tokenizer
 from launch.cli import main
-from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from pretrain.model.alignment_model import AlignmentModel
+from pretrain.model.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from pretrain.weights.load import describe_model
 from runtime.checkpoint import write_checkpoint
 from runtime.errors import LigatureError

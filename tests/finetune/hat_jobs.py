@@ -14,8 +14,8 @@ from finetune.heads.hat import HatTask
 from finetune.heads.hat_model import HatModel
 from finetune.heads.hat_scoring import hat_scores
 from finetune.heads.levels import CheckpointEncoders
-from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from pretrain.model.alignment_model import AlignmentModel, TextBatch
+from pretrain.model.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from pretrain.objectives.state import Keys, MicroBatch
 from runtime.ranks import ranks_from_environment
 

@@ -8,8 +8,8 @@ from torch.nn.functional import normalize
 
 from finetune.heads.decomposed import Decomposed
 from finetune.heads.vldeformer import Altered, contrastive_loss, cosine_loss
-from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from pretrain.model.alignment_model import AlignmentModel
+from pretrain.model.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 
 
 def network(kind: str, image_width: int = 32, text_layers: int = 1) -> AlignmentModel:

@@ -91,7 +91,7 @@ def test_encoders_give_albefs_features(albef):
     close(tokens, albef.expected["image_tokens"])
     close(states[albef.text.mask], albef.expected["text_tokens"][albef.text.mask])
     close(albef.model.image_features(tokens), albef.expected["image_feature"])
-    close(albef.model.text_features(states), albef.expected["text_feature"])
+    close(albef.model.text_features(states, albef.text.mask), albef.expected["text_feature"])
 
 
 def test_fusion_and_heads_give_albefs_outputs(albef):
@@ -111,7 +111,7 @@ def test_the_teacher_equals_albefs_after_one_update(albef):
     tokens = teacher.model.image_encoder.vit(albef.image)
     close(teacher.model.image_features(tokens), albef.expected["teacher_image_feature"])
     states = teacher.model.text_encoder(albef.text.ids, albef.text.mask)
-    close(teacher.model.text_features(states), albef.expected["teacher_text_feature"])
+    close(teacher.model.text_features(states, albef.text.mask), albef.expected["teacher_text_feature"])
     logits = teacher.model.masked_language_logits(albef.fuse(teacher.model, tokens, albef.inputs["masked_input_ids"]))
     close_to_scale(logits[albef.text.mask], albef.expected["mlm_teacher_logits"][albef.text.mask])
 
@@ -140,7 +140,7 @@ def losses(albef: Albef) -> dict[str, Tensor]:
         teacher_tokens = teacher.model.image_encoder.vit(albef.image)
         new = (
             teacher.model.image_features(teacher_tokens),
-            teacher.model.text_features(teacher.model.text_encoder(albef.text.ids, albef.text.mask)),
+            teacher.model.text_features(teacher.model.text_encoder(albef.text.ids, albef.text.mask), albef.text.mask),
         )
     image_keys, text_keys = (torch.cat(pair) for pair in zip(new, queue, strict=True))
     keys = Keys(image_keys, text_keys, torch.arange(len(image_keys)))

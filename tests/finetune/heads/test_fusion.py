@@ -8,9 +8,9 @@ import torch
 from finetune.heads import fusion
 from finetune.heads.fusion import fusion_scores, match_pairs
 from finetune.shortlist import make_shortlists
-from pretrain.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from pretrain.encode import Encodings
 from pretrain.model.alignment_model import AlignmentModel
+from pretrain.model.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from runtime.ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def encodings(model):
     with torch.no_grad():
         tokens = model.image_encoder(torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8))
         states = model.text_encoder(ids, mask)
-        return Encodings(model.image_features(tokens), model.text_features(states), tokens, states, mask)
+        return Encodings(model.image_features(tokens), model.text_features(states, mask), tokens, states, mask)
 
 
 def test_a_pair_scores_the_same_as_when_scored_alone(model, encodings):

@@ -26,7 +26,7 @@ from finetune.heads.hat_scoring import hat_scores
 from finetune.heads.levels import BackboneEncoders
 from finetune.report.heat_maps import attention_maps
 from launch.cli import main
-from pretrain.config import TextEncoderConfig
+from pretrain.model.config import TextEncoderConfig
 from pretrain.weights.load import load_model
 from retrieval.records import read_record
 from runtime.errors import CheckpointError, RecipeError

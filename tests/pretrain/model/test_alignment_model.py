@@ -7,8 +7,8 @@ import tiny
 import torch
 from torch.nn import functional
 
-from pretrain.config import ImageEncoderConfig
 from pretrain.model.alignment_model import Temperature
+from pretrain.model.config import ImageEncoderConfig
 from pretrain.model.image_encoder import CLIP_MEAN, CLIP_STD, ImageEncoder
 from runtime.errors import RecipeError
 
@@ -72,7 +72,7 @@ def test_outputs_have_their_stated_shapes(model):
     states = model.text_encoder(ids, mask)
     fused = model.fusion_encoder(states, mask, model.fusion_encoder.prepare_images(tokens))
     assert tokens.shape == (5, 5, 32) and states.shape == fused.shape == (5, tiny.CAPTION_WORDS, 32)
-    for features in (model.image_features(tokens), model.text_features(states)):
+    for features in (model.image_features(tokens), model.text_features(states, mask)):
         assert features.shape == (5, 16)
         torch.testing.assert_close(features.norm(dim=-1), torch.ones(5))
     assert model.matching_logits(fused).shape == (5, 2)
@@ -97,7 +97,10 @@ def test_padding_never_changes_a_caption_nor_what_is_fused_from_it(model):
         fused_alone = model.fusion_encoder(alone, mask[row, None, :length], own)
         torch.testing.assert_close(fused_alone[0], fused[row, :length], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(
-            model.text_features(alone)[0], model.text_features(states)[row], atol=1e-5, rtol=1e-5
+            model.text_features(alone, mask[row, None, :length])[0],
+            model.text_features(states, mask)[row],
+            atol=1e-5,
+            rtol=1e-5,
         )
 
 
