@@ -19,7 +19,7 @@ help:
 	@echo 'make bench     every benchmark small, held against benchmarks/expected.json (ARGS=--full: whole, against their aims)'
 	@echo 'make flickr8k  a model of Flickr8k to search with: shard, pretrain, fine-tune, score, on two CPU cores (DATA=FOLDER of its files; docs/search.md)'
 	@echo 'make coco-protocols  5K and 1K x 5 over 5,000 generated images under COCO names, HAT within 16 GB (ARGS="--captions FILE")'
-	@echo 'make lint      ruff (rules, docstrings, format), codespell and mypy'
+	@echo 'make lint      ruff (rules, docstrings, format), codespell, mypy, and the tests of floors and rooms'
 	@echo 'make clean     remove caches and build outputs; .venv and runs stay'
 
 install: $(VENV)/.installed
@@ -65,6 +65,7 @@ lint: $(VENV)/.develop
 	$(BIN)/ruff format --check
 	$(BIN)/codespell
 	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_floors.py tests/test_rooms.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
