@@ -51,6 +51,7 @@ def write_checkpoint(
         for name, group in tensors.items():
             try:
                 save_file(
+                    # safetensors refuses tensors that are not contiguous.
                     {key: tensor.detach().contiguous().cpu() for key, tensor in group.items()},
                     temporary / f"{name}.safetensors",
                 )
@@ -64,6 +65,7 @@ def write_checkpoint(
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(temporary.iterdir())
         }
+        # Written last, because it lists every file beside it.
         write_json(temporary / MANIFEST, {"format": FORMAT, "version": 1, "files": files})
 
 
@@ -90,6 +92,7 @@ def verify_checkpoint(folder: Path) -> None:
         ) from None
     for name, (size, digest) in files.items():
         path = Path(folder) / name
+        # The size comes first: it finds a cut file without reading it.
         if not path.is_file() or path.stat().st_size != size:
             raise CheckpointError(f"{path} is missing or cut short; the checkpoint cannot be used")
         if sha256_of(path) != digest:
@@ -126,6 +129,7 @@ def _discard(path: Path, staging: Path) -> None:
     rename fails and it removes nothing.
     """
     discarded = staging / f".{path.name}.discarded"
+    # An earlier removal may have been killed half-way, and no folder can be renamed over its leftovers.
     shutil.rmtree(discarded, ignore_errors=True)
     os.rename(path, discarded)
     if discarded.is_dir():
@@ -184,6 +188,7 @@ class CheckpointFolder:
             except CheckpointError as error:
                 print(f"skipping a checkpoint: {error}", file=sys.stderr)
                 continue
+            # Only now, because if no earlier checkpoint verifies, the later ones are all that the run has.
             if later:
                 with self._staging() as staging:
                     for late_step in later:
@@ -221,6 +226,7 @@ class CheckpointFolder:
                     _discard(path, staging)
             if not path.exists():
                 write(path, staging)
+            # Pointers follow the checkpoint, so a crash in between leaves them at an older whole one.
             write_text(self.folder / "latest", path.name + "\n", staging)
             if best:
                 write_text(self.folder / "best", path.name + "\n", staging)
@@ -231,6 +237,7 @@ class CheckpointFolder:
             milestones = [other for other in past if self.milestone_every and other % self.milestone_every == 0]
             kept = {self.path_of(other).name for other in [*past[-self.keep_last :], *milestones]}
             kept.add(self._pointer_target("best") or "")
+            # Older checkpoints leave last: until here a crash may still need them.
             for other in self.steps():
                 if self.path_of(other).name not in kept:
                     _discard(self.path_of(other), staging)
@@ -259,6 +266,7 @@ class CheckpointFolder:
         """
         try:
             self.commit(step, best, write)
+        # This is a LigatureError too, but no failure of the disk: the process must stop.
         except Superseded:
             raise
         except (LigatureError, OSError) as error:

@@ -28,6 +28,7 @@ def host_copies(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, 
     copies = {}
     for name, tensor in tensors:
         if keep:
+            # Without `copy`, a tensor that lies on the CPU already would be shared with training.
             copies[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     return copies
 
@@ -44,6 +45,7 @@ class CheckpointWriter:
         """Begin a write; None begins none. `finish` must have ended the previous write."""
         assert self._thread is None, "finish comes before start"
         if write is not None:
+            # A process would need a second copy. Hashing and writing, the long part, release the interpreter's lock.
             self._thread = threading.Thread(target=self._run, args=(write,), name="checkpoint", daemon=True)
             self._thread.start()
 

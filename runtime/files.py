@@ -58,12 +58,14 @@ def replaced_file(path: Path, staging: Path | None = None) -> Iterator[Path]:
         yield temporary
         sync_file(temporary)
         os.replace(temporary, path)
+        # The new name lies in the folder's list of names, which the disk keeps apart from the file.
         sync_file(path.parent)
     except OSError as error:
         raise LigatureError(
             f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
         ) from error
     finally:
+        # After the rename there is nothing to remove, and a failure here must not hide the error before it.
         with suppress(OSError):
             temporary.unlink()
 
@@ -84,6 +86,7 @@ def committed_folder(path: Path, staging: Path | None = None) -> Iterator[Path]:
     path = Path(path)
     temporary = (staging or path.parent) / f".{path.name}{PARTIAL}"
     try:
+        # The name is the same at every attempt, so this removes what a killed one left.
         shutil.rmtree(temporary, ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()

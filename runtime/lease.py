@@ -62,6 +62,7 @@ class Holder:
     @classmethod
     def this_process(cls) -> Holder:
         """Return the holder that this process is."""
+        # The values become parts of a folder's name, where `,` and `=` separate them.
         job = re.sub(r"[^\w.-]", "-", os.environ.get("SLURM_JOB_ID", ""))
         host = re.sub(r"[^\w.-]", "-", socket.gethostname())
         restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
@@ -106,9 +107,11 @@ def _machine() -> str:
 def _start_of(pid: int) -> str | None:
     """Return when a living process started, in ticks; None where it is dead or a zombie."""
     try:
+        # The command's name may hold blanks and parentheses, so the fields are counted from the last one.
         values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+    # The state is field 3 of proc(5), and the start time field 22.
     return None if values[0] in "ZX" else values[19]
 
 
@@ -155,6 +158,7 @@ class Lease:
         try:
             yield self.work
         except (OSError, LigatureError) as error:
+            # A successor removes the work folder, which shows here as a file that is missing.
             self.check()
             if isinstance(error, LigatureError):
                 raise
@@ -226,6 +230,7 @@ def _try_to_take(folder: Path, me: Holder) -> bool:
         os.rename(prepared, folder)
     except OSError as error:
         shutil.rmtree(prepared)
+        # POSIX allows either code where the target folder is not empty, which means that another process was faster.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         return False
@@ -250,6 +255,7 @@ def _refuse_living_holder(folder: Path, holder: Holder, me: Holder) -> None:
             raise RunHeld(message)
         return
     print(f"{folder.parent} was last written by {holder}; waiting {EXPIRY:.0f} s for a sign of life", file=sys.stderr)
+    # Clocks of two machines are never compared: what counts is whether the heartbeat changes meanwhile.
     first, deadline = _last_heartbeat(folder, holder), time.monotonic() + EXPIRY
     while time.monotonic() < deadline:
         time.sleep(POLL)

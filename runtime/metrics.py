@@ -38,7 +38,9 @@ class MetricsLog:
         # A new file. A process that has lost the lease keeps appending to the old one, which no longer has a name.
         with self.lease.guarded() if self.lease else nullcontext() as staging:
             write_text(self.path, "".join(_format_line(line) for line in kept), staging)
+        # Unbuffered, so that a write that does not fit is noticed at once and can be undone.
         self._file: Any = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open for the length of the run)
+        # From `purge_step` on, tensorboard hides what an interrupted run logged.
         self._board: Any = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
     def forget_after(self, step: int) -> None:
@@ -68,6 +70,7 @@ class MetricsLog:
     def _flush(self) -> None:
         """Append the waiting lines, all or none."""
         try:
+            # Late lines do no harm, but here a process that has lost the run notices it first and stops.
             if self.lease:
                 self.lease.check()
             end, text = self._file.seek(0, os.SEEK_END), "".join(self._waiting).encode()

@@ -142,6 +142,7 @@ def join(device_name: str = "auto", timeout: float = 600.0) -> tuple[Ranks, torc
     device = choose_device(device_name, ranks)
     if not distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
+        # A world of one needs no port, so several such runs can share a machine without an address.
         store = distributed.HashStore() if ranks.world == 1 else _rendezvous(ranks, timeout)
         # The watchdog ends a run that hangs, and names the rank. A collective's own timeout aborts without names, so it
         # comes later, for the case that the watchdog cannot act.
@@ -170,7 +171,9 @@ def _rendezvous(ranks: Ranks, timeout: float) -> Any:
     limit = timedelta(seconds=timeout)
     start = time.monotonic()
     try:
+        # It does not wait for the others here, because only the wait below can name those that are missing.
         store = distributed.TCPStore(address, int(port), None, is_server, limit, wait_for_workers=False)
+        # torchrun's store outlives a restart of the ranks, and the keys of the last start must not count.
         run = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         run.set(f"came/{ranks.rank}", "")
     except (distributed.DistError, ValueError) as error:
@@ -231,6 +234,7 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """Return the sum of a tensor over all ranks, as a new tensor. A collective."""
     from torch import distributed
 
+    # all_reduce works in place, and the caller's tensor must stay as it is.
     value = value.clone()
     if distributed.is_initialized() and distributed.get_world_size() > 1:
         distributed.all_reduce(value)
@@ -255,6 +259,7 @@ def run_on_first(ranks: Ranks, make: Callable[[], T]) -> T:
         try:
             outcome[0] = make()
         except LigatureError as error:
+            # Not raised here, because the other ranks wait in the broadcast below.
             outcome[1] = error
     if ranks.world > 1:
         device = torch.device("cpu") if distributed.get_backend() == "gloo" else None
@@ -279,6 +284,7 @@ def control_group() -> Any:
     from torch import distributed
 
     default = distributed.group.WORLD
+    # A group made beside an earlier default group has ended with it.
     if _control is None or _control[0] is not default:
         _control = (default, distributed.new_group(backend="gloo"))
     return _control[1]

@@ -63,6 +63,7 @@ class StragglerWatch:
         rows = gather_values(means)
         self._data_wait, self._own_work, self._step_seconds, self._count = 0.0, 0.0, 0.0, 0
         own_work = [row[1] for row in rows]
+        # Of two ranks, the slower is compared with the faster, not with the mean of both.
         median = statistics.median_low(own_work)
         step_seconds = statistics.fmean(row[2] for row in rows)
         slowest = max(range(len(own_work)), key=own_work.__getitem__)

@@ -148,6 +148,7 @@ class Watchdog:
         if verdict:
             os.write(2, f"ligature: {verdict}\n".encode())
         sys.stdout.flush()
+        # sys.exit would end this thread alone.
         os._exit(RankLost.exit_code)
 
     def start(self) -> None:
@@ -156,6 +157,7 @@ class Watchdog:
             global _watches
             _watches += 1  # every rank counts alike, so no watch reads the keys of an earlier one
             self._store = rendezvous_store(f"watch-{_watches}")
+        # A store that is gone must be noticed about as soon as a rank that is silent.
         self._store.set_timeout(timedelta(seconds=max(1.0, MISSED_BEATS * self.beat_seconds)))
         self._send_beat()
         barrier()  # after it every rank's first beat is in the store
@@ -163,6 +165,7 @@ class Watchdog:
 
     def stop(self) -> None:
         """End the watch after an orderly end of the work. A collective: every rank calls it."""
+        # The store ends with rank 0. If rank 0 went ahead, the others would take its end for a fault.
         barrier()
         self._stopped.set()
         self._thread.join()

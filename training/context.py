@@ -43,6 +43,7 @@ def hold_run(recipe: Any, train: Callable[[Any, RunContext], None]) -> Path:
         The run's folder.
     """
     folder = RunFolder(recipe)
+    # Checked before the ranks meet, so that a wrong recipe fails at once.
     folder.check(recipe)
     if not folder.finished():
         ranks, device = join(recipe.training.device, recipe.training.rank_timeout)

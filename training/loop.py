@@ -71,9 +71,11 @@ class TrainingLoop:
                 self.report_sick_step(batch, figures)
                 if state.sick.reason and state.sick.exhausted:
                     self.go_back()
+                    # The iterator stays where it is, so the run continues with the data after the sick steps.
                     continue
                 if state.step % self.config.log_every == 0 or self.at_last_step:
                     self.log_step(figures)
+                # A lost lease stops the run here, long before its next checkpoint would.
                 self.writer.check()
                 new_best = None
                 if self.stage.validates and (state.step % self.config.validate_every == 0 or self.at_last_step):
@@ -95,6 +97,7 @@ class TrainingLoop:
         """
         state, watchdog = self.state, self.context.watchdog
         start = time.monotonic()
+        # Read before `next`, which moves the cursor past this batch.
         epoch = state.stream.epoch
         watchdog.enter_phase("reading data", state.step + 1)
         with profiled("data wait"):
@@ -117,6 +120,7 @@ class TrainingLoop:
     def go_back(self) -> None:
         """Restore the last checkpoint before a row of sick steps, and continue with the data after them. A collective."""
         state = self.state
+        # The checkpoint that is being written may be the one to go back to.
         self.wait_for_checkpoint()
         healthy = state.sick.count_return(state.step, self.sick_log)
         self.context.watchdog.enter_phase("going back to a checkpoint", state.step)
@@ -162,12 +166,14 @@ class TrainingLoop:
             new_best: the rsum of this step's validation, if it is the best so far.
         """
         state, last = self.state, self.at_last_step
+        # Asked in every step, because a signal may reach a single rank and all must stop at the same step.
         stopping = self.interrupts.received_on_any_rank()
         improved = new_best is not None
         # During a row of sick steps save only when stopping, so that the last good checkpoint is not pushed out.
         due = (improved or state.step % self.config.checkpoint_every == 0) and not state.sick.in_a_row
         if due or last or stopping:
             self.start_checkpoint(new_best)
+        # Any other write goes on beside the next steps.
         saved = (stopping or last) and self.wait_for_checkpoint()
         if stopping and not last:
             where = f"saved in {self.context.folder.checkpoints.path_of(state.step)}" if saved else "NOT saved"
@@ -183,6 +189,7 @@ class TrainingLoop:
         """Copy all state to host memory and begin to write it. A collective."""
         state, start = self.state, time.monotonic()
         self.wait_for_checkpoint()
+        # Set before `save`, because the checkpoint stores it.
         state.best_rsum = state.best_rsum if new_best is None else new_best
         self.context.watchdog.enter_phase("saving a checkpoint", state.step)
         self.writer.start(self.stage.save(improved=new_best is not None))
@@ -196,6 +203,7 @@ class TrainingLoop:
         """
         state = self.state
         self.context.watchdog.enter_phase("waiting for a checkpoint to be written", state.step)
+        # Only the first rank writes, but the best score decides on every rank when the next save is due.
         on_disk = not any_rank(not self.writer.finish())
         if on_disk:
             self._best_on_disk = state.best_rsum
@@ -223,5 +231,6 @@ class TrainingLoop:
 
 def mean_over_ranks(figures: dict[str, Tensor], context: RunContext) -> dict[str, float]:
     """Return the mean of each figure over the ranks. A collective."""
+    # Stacked, so that all figures take one collective.
     stacked = torch.stack([value.to(context.device).float().reshape(()) for value in figures.values()])
     return dict(zip(figures, (sum_over_ranks(stacked) / context.ranks.world).tolist(), strict=True))

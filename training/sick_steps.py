@@ -64,11 +64,13 @@ class SickSteps:
             if self._is_steeper():
                 self.steeper = f"{self.reason} for {self.in_a_row} steps, and the loss is no higher than before; such gradients count as usual from now on"
                 self.reason = ""
+                # The old norms would make the next steps sick too, so the history begins anew with this step.
                 self.norms.clear()
                 self.losses.clear()
         if self.reason:
             self.skipped += 1
         else:
+            # Only applied steps count as history. Sick norms would raise the median until they passed.
             self.norms.append(norm)
             self.losses.append(loss)
             self.streak.clear()
@@ -106,6 +108,7 @@ class SickSteps:
             ranks: this process among the processes of the run.
             log: path of `sick_steps.jsonl`.
         """
+        # This comes before the return below, because every rank must reach the collective.
         losses_and_keys = gather_values((own_loss, keys))
         if not ranks.first:
             return
@@ -178,6 +181,7 @@ class SickSteps:
         state = fresh | (state or {})
         self.norms = deque(state["norms"], maxlen=self.config.window)
         self.losses = deque(state["losses"], maxlen=self.config.window)
+        # `_number` has stored NaN and infinity as text, which float() reads.
         self.streak = [(float(loss), float(norm)) for loss, norm in state["streak"]]
         self.skipped = state["skipped"]
 
