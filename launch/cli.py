@@ -46,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"ligature: {message}" if rank == "0" else f"ligature (rank {rank}): {message}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output (`| head`) has gone: nothing more to print
+        # Python flushes stdout once more at exit. On the closed pipe that would fail again, with a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno not in REMEDIES:
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("ligature: interrupted", file=sys.stderr)
+        # 128 + SIGINT, the code that shells give a command ended by ctrl-C.
         return 130
     return 0
 
@@ -67,6 +69,7 @@ def entry() -> None:
         # These stages stop by themselves at a step boundary, and their exit code must reach the launcher.
         hold_interrupts()
     code = main()
+    # `os._exit` below writes out no buffers, so the last lines would be lost.
     sys.stdout.flush()
     sys.stderr.flush()
     if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -54,6 +54,7 @@ def completion(arguments: list[str]) -> str:
         return format_fish(words)
     cases = "\n".join(f'    {name}) words="{" ".join(after)}" ;;' for name, after in words.items())
     text = BASH.format(shell=shell, commands=" ".join([*COMMANDS, "--help", "--completion"]), cases=cases)
+    # After this line zsh understands bash's completion functions, so one script serves both.
     return "autoload -Uz bashcompinit && bashcompinit\n" + text if shell == "zsh" else text
 
 
@@ -68,6 +69,7 @@ def words_of(name: str) -> list[str]:
 def options_of(command: list[str]) -> set[str]:
     """Return the long options that a command's help lists."""
     text = io.StringIO()
+    # Every command's `--help` leaves by SystemExit after printing.
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit, LigatureError):
         find_command(command[0]).load()([*command[1:], "--help"])
     return set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", text.getvalue())) - {"--print_config"}
@@ -81,6 +83,7 @@ def format_fish(words: dict[str, list[str]]) -> str:
     """
     lines = ["# ligature's commands and options. To use it: ligature --completion fish | source"]
     for name, after in words.items():
+        # The script puts the text in single quotes.
         about = COMMANDS[name].about.replace("'", "")
         lines.append(f"complete -c ligature -n __fish_use_subcommand -f -a {name} -d '{about}'")
         for word in after:

@@ -22,6 +22,7 @@ class Command:
 
     def load(self) -> Callable[[list[str]], None]:
         """Import the command's module and return its `run`."""
+        # Imported on use: help stays fast, and a command can run another through the table without an import circle.
         return importlib.import_module(self.module).run
 
 

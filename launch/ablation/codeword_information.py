@@ -83,6 +83,7 @@ def corrected(first: Tensor, second: Tensor) -> float:
     Returns:
         Bits.
     """
+    # A fixed seed, so that measuring a run again gives the same bits.
     generator = torch.Generator().manual_seed(0)
     chance = [information(first, second[torch.randperm(len(second), generator=generator)]) for _ in range(SHUFFLES)]
     return information(first, second) - sum(chance) / SHUFFLES
@@ -102,4 +103,5 @@ def information(first: Tensor, second: Tensor) -> float:
     counts = torch.bincount(first * columns + second, minlength=rows * columns).view(rows, columns)
     joint = counts.double() / len(first)
     expected = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
+    # Where a label never occurs, joint and expected are both 0. Unclamped, 0/0 would turn the whole sum into nan.
     return float(torch.special.xlogy(joint, joint / expected.clamp(min=1e-300)).sum()) / math.log(2)

@@ -168,6 +168,7 @@ def check_records(folder: Path, recipe: AblateRecipe) -> None:
             kept = all(name in new and new[name] == value for name, value in old.items())
         else:
             kept = set(old) <= set(new) if isinstance(old, list) else old == new
+        # Neither the folder nor the number of runs at a time changes a result.
         if not kept and field.name not in ("runs", "jobs"):
             raise RecipeError(
                 f"{folder} holds records of another recipe ({field.name}: {old} -> {new}); choose another --name, or remove it"

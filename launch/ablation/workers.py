@@ -57,6 +57,7 @@ class Workers:
         if code:
             raise error_with_code(
                 f"stopped in `ligature {' '.join(command)}` (exit code {code}); the same command resumes from there",
+                # A negative code is the number of a signal, which a process cannot exit with.
                 code if code > 0 else 1,
             )
 
@@ -79,6 +80,7 @@ class _Worker:
         self.commands, remote = spawn.Pipe()
         self.process = spawn.Process(target=_serve, args=(remote, os.getpid(), run))
         self.process.start()
+        # The worker alone holds that end now, so its death shows here as the end of the pipe.
         remote.close()
 
     def run(self, command: tuple[str, ...]) -> int:

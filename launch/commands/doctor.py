@@ -45,6 +45,7 @@ def run(arguments: list[str]) -> None:
     if options.nproc is not None and options.nproc < 1:
         raise RecipeError(f"--nproc is {options.nproc}; it is a number of processes, 1 or more")
     ranks = ranks_from_environment()
+    # A rank in a world of one has RANK. Without this condition it would start itself again, without end.
     if ranks.world == 1 and "RANK" not in os.environ:
         code = run_ranks(ligature_command("doctor", *arguments), options.nproc or gpus_here() or 2)
         if code:
@@ -64,6 +65,7 @@ def print_findings(findings: list[tuple[str, Finding]], ranks: Ranks) -> None:
         LigatureError: There is a FAIL among them.
     """
     failed = [finding for _, finding in findings if finding.level == "FAIL"]
+    # `meet` adds this finding. Where it is missing, the first rank has not heard of the others' findings.
     if ranks.first or not any(finding.name == "together" for _, finding in findings):
         hosts = {host for host, _ in findings}
         for host, finding in findings:
@@ -71,6 +73,7 @@ def print_findings(findings: list[tuple[str, Finding]], ranks: Ranks) -> None:
             print(f"{finding.level:5} {where}{finding.name:10} {finding.text}", flush=True)
     if failed:
         first = f"{failed[0].name}: {failed[0].text}"
+        # No message from the other ranks: the first rank's line speaks for all of them.
         raise LigatureError(
             f"{len(failed)} of {len(findings)} checks failed; the first, {first}" if ranks.first else ""
         )

@@ -89,11 +89,13 @@ def read_slurm_options(arguments: list[str]) -> tuple[LaunchOptions, list[str]]:
     """
     launcher: list[str] = []
     rest: list[str] = []
+    # Sorted by hand: the launcher's options may stand anywhere among the stage's, which only the stage's recipe knows.
     known = {*keys_of(LaunchOptions), "container", "site"}
     remaining = iter(arguments)
     for argument in remaining:
         name, equals, value = argument.partition("=")
         key = name.removeprefix("--").replace("-", "_")
+        # After a stage, `--help` asks for the stage's own help.
         if name in ("--help", "-h") and not rest:
             print(slurm_usage())
             sys.exit(0)
@@ -144,6 +146,7 @@ def slurm_usage() -> str:
 
 def documented_fields(kind: type) -> dict[str, str]:
     """Return a dataclass's own fields, each with the docstring below it (empty where there is none)."""
+    # Python keeps no docstrings of fields, so they are read from the source.
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
     fields = {}
     for node, after in zip(body, [*body[1:], None], strict=True):

@@ -11,6 +11,7 @@ from launch.stages import read_stage
 def run(arguments: list[str]) -> None:
     """Read the recipe, then pretrain."""
     recipe = read_stage("pretrain", arguments)
+    # Imported after the recipe is read: torch takes seconds, and a mistake is answered before.
     from pretrain.train import pretrain
 
     pretrain(recipe)

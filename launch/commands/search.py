@@ -42,6 +42,7 @@ def run(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.top < 1:
         raise RecipeError(f"--top is {options.top}; it must be 1 or more")
+    # Imported after the options are read, so that help and mistakes do not wait for torch.
     from finetune.search.query import read_queries, search
     from runtime.ranks import Ranks, choose_device
 

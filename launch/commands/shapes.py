@@ -13,6 +13,7 @@ from runtime.recipe import OptionParser
 
 def run(arguments: list[str]) -> None:
     """Draw the scenes into a new folder and print the number of each split."""
+    # Imported before the options: the names of the splits become options.
     from data_tools.shapes.scenes import SPLITS
     from data_tools.shapes.source import write_source
     from data_tools.shapes.wrong_captions import swap_captions

@@ -52,6 +52,7 @@ def examine(options: Checks, ranks: Ranks) -> list[tuple[str, Finding]]:
         (host, finding) pairs of all nodes if the ranks can meet, else of this node alone. The first rank of a node
         checks the node; every rank checks its own GPU.
     """
+    # Imported here, as in all of this file: `ligature doctor --help` must not wait for torch.
     import torch
 
     gpu = options.device != "cpu" and torch.cuda.is_available()
@@ -64,6 +65,7 @@ def examine(options: Checks, ranks: Ranks) -> list[tuple[str, Finding]]:
             *(check_data(folder) for folder in options.data),
             *findings,
         ]
+    # SLURM's name of a node may differ from its host name, and is the one that SLURM's commands take.
     host = os.environ.get("SLURMD_NODENAME", platform.node())
     mine = [(host, finding) for finding in findings]
     try:
@@ -103,6 +105,7 @@ def meet(mine: list[tuple[str, Finding]], ranks: Ranks, gpu: bool) -> tuple[list
         torch.cuda.set_device(device)
     backend = "nccl" if gpu else "gloo"
     limit = timedelta(seconds=PATIENCE)
+    # By default torch waits ten minutes or more for a missing rank; a check has to answer within one.
     distributed.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=limit)
     try:
         block = torch.full((16 * MIB // 4,), float(ranks.rank + 1), device=device)
@@ -111,6 +114,7 @@ def meet(mine: list[tuple[str, Finding]], ranks: Ranks, gpu: bool) -> tuple[list
         distributed.barrier()
         clock, began = time.time(), time.monotonic()
         distributed.all_reduce(block)
+        # NCCL returns before the GPU has finished.
         if gpu:
             torch.cuda.synchronize()
         seconds = time.monotonic() - began
@@ -161,6 +165,7 @@ def check_versions() -> Finding:
             problems.append(f"{package} is not installed")
             continue
         for need in requirements:
+            # Requirements of optional extras do not count.
             if need.marker and not need.marker.evaluate({"extra": ""}):
                 continue
             try:
@@ -195,6 +200,7 @@ def check_gpu(device: str, ranks: Ranks) -> list[Finding]:
     if device == "cpu":
         return []
     if not torch.cuda.is_available():
+        # Having no GPU is fine on a machine without any. With a driver or a job's GPUs, torch must see them.
         if device == "cuda" or shutil.which("nvidia-smi") or os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0":
             built = torch.version.cuda or "no CUDA at all"
             fix = f"torch is built for {built}; compare it with the driver (`nvidia-smi`) and request GPUs for the job (gpus_per_node)"
@@ -206,6 +212,7 @@ def check_gpu(device: str, ranks: Ranks) -> list[Finding]:
         return [Finding("FAIL", "gpu", text)]
     free, total = torch.cuda.mem_get_info(index)
     name = f"{index}: {torch.cuda.get_device_name(index)}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
+    # Every entry of the product is 1024, which bfloat16 holds exactly.
     square = torch.ones(1024, 1024, dtype=torch.bfloat16, device=f"cuda:{index}")
     if not bool((square @ square == 1024).all()):
         return [Finding("FAIL", "gpu", f"{name}; a matrix product is wrong; leave this node out and tell its owners")]
@@ -229,6 +236,7 @@ def check_machine() -> list[Finding]:
         )
         findings.append(Finding("warn" if low else "ok", "shm", f"{shared.free / GIB:.1f} GiB free in /dev/shm{fix}"))
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # -1 means no limit.
     if 0 <= files < 4096:
         findings.append(
             Finding("warn", "files", f"a process may open {files} files; put `ulimit -n {min(65536, most)}` into setup")
@@ -241,6 +249,7 @@ def check_disk(runs: Path) -> list[Finding]:
     import errno
 
     folder = runs.absolute()
+    # The folder may not exist yet, and a check creates none.
     while not folder.exists():
         folder = folder.parent
     usage = shutil.disk_usage(folder)
@@ -253,6 +262,7 @@ def check_disk(runs: Path) -> list[Finding]:
                 f"{space}; a checkpoint and its successor need 4 GiB or more; free some space, or choose another --runs",
             )
         ]
+    # All nodes of a job write to this folder at the same time.
     probe = folder / f".doctor-{platform.node()}-{os.getpid()}"
     try:
         block, began = os.urandom(MIB), time.monotonic()

@@ -75,6 +75,7 @@ def job_line(folder: Path) -> str:
         parts.append(f"on {job['NodeList']}, {job['RunTime']} of {job['TimeLimit']}")
     if job.get("Restarts", "0") != "0":
         parts.append(f"started {int(job['Restarts']) + 1} times")
+    # The comment has spaces, at which the pairs above would cut it off.
     comment = re.search(r" Comment=(held .*?)(?= [A-Z]\w+=|$)", answers[0])
     return ", ".join(parts) + (f"; {comment[1]}" if comment else "")
 
@@ -97,6 +98,7 @@ def progress_lines(folder: Path) -> dict[str, str]:
             lines["time left"] = f"{format_duration((steps - step) / rate)} of training"
     latest = folder / "checkpoints" / "latest"
     if latest.is_file():
+        # A file server's clock may be ahead of this machine's.
         age = format_duration(max(0.0, time.time() - latest.stat().st_mtime))
         lines["checkpoint"] = f"{latest.read_text().strip()}, {age} ago"
     else:
@@ -147,6 +149,7 @@ def last_error(folder: Path) -> str:
 def _last_lines(log: Path, size: int = 1 << 18) -> list[str]:
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - size))
+        # The cut may fall into the middle of a character.
         return file.read().decode("utf-8", "replace").splitlines()
 
 

@@ -104,6 +104,8 @@ class SlurmConfig:
                 f"tasks_per_node is {self.tasks_per_node} with gpus_per_node {self.gpus_per_node}; there is one rank a GPU: "
                 "leave tasks_per_node out, or set gpus_per_node to 0 for a job on CPUs"
             )
+        # YAML reads an unquoted 24:00:00 as a number to the base 60.
+        # The field's type admits it, so that this message can explain it.
         if isinstance(self.time, int):
             raise RecipeError(
                 f'time is {self.time}, a number to YAML; write it in quotes as SLURM does: time: "24:00:00"'

@@ -64,6 +64,8 @@ def launch_hosts(stage: str, arguments: list[str], hostfile: Path, port: int | N
         check_batch(recipe, sum(host.slots for host in hosts))
     if not shutil.which("ssh"):
         raise LigatureError("no ssh on this machine; install a client, or use `ligature launch local`")
+    # The first machine may be another one, where no free port can be looked up.
+    # The process id keeps two launches apart.
     code = run_hosts(hosts, ligature_command(stage, *arguments), port or 20000 + os.getpid() * 7 % 12000)
     raise_failure(stage, code)
 
@@ -112,6 +114,7 @@ def run_hosts(hosts: list[Host], command: list[str], port: int) -> int:
                 except BrokenPipeError:
                     pass  # it is ending by itself
 
+    # Set before any machine starts, as in `run_ranks`: an early signal must not leave ranks running.
     previous = {
         number: signal.signal(number, request_stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     }
@@ -121,7 +124,9 @@ def run_hosts(hosts: list[Host], command: list[str], port: int) -> int:
             part |= {"address": hosts[0].name, "port": port}
             variables = [f"{name}={os.environ[name]}" for name in CARRIED if name in os.environ]
             remote = shlex.join(["env", *variables, sys.executable, "-m", "launch.start.hosts", json.dumps(part)])
+            # ssh starts in the home folder, but the recipe's paths may be relative to this one.
             line = f"cd {shlex.quote(os.getcwd())} && exec {remote}"
+            # BatchMode: where a password is needed, ssh fails at once instead of waiting for one.
             # A session of its own: ctrl-C here must reach the ranks as a request, not end their connection.
             machines.append(
                 subprocess.Popen(
@@ -131,6 +136,7 @@ def run_hosts(hosts: list[Host], command: list[str], port: int) -> int:
             first += host.slots
         return wait_for(machines, GRACE)
     finally:
+        # All connections end before the first wait, so that all machines use the same grace period.
         for machine in machines:
             if machine.stdin:
                 machine.stdin.close()  # the remote process ends its ranks when it sees this
@@ -162,6 +168,7 @@ def serve(part: dict) -> int:
         # The ranks have asked the kernel for a signal at their parent's end: they do not outlive it for long.
         os._exit(1)
 
+    # A daemon: its read waits for input, and must not keep this process alive after the ranks' end.
     threading.Thread(target=listen, name="listen", daemon=True).start()
     return run_ranks(**part)
 

@@ -193,6 +193,7 @@ def plan_shards(arguments: list[str], slices: int) -> PlannedTask:
     The script and logs go beside the shard folder, which holds nothing but shards.
     """
     options = read_shard_options(arguments)
+    # The slice's number stays outside the quotes: the rank's shell fills it in.
     command = shlex.join(["shard", *arguments]) + (f" --slice $SLURM_ARRAY_TASK_ID/{slices}" if slices else "")
     out = Path(options.out).absolute()
     return PlannedTask(Task(command, out.with_name(f"{out.name}.launch")), None, (options.workers or SHARD_CORES) - 1)

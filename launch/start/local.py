@@ -50,10 +50,12 @@ def check_gpus(device: str, count: int) -> None:
         return
     import torch  # takes two seconds, so only where there are GPUs to count
 
+    # Where torch sees no GPU, `auto` means the CPU, which takes any number of ranks.
     if 0 < (gpus := torch.cuda.device_count()) < count:
         raise RecipeError(f"--nproc is {count}, but torch sees {gpus} GPUs here; start one rank a GPU, or on the CPU")
 
 
+# Not torchrun: it wraps a failure into a page of its own and replaces the rank's exit code.
 def run_ranks(
     command: list[str], count: int, first: int = 0, world: int | None = None, address: str = "127.0.0.1", port: int = 0
 ) -> int:
@@ -87,6 +89,8 @@ def run_ranks(
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         for rank in range(count):
+            # Each rank leads a process group: `killpg` below ends its loader workers too.
+            # Ctrl-C reaches it through `forward` alone.
             own = {"RANK": str(first + rank), "LOCAL_RANK": str(rank)}
             ranks.append(
                 subprocess.Popen(
@@ -118,7 +122,9 @@ def wait_for(processes: list[subprocess.Popen], grace: float) -> int:
             failed, since = next(code for code in codes if code), time.monotonic()
         if failed and time.monotonic() - since >= grace:
             break
+        # Polling watches all processes at once. Waiting for one of them would miss the failure of another.
         time.sleep(0.1)
+    # The last processes may have ended between two polls, before the loop could note a failure.
     failed = failed or next((code for code in codes if code), 0)
     return failed if failed >= 0 else 128 - failed
 

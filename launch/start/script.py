@@ -24,6 +24,7 @@ def render(job: Job) -> str:
 
 
 def _exit_codes() -> dict[str, int]:
+    # Taken from the error classes, so that the script and the ranks cannot disagree about a code.
     kinds = (RecipeError, RunHeld, Superseded, Interrupted)
     return {kind.__name__: kind.exit_code for kind in kinds}
 
@@ -37,10 +38,12 @@ def _head(job: Job) -> str:
         "job-name": job.name,
         "chdir": job.working_folder,
         "output": folder / "logs" / ("job-%A_%a.log" if job.array else "job-%j.log"),
+        # A requeued start writes into the same log, and must not erase what earlier starts wrote.
         "open-mode": "append",
         "array": f"0-{job.array - 1}" if job.array else None,
         "nodes": config.nodes,
         "ntasks-per-node": 1 if torchrun else config.ranks_per_node,
+        # Not --gpus-per-task: it hides a node's other GPUs, and every rank would see its own as device 0.
         "gpus-per-node": ":".join(filter(None, [config.gpu_type, str(config.gpus_per_node)]))
         if config.gpus_per_node
         else None,
@@ -55,6 +58,7 @@ def _head(job: Job) -> str:
         "signal": f"B:USR1@{config.stop_before}",
     }
     lines = [f"#SBATCH --{name}={_quote_option(value)}" for name, value in options.items() if value is not None]
+    # A site may set JobRequeue=0; then SLURM requeues only jobs that ask for it.
     lines += ["#SBATCH --requeue", *(f"#SBATCH {line}" for line in config.sbatch)]
     return "\n".join(["#!/bin/bash", "# Written by `ligature launch slurm`; launch again rather than edit it.", *lines])
 
@@ -110,6 +114,8 @@ def _tasks(job: Job) -> str:
     return "\n".join(lines)
 
 
+# The script itself runs on the first node, so its test of a port on 127.0.0.1 holds for the meeting place.
+# The port depends on job and start, so two jobs that share a node do not collide.
 MEETING = r"""
 # --- where the ranks meet: the first node, by its name or, where names do not resolve, by its address; each start has its own port
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
@@ -128,6 +134,10 @@ export exits=$folder/launch/exits-$job-$start
 rm -f "$exits"
 """
 
+# A signal may come before the rank's process id is known, so it is sent again after `read`.
+# The subshell must survive a signal to report the code.
+# It traps with `:`, as an ignored signal would stay ignored in the rank.
+# An empty pipe instead of a code means that the subshell was killed as well: 137 is 128 + SIGKILL.
 RANK = r"""
 # --- a rank: its variables, its node's log, and its exit code on file (the first failure is the reason, later ones follow from it)
 rank=$(cat <<'END'
@@ -174,8 +184,11 @@ export rank
 def _ranks(job: Job) -> str:
     """Return the definition of a rank, and the command line (`ranks`) that starts all of them."""
     config, container = job.config, job.config.container
+    # --export=ALL: the ranks need the script's variables, even where a site's jobs are submitted with --export=NONE.
+    # --kill-on-bad-exit, not --wait: a rank that ends early and well must not start a countdown for the others.
     srun = ["srun", "--export=ALL", "--kill-on-bad-exit=1", f"--cpus-per-task={_cores_of_a_task(config)}"]
     inside: list[str] = []
+    # Commands hold absolute paths of these folders, so the container must show them under the same names.
     mounts = [
         f"{path}:{path}" for path in dict.fromkeys(str(p) for p in [job.working_folder, *(t.folder for t in job.tasks)])
     ]
@@ -194,7 +207,10 @@ def _ranks(job: Job) -> str:
         torchrun += [f"--nproc-per-node={config.ranks_per_node}", "--master-addr=$MASTER_ADDR"]
         torchrun += ["--master-port=$MASTER_PORT"]
         # A day, so that torchrun never kills ranks that are saving: SLURM ends what takes too long.
+        # By default torchrun does not pass on SIGUSR1, SLURM's warning before the time limit.
+        # Each rank runs under our own shell, which files its exit code: torchrun keeps none.
         torchrun += [f"--signals-to-handle={SIGNALS}", "--shutdown-timeout=86400", '--no-python bash -c "$rank"']
+        # No environment is named, so `python` on the node could be another one than the launching Python.
         if job.ligature != "ligature":
             torchrun[0] = job.ligature.split(" -m ")[0]
         text += NODE.format(" ".join(torchrun))
@@ -211,6 +227,11 @@ def _cores_of_a_task(config: SlurmConfig) -> int:
     return (config.cpus_per_task or 1) * (config.ranks_per_node if config.launcher == "torchrun" else 1)
 
 
+# `ours` comes before every requeue. Otherwise a cancelled job would rise again,
+# and a script that outlived its node would requeue its own successor.
+# At the time limit SLURM no longer shows RUNNING, but COMPLETING with Reason=TimeLimit.
+# Crashes are counted over the job's life, not since its last progress: a run that crashes every night needs a look.
+# Braces of the shell are doubled, as `render` fills in the exit codes by `str.format`.
 SUPERVISION = r"""
 # --- stop when asked, resume in the next start
 say() {{ echo "$(date +%FT%T) job $job start $start: $*" | tee -a "$events"; }}

@@ -47,14 +47,17 @@ def launch_slurm(stage: str, arguments: list[str], options: LaunchOptions) -> No
         options = dataclasses.replace(options, nodes=1, gpus_per_node=0, tasks_per_node=1, gpu_type=None)
     job, recipes = plan_job(stage, arguments, options)
     script = render(job)
+    # SLURM has not been asked for anything so far, so a dry run works on machines without it.
     if options.dry_run:
         print(script, end="")
         return
+    # `all` is true of no recipes: a stage that keeps no run is always submitted.
     if all(RunFolder(recipe).finished() for recipe in recipes) and recipes:
         return
     for recipe in recipes:
         check_run(recipe, options.resume_with_changes)
     check_cluster(options)
+    # The controller judges the whole request here, so what it refuses leaves no folder behind.
     slurm("sbatch", "--test-only", text=script)
     with hold_folders([task.folder for task in job.tasks]):
         number = submit(job, script, stage, recipes)
@@ -93,6 +96,7 @@ def check_cluster(options: LaunchOptions) -> None:
                 "or use `ligature launch local`"
             )
     if options.partition:
+        # %R is the bare name; %P marks the default partition with an asterisk.
         known = sorted(set(slurm("sinfo", "--noheader", "--format=%R").split()))
         for name in options.partition.split(","):
             if name not in known:
@@ -117,6 +121,7 @@ def slurm(*command: str, text: str | None = None) -> str:
     result = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if result.returncode:
         reason = result.stderr.strip() or result.stdout.strip() or f"exit code {result.returncode}"
+        # SLURM's error lines begin with the command's name, which the message has already.
         reason = re.sub(r"^\w+: (error: )?", "", reason.splitlines()[-1])
         raise LigatureError(f"{command[0]} refused: {reason}")
     return result.stdout
@@ -137,16 +142,19 @@ def hold_folders(folders: list[Path]) -> Iterator[None]:
             (folder / "launch").mkdir(parents=True, exist_ok=True)
             locks.append(open(folder / "launch" / "lock", "w"))  # noqa: SIM115 (held until the job is on record)
             try:
+                # The kernel drops this lock when the process ends, so a killed launch blocks nobody.
                 fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 created.clear()  # the other launch needs them
                 raise LigatureError(f"{folder} is being launched by another command right now") from None
+            # Asked under the lock: of two launches at once, the later one finds the job of the earlier one.
             if number := active_job(folder):
                 created.clear()
                 raise LigatureError(
                     f"{folder} is already launched: job {number}; see `ligature status {folder}`, or end it first: scancel {number}"
                 )
         yield
+    # Ctrl-C too: a folder left behind would look like a run to `ligature status`.
     except BaseException:
         for path in created:
             shutil.rmtree(path, ignore_errors=True)
@@ -165,6 +173,7 @@ def active_job(folder: Path) -> str | None:
     try:
         return number if slurm("squeue", "--noheader", f"--jobs={number}", "--format=%T").strip() else None
     except LigatureError as error:
+        # SLURM forgets a job some time after its end. Asking for it is then an error, not an empty answer.
         if GONE in str(error):
             return None
         raise
@@ -183,9 +192,12 @@ def submit(job: Job, script: str, stage: str, recipes: list[Any]) -> str:
         write_recipe(RunFolder(recipe).config, recipe)
     path = job.tasks[0].folder / "launch" / "job.sbatch"
     write_text(path, script)
+    # With several clusters sbatch prints `number;cluster`.
     number = slurm("sbatch", "--parsable", str(path)).strip().split(";")[0]
     for index, task in enumerate(job.tasks):
         record = {
+            # A task of an array is a run of its own, so its folder records its own number.
+            # Slices share one folder, which records the whole array's.
             "job": f"{number}_{index}" if len(job.tasks) > 1 else number,
             "stage": stage,
             "ranks": job.config.world,
