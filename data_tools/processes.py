@@ -46,6 +46,7 @@ def run_parallel(
     try:
         futures = {pool.submit(function, task): task for task in tasks}
         for future in as_completed(futures):
+            # Popped, so that the results of finished tasks do not pile up here.
             yield futures.pop(future), future.result()
     except BrokenProcessPool:
         raise LigatureError(

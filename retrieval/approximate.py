@@ -69,6 +69,7 @@ def build_lists(index: Index, queries: np.ndarray, kind: str, target: float) -> 
     lists = max(1, min(int(4 * rows**0.5), rows // 39))  # faiss asks for 39 rows or more per centre
     quantizer = faiss.IndexFlatIP(width)
     inverted = faiss.IndexIVFFlat(quantizer, width, lists, faiss.METRIC_INNER_PRODUCT)
+    # A fixed seed, so that the same vectors train on the same rows.
     training_rows = np.random.default_rng(0).permutation(rows)[: lists * TRAINING_ROWS]
     inverted.train(np.ascontiguousarray(index.vectors[np.sort(training_rows)]))  # sorted: the vectors are on a disk
     for start in range(0, rows, 1 << 18):  # a part at a time, because the vectors may not fit into memory twice
@@ -96,6 +97,7 @@ def build_lists(index: Index, queries: np.ndarray, kind: str, target: float) -> 
         "bytes": (index.folder / LISTS).stat().st_size,
         "faiss": faiss.__version__,
     }
+    # Written after the lists, which do not count without it.
     write_json(index.folder / ABOUT, about)
     return describe_lists(about)
 
@@ -156,6 +158,7 @@ def search_lists(
     scores = np.full((len(queries), count), -np.inf)
     rows = np.full((len(queries), count), -1, dtype=np.int64)
     for query, listed in enumerate(candidates):
+        # faiss fills up with -1 where the lists hold too few rows. Sorted, because the vectors are on a disk.
         listed = np.sort(listed[listed >= 0])
         merge_best(scores[query], rows[query], exact_scores(np.asarray(vectors[listed]), queries[query]), listed)
     return scores, rows

@@ -149,6 +149,7 @@ def _rows(
     as_extreme = np.zeros(len(measures))
     for _ in range(0, flips, 500):
         signs = random.integers(0, 2, size=(500, len(differences.by_image)), dtype=np.int8) * 2.0 - 1.0
+        # 1e-9 forgives rounding: a sum that equals the observed one must count as no less extreme.
         as_extreme += (np.abs(signs @ differences.by_image) >= np.abs(difference) - 1e-9).sum(axis=0)
     permutations = -(-flips // 500) * 500
     low, high = interval(differences.resampled)
@@ -160,6 +161,7 @@ def _rows(
             "second": float(differences.second[i]),
             "difference": float(difference[i]),
             "interval": [float(low[i]), float(high[i])],
+            # The observed signs count as one of the permutations, so p is never 0.
             "p": float((as_extreme[i] + 1) / (permutations + 1)),
             "verdict": "higher" if low[i] > 0 else "lower" if high[i] < 0 else "unresolved",
         }

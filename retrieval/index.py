@@ -107,6 +107,7 @@ def join_parts(folder: Path, parts: int, about: dict[str, Any]) -> dict[str, Any
     files = {name: _describe_file(folder / name) for name in (VECTORS, IMAGES, BROKEN)}
     counts = {"rows": rows, "width": width, "broken": broken.count("\n")}
     content = {"format": FORMAT, "version": VERSION, **about, **counts, "files": files}
+    # The parts leave only after this: a run that is killed earlier joins them again.
     write_json(folder / MANIFEST, content)
     remove_parts(folder)
     return content
@@ -153,6 +154,7 @@ class Index:
             raise DataError(f"{folder / MANIFEST} is not a {FORMAT} of version {VERSION}")
         for name, entry in self.about["files"].items():
             path = folder / name
+            # Sizes alone, because hashing the vectors would read them whole before every search.
             if not path.is_file() or path.stat().st_size != entry["bytes"]:
                 raise DataError(f"{path} is missing or cut short; remove {folder} and index again")
         try:

@@ -233,6 +233,7 @@ def bootstrap_means(sums: np.ndarray, counts: np.ndarray, resamples: int = 1000,
     random, images = np.random.default_rng(seed), len(sums)
     means = np.empty((resamples, sums.shape[1]))
     for resample in range(resamples):
+        # How often each image was drawn is enough: the sums of a resample need no copy of its rows.
         weights = np.bincount(random.integers(images, size=images), minlength=images)
         means[resample] = weights @ sums / (weights @ counts)
     return means

@@ -201,6 +201,7 @@ def _measure_fold(
 def _average_folds(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the means over the folds, and the intervals of those means."""
     names = list(parts[0]["figures"])
+    # Averaged before the quantiles are taken, so that the interval is that of the mean over folds.
     low, high = interval(np.mean([part["means"] for part in parts], axis=0))
     return {
         **{name: float(np.mean([part["figures"][name] for part in parts])) for name in names},

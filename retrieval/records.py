@@ -102,9 +102,11 @@ def write_record(path: Path, record: dict[str, Any], outcome: Outcome, image_key
         for direction, ranks in outcome.ranks.items()
         for name in RANK_FIELDS
     }
+    # numpy appends .npz to a name that lacks it, but not to an open file.
     with replaced_file(ranks_file) as temporary, open(temporary, "wb") as file:
         keys = np.array(image_keys)
         np.savez_compressed(file, keys=keys, folds=outcome.folds, caption_image=outcome.caption_image, **arrays)  # type: ignore[arg-type]
+    # Written after the ranks, because the record states their hash.
     write_json(path, {**record, "ranks": {"file": ranks_file.name, "sha256": sha256_of(ranks_file)}})
 
 

@@ -83,6 +83,7 @@ def build_config(kind: type[Recipe], values: dict[str, Any], prefix: str = "") -
     hints = typing.get_type_hints(kind)
     arguments = {}
     for name, value in values.items():
+        # The parser stores --config among the values, though it is no key of the recipe.
         if name == "config" and "config" not in fields:
             continue
         if name not in fields:

@@ -250,9 +250,11 @@ def find_images(folder: Path) -> list[str]:
     """Return the paths of the images under a folder, relative to it and sorted. Links to folders are not followed."""
     names = []
     for root, folders, files in os.walk(folder):
+        # Changed in place, because os.walk enters the folders that remain in this list.
         folders[:] = [name for name in folders if not name.startswith(".")]
         relative = os.path.relpath(root, folder)
         names += [name if relative == "." else f"{relative}/{name}" for name in files if is_image(name)]
+    # File systems list names in any order, and the rows of an index follow this one.
     return sorted(names)
 
 

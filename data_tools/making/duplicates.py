@@ -66,6 +66,7 @@ def find_duplicates(records: np.ndarray, rule: str = "drop_near", protected: int
         selected = (alike != hashed) & (hashed >= protected) & is_copied
         twins, copies = alike[selected], hashed[selected]
         original[copies] = np.where(original[twins] < 0, twins, original[twins])
+        # -1 stands for equal bytes, which a copy with an equal look need not have.
         distance[copies] = np.maximum(distance[twins], 0)
     # An image with the bytes of one that was dropped for its look is a copy of that one's original.
     copies = np.flatnonzero(original >= 0)
@@ -123,6 +124,7 @@ def _near_pairs(looks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _within_distance(looks: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Return the pairs of rows that are within LOOK_DISTANCE, as (pairs, 3): later, earlier, bits."""
     near = []
+    # In parts, because long runs of equal keys give many pairs at once.
     for start in range(0, len(left), 1 << 18):
         a, b = left[start : start + (1 << 18)], right[start : start + (1 << 18)]
         bits = np.bitwise_count(looks[a] ^ looks[b]).sum(1, dtype=np.int64)

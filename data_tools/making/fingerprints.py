@@ -62,6 +62,7 @@ def look_of(grey: np.ndarray) -> np.ndarray:
     """
     coefficients = (_cosines() @ grey.astype(np.float64) @ _cosines().T).ravel()[_order()]
     above = coefficients > np.median(coefficients)
+    # A bit of padding makes the 63 lowest frequencies a word of their own, which the search begins with.
     bits = np.concatenate([above[:63], [False], above[63:]])
     return np.packbits(bits, bitorder="little").view("<u8")
 
@@ -75,6 +76,7 @@ def fingerprint(raw: bytes) -> np.ndarray:
     record = np.zeros((), RECORD)
     record["content"] = np.frombuffer(hashlib.sha256(raw).digest()[:16], "<u8")
     try:
+        # A look needs 64 pixels a side, so a large JPEG is decoded at a fraction of its size.
         image = upright(open_image(raw, SOURCE_FORMATS, least=2 * SIDE))
     except ValueError:  # the writer will report what is wrong with the image
         record["state"] = UNREADABLE
@@ -129,6 +131,7 @@ def _write_chunk(chunk: _Chunk) -> None:
             records[number] = fingerprint(read())
         except OSError:  # the writer will report it
             records[number] = ((0, 0), (0, 0, 0, 0), UNREADABLE)
+    # numpy appends .npy to a name that lacks it, but not to an open file.
     with replaced_file(chunk.path) as temporary, open(temporary, "wb") as file:
         np.save(file, records)
 

@@ -89,6 +89,7 @@ def index_folder(folder: Path, workers: int = 0, job_slice: tuple[int, int] = (0
             f"{folder} was made by `ligature shard` and has its index; `ligature inspect --full` verifies it"
         )
     tars = find_tars(folder)
+    # A run that was killed after it had begun to prefix the keys goes on with prefixes.
     prefixed = any(_note(_Task(tar, False)).get("prefixed") for tar in tars)
     while True:
         tasks = [_Task(tar, prefixed) for tar in tars]

@@ -63,6 +63,7 @@ def _find_damage_inside(task: tuple[Path, Shard]) -> list[str]:
     folder, shard = task
     phrases = []
     tar, index = folder / shard.name, folder / shard.index
+    # A tar that is missing or has another size is reported by `find_damage` already.
     if tar.is_file() and tar.stat().st_size == shard.bytes and sha256_of(tar) != shard.sha256:
         phrases.append(f"{shard.name} has other bytes than when it was written")
     if not index.is_file():
@@ -112,6 +113,8 @@ def measure(manifest: Manifest) -> Measured:
                 parts.append(getattr(index, name))
             for name in index.image_format:
                 formats[name] += 1
+            # The stride goes on from the shards before, so the samples that are read are spread evenly over the
+            # folder.
             rows = range(-samples % step, len(index), step)
             with open(manifest.folder / shard.name, "rb", buffering=0) as tar:
                 for row in rows:

@@ -108,6 +108,7 @@ def leave_out_copies(
     from data_tools.making.duplicates import find_duplicates
     from data_tools.making.fingerprints import fingerprints
 
+    # Both are computed before either is tested, so that a slice does its whole share before it waits for others.
     excluded_records = fingerprints(folder, "excluded", excluded.reads, workers, job_slice)
     item_records = fingerprints(folder, "images", [item.read for item in items], workers, job_slice)
     if excluded_records is None or item_records is None:

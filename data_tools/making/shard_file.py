@@ -104,6 +104,7 @@ def write_shard(task: ShardTask) -> Written:
             for item in task.items:
                 try:
                     data, extension, width, height = task.encoding.apply(item.read())
+                # The machine is at fault, not the image, so the image must not be left out.
                 except MemoryError:
                     raise
                 except Exception as error:  # Pillow's decoders raise nearly anything on broken bytes
@@ -128,6 +129,7 @@ def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
+    # `offset` lies behind the member, whose data is padded to whole blocks.
     return tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 

@@ -299,6 +299,7 @@ def _plan(items: list[CaptionedImage], options: WriteOptions, excluded: Excluded
         "excluded": {path.resolve().name: excluded.counts[path] for path in options.exclude},
         "items_sha256": digest_of(items),
     }  # fmt: skip
+    # Tuples become lists, for example, so that an equal plan compares as equal to the one that was stored.
     return json.loads(json.dumps(plan))
 
 
@@ -316,6 +317,7 @@ def _write_tasks(out: Path, tasks: list[ShardTask], options: WriteOptions) -> di
             written[task.number] = result
             bad += len(result.unreadable)
             bar.advance(len(task.items), f"{bad:,} unreadable" if bad else None)
+            # The run ends in an error now, so the remaining shards would be written in vain.
             if bad > options.max_bad_share * count:
                 break
     _refuse_too_many(out, [written[number] for number in sorted(written)], count, options.max_bad_share)
@@ -355,10 +357,12 @@ def _open_folder(out: Path, plan: dict[str, Any], sliced: bool) -> Manifest | No
             print(f"{out} is complete already, from the same source with the same options: nothing to do")
             return manifest
         print(f"{out}: {damage[0]}; writing what is missing")
+        # The plan comes first: after a kill, a folder without plan and manifest would be refused as someone else's.
         write_json(out / PLAN_NAME, plan)
         (out / MANIFEST_NAME).unlink(missing_ok=True)
     elif PLAN_NAME in names:
         _same_plan(out, read_json(out / PLAN_NAME), plan)
+    # Partial files alone are left by a run that was killed before it wrote its plan.
     elif any(not name.endswith(".partial") for name in names):
         raise DataError(f"{out} is not empty and holds no shards of this command; choose another --out")
     if not sliced:  # other slices may be writing theirs

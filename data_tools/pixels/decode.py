@@ -99,6 +99,7 @@ def _decode_plain_jpeg(data: bytes) -> np.ndarray | None:
     """Decode a JPEG in ordinary colours without EXIF or XMP, as sharding writes them. Other bytes give None."""
     import simplejpeg
 
+    # FF E1 marks EXIF and XMP, which may turn the image. Found by chance in other bytes, it only costs time.
     if len(data) > MAX_BYTES or not data.startswith(b"\xff\xd8\xff") or b"\xff\xe1" in data:
         return None
     try:
@@ -136,6 +137,7 @@ def _decoding_errors() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata is harmless
             yield
+    # The machine is at fault, not the bytes, so this must not count as a broken image.
     except MemoryError:
         raise
     except Exception as error:
@@ -172,6 +174,7 @@ def upright(image: Image.Image) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image of any mode as RGB: 16 bits are scaled to 8, transparent parts show white."""
     if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip to 255
+        # 65,535 / 257 is 255. In this mode Pillow takes no function but a scale and an offset.
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
         image.info.pop("transparency", None)
     if image.has_transparency_data:

@@ -21,6 +21,7 @@ def apply_operation(image: Any, name: str, strength: float) -> Any:
         strength: Signed, in the operation's own unit (see `STRONGEST`).
     """
     if name in ("shear_x", "shear_y"):
+        # torchvision takes a shear as an angle, where RandAugment states a slope.
         degrees = math.degrees(math.atan(strength))
         shear = [degrees, 0.0] if name == "shear_x" else [0.0, degrees]
         return functional.affine(image, 0.0, [0, 0], 1.0, shear, InterpolationMode.NEAREST, center=[0, 0])

@@ -86,6 +86,7 @@ def _draw_box(height: int, width: int, scale: tuple[float, float], draw: random.
 
 def _draw_integer(limit: int, draw: random.Random) -> int:
     """Draw a whole number from 0 to `limit`, both included."""
+    # Python promises stable numbers of `random()` alone; how `randrange` uses it may change.
     return int(draw.random() * (limit + 1))
 
 

@@ -100,6 +100,7 @@ class ShardTable(Sequence[Shard]):
         return _shard_from_row([column[number].item() for column in self.columns.values()])
 
     def __iter__(self) -> Iterator[Shard]:
+        # In slices, because all rows at once would take the memory that the columns save.
         for start in range(0, len(self), 1000):
             rows = zip(*(column[start : start + 1000].tolist() for column in self.columns.values()), strict=True)
             yield from map(_shard_from_row, rows)
@@ -318,6 +319,7 @@ class ShardIndex:
 
 def hash_image_id(image_id: str) -> int:
     """Return 63 bits of the BLAKE2b hash of a source's image id, the same in every shard and on every machine."""
+    # 63 bits fit into an int64 without a sign.
     return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "big") >> 1
 
 

@@ -70,6 +70,7 @@ class BrokenSample(DataError):
         self.shard, self.key, self.reason = shard, key, " ".join(reason.split())
 
     def __reduce__(self) -> tuple:
+        # Exceptions are pickled by their message alone, which `__init__` would not accept. Workers send these back.
         return BrokenSample, (self.shard, self.key, self.reason)
 
 
@@ -213,6 +214,7 @@ class ShardReader:
             return []
         shards = np.searchsorted(self._ends, numbers, side="right")
         rows = numbers - self.first_samples[shards]
+        # Shard and part in one number, so that a single difference finds where either changes.
         parts = shards << 32 | rows // PART_ROWS
         ends = np.append(np.flatnonzero((np.diff(numbers) != 1) | (np.diff(parts) != 0)) + 1, len(numbers)).tolist()
         read: list[RawSample | BrokenSample | None] = []
@@ -257,6 +259,7 @@ class ShardReader:
             count //= 2
         length = part.end[row + count - 1] - begin
         try:
+            # An index that does not fit its tar may name any offsets. Then nothing is read in one go.
             data = os.pread(tar.descriptor, length, begin) if begin >= 0 and 0 < length <= RUN_BYTES else b""
         except OSError:  # a bad sector, or a file replaced under us: each sample is read again alone
             data = b""
@@ -298,6 +301,7 @@ class ShardReader:
             part.text[row],
             part.text_size[row],
         )
+        # Checked before the read, because a wrong index could ask for any amount of memory.
         for size in (image_size, text_size):
             if size > MAX_BYTES:
                 return BrokenSample(tar.name, key, f"a member of {size:,} bytes is more than {MAX_BYTES:,}")
@@ -314,6 +318,7 @@ class ShardReader:
         tar = self._tars.get(number)
         if tar is None:
             folder, shard = self.shard(number)
+            # A failure is kept as well, so that a missing shard is not looked for again at each of its samples.
             tar = self._tars[number] = _Tar(f"{self.names[folder]}/{shard.name}" if self.names[folder] else shard.name)
             try:
                 tar.descriptor = self._open(folder, shard.name, shard.sha256, shard.bytes)
@@ -427,5 +432,6 @@ def _check_headers(headers: list[bytes], sizes: list[int]) -> np.ndarray:
     fields = np.frombuffer(b"".join([header[124:156] for header in headers]), np.uint8).reshape(-1, 32).astype(np.int64)
     digits = fields - ord("0")
     stored = fields[:, 24:]
+    # A tar's checksum counts its own field as eight blanks, and Adler-32 begins at 1.
     expected = digits[:, 24:30] @ _POWERS_OF_8[-6:] + stored.sum(1) - 8 * 32 + 1
     return (sums == expected % 65521) & (digits[:, :11] @ _POWERS_OF_8 == sizes)

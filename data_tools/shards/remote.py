@@ -84,6 +84,7 @@ class ShardCache:
             FileNotFoundError: There is no such file.
             DataError: It cannot be fetched, has other bytes, or the cache cannot hold it.
         """
+        # The content is part of the name, so a shard that was written anew at its old address is fetched again.
         name = hashlib.sha256(f"{address}\n{sha256}".encode()).hexdigest()[:40]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -99,9 +100,11 @@ class ShardCache:
                 _retry(lambda: _download(address, partial, sha256), address)
                 descriptor = _open_and_touch(partial)  # before the rename, after which others may remove the file
                 os.replace(partial, self.folder / name)
+                # Nothing was reserved for a file of unknown size, so the cache returns to its limit afterwards.
                 if size is None:
                     self._make_room(0, address, lambda: None)
                 return descriptor
+        # A missing file is no fault of the cache, and its callers have a message of their own for it.
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -142,6 +145,7 @@ class ShardCache:
                 for _, file_size, path in sorted(files):
                     if excess <= 0:
                         break
+                    # A process that still reads the file keeps it: its bytes stay until the last one closes it.
                     path.unlink(missing_ok=True)
                     excess -= file_size
                 if excess <= 0:
@@ -159,6 +163,7 @@ class ShardCache:
             with suppress(FileNotFoundError):
                 if entry.name.endswith(".partial"):
                     if not _remove_if_abandoned(entry.path):
+                        # A download of unknown size announces 0, so what it has written so far counts.
                         reserved += max(int(entry.name.split(".")[1]), entry.stat().st_size)
                 # The subfolder `selections/` is not part of what the limit counts.
                 elif not entry.name.startswith(".") and entry.is_file(follow_symlinks=False):
@@ -168,6 +173,7 @@ class ShardCache:
 
 def _remove_if_abandoned(path: str) -> bool:
     """Remove a download whose lock no process holds, and return whether that was so."""
+    # The kernel drops the locks of a dead process, so a lock that can be had means that nobody downloads.
     with open(path, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -196,6 +202,7 @@ def _is_still_at(file: IO[bytes], path: str | Path) -> bool:
 def _download(address: str, partial: Path, sha256: str) -> None:
     filesystem, path = _filesystem(address)
     filesystem.get_file(path, str(partial))
+    # A ValueError lets `_retry` fetch the file again, where a DataError would end the attempts.
     if (digest := sha256_of(partial)) != sha256:
         raise ValueError(f"its sha256 is {digest[:12]}…, the manifest says {sha256[:12]}…")
 

@@ -72,6 +72,7 @@ def _walk(path: str | Path, data: mmap.mmap, contents: TarContents) -> None:
     sparse = False
     while position + BLOCK <= len(data):
         block = data[position : position + BLOCK]
+        # Empty blocks need not be the end: behind a hole of zeros the samples go on.
         if not block.strip(b"\0"):
             empty_blocks += 1
             position += BLOCK
@@ -81,6 +82,7 @@ def _walk(path: str | Path, data: mmap.mmap, contents: TarContents) -> None:
             if header.size < 0:  # base-256 numbers have a sign, and the walk would go backwards
                 raise tarfile.HeaderError("negative size")
         except tarfile.HeaderError:
+            # A broken header at the very start means another kind of file, such as a compressed tar.
             if position == 0:
                 raise DataError(f"{path} is not an uncompressed tar; unpack it first") from None
             broken_since = position if broken_since < 0 else broken_since
@@ -117,6 +119,7 @@ def _walk(path: str | Path, data: mmap.mmap, contents: TarContents) -> None:
         contents.problems.append(f"broken header at byte {broken_since:,}: nothing readable after it")
     elif len(data) % BLOCK:
         contents.problems.append(f"cut at byte {len(data):,}, inside a block")
+    # The format ends a tar with two empty blocks.
     elif empty_blocks < 2:
         contents.problems.append(f"ends at byte {len(data):,} without an end mark: it may be cut there")
 

@@ -31,6 +31,7 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path} is a broken gzip file ({error}); fetch it again") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
+    # Some programs begin UTF-8 files with a byte order mark, which would become part of the first word.
     raw = raw.removeprefix(b"\xef\xbb\xbf")
     try:
         return raw.decode("utf-8")

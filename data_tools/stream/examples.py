@@ -88,6 +88,7 @@ class ExampleReader(Dataset):
             if self.bad and sample_id(failure) in self.bad:
                 failures.append(failure)
                 continue
+            # A function of the position, so that a sample gets other views in each epoch.
             seed = derived_seed(self.walk.seed, position)
             try:
                 if isinstance(raw, BrokenSample):

@@ -26,6 +26,7 @@ class Mixture:
         """(datasets,) positions of each dataset in one cycle."""
         owners = np.repeat(np.arange(len(shares)), self.per_cycle)
         number = np.concatenate([np.arange(count) for count in self.per_cycle])
+        # The n-th position of a dataset belongs at (n + 1/2) / count of the cycle: all are spread evenly.
         turn = np.lexsort((owners, (number + 0.5) / self.per_cycle[owners]))
         self._owner, self._number = owners[turn], number[turn]
 

@@ -151,10 +151,12 @@ def uniforms(seed: int, positions: np.ndarray, count: int) -> np.ndarray:
         None
     ] * np.uint64(0xD1B54A32D192ED03)
     mixed = _mix(_mix(counter) ^ np.uint64(derived_seed(seed)))
+    # A float64 holds integers of 53 bits exactly.
     return (mixed >> np.uint64(11)).astype(np.float64) / float(1 << 53)
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
+    # SplitMix64's finaliser (Steele, Lea and Flood 2014). uint64 products wrap around, as it needs.
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))

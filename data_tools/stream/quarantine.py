@@ -69,6 +69,7 @@ class Quarantine:
         for line in text.splitlines():
             with suppress(ValueError, KeyError, TypeError):
                 self._listed.add(sample_id(json.loads(line)))
+        # A line that was cut short does not count as read, by which `_append` notices it.
         self._read_to += text.rfind(b"\n") + 1
 
     def _append(self, file: IO[bytes], failures: list[dict[str, str]]) -> None:

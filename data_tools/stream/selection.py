@@ -71,6 +71,7 @@ def select(reader: ShardReader, folder: int, rule: FilterConfig, every_caption: 
         with open(parent / f".{digest}.lock", "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of the node wait for the first
             path = parent / digest
+            # Another process may have made it while this one waited for the lock.
             if not path.is_dir():
                 _write(path, reader, folder, rule, every_caption, about)
     counts = np.load(path / "counts.npy")
@@ -109,6 +110,7 @@ def _write(path: Path, reader: ShardReader, folder: int, rule: FilterConfig, eve
         write_json(temporary / "about.json", {**about, "items": sum(counts), "of_samples": samples})
         for name in ("items.bin", "counts.npy"):
             sync_file(temporary / name)
+        # mkdtemp's folder is its owner's alone, but others who may read the shards need it too.
         temporary.chmod(0o755)
         try:
             os.rename(temporary, path)

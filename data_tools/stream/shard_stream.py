@@ -114,7 +114,9 @@ class ShardStream:
         return self._batches(self._iteration)
 
     def _batches(self, iteration: int) -> Iterator[dict[str, Any]]:
+        # Set before workers are forked, so that they pass over the samples that are known to be bad.
         self.examples.bad = frozenset(self.bad)
+        # The order has no end, so 2^62 only stands for never.
         starts = range(self.consumed + self.rank * self.batch_size, 1 << 62, self.batch_size * self.world_size)
         # Fill the order's caches before workers are forked, so that they share them.
         self.examples.walk.at(np.arange(starts[0], starts[0] + self.batch_size))
@@ -123,6 +125,7 @@ class ShardStream:
             collate_examples,
             self.workers,
             batch_sampler=(list(range(start, start + self.batch_size)) for start in starts),
+            # torch refuses this option where there are no workers.
             prefetch_factor=2 if self.workers else None,
             pin_memory=self._pinned,
         )
@@ -130,6 +133,7 @@ class ShardStream:
             if iteration != self._iteration:
                 raise RuntimeError("the stream's cursor has moved under this iterator; take a new one")
             self._record_failures(batch.pop("failures"))
+            # Counted before the yield, so that a cursor taken while the caller trains on the batch includes it.
             self.consumed += self.batch_size * self.world_size
             yield batch
 
@@ -168,6 +172,7 @@ class ShardStream:
                 "set `data` back to what it was"
             )
         walk = self.examples.walk
+        # A block that the recipe leaves open is the cursor's, so a run may move from a bucket to a copy on a disk.
         block = state["block"] if self._block is None else walk.block
         for name, before, now, key in (
             ("seed", state["seed"], walk.seed, "training.seed"),
