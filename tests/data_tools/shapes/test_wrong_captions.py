@@ -40,7 +40,7 @@ def test_wrong_captions_follow_the_seed_and_impossible_shares_are_refused(source
         swap_captions(source, tmp_path / f"{number}.json", 0.2, seed)
     first, again, other = (read_json(tmp_path / f"{number}.json") for number in range(3))
     assert first == again != other
-    with pytest.raises(RecipeError, match="not between 0 and 1"):
+    with pytest.raises(RecipeError, match=r"the share of wrong captions is 1\.5; it must be between 0 and 1"):
         swap_captions(source, tmp_path / "out.json", 1.5)
     with pytest.raises(RecipeError, match="none to swap captions with"):
         swap_captions(source, tmp_path / "out.json", 0.02)

@@ -10,6 +10,7 @@ import tiny
 import torch
 
 from pretrain.config import CodebookConfig, TransportConfig
+from pretrain.model.alignment_model import TextBatch
 from pretrain.objectives.codebook import Codebook, solve_plans, usage_figures
 from pretrain.objectives.state import Keys, MicroBatch, Plans, StudentState
 from pretrain.transport import proximal_point, sinkhorn
@@ -20,10 +21,12 @@ def state_of(image, text, codewords, plans: Plans, keys: Keys, rows) -> StudentS
     model = SimpleNamespace(
         codewords=lambda: torch.nn.functional.normalize(codewords, dim=-1),
         image_features=lambda tokens: tokens[:, 0],
-        text_features=lambda states: states[:, 0],
+        text_features=lambda states, mask: states[:, 0],
     )
     nothing = torch.zeros(0)
-    batch = MicroBatch(nothing, None, nothing, torch.tensor(rows), nothing, keys, 0.4, None, plans)  # type: ignore[arg-type]
+    batch = MicroBatch(
+        nothing, TextBatch(nothing, nothing), nothing, torch.tensor(rows), nothing, keys, 0.4, None, plans
+    )  # type: ignore[arg-type]
     return StudentState(model, batch, image[:, None], text[:, None])  # type: ignore[arg-type]
 
 

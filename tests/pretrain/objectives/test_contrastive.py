@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config import ContrastiveConfig
+from pretrain.model.alignment_model import TextBatch
 from pretrain.objectives.contrastive import Contrastive, soft_targets
 from pretrain.objectives.state import Keys, MicroBatch, StudentState
 
@@ -25,11 +26,13 @@ def student_state(
     model = SimpleNamespace(
         temperature=lambda: torch.tensor([temperature], dtype=image.dtype),
         image_features=lambda tokens: tokens[:, 0],
-        text_features=lambda states: states[:, 0],
+        text_features=lambda states, mask: states[:, 0],
     )
     places = torch.tensor(rows)
     nothing = torch.zeros(0)
-    batch = MicroBatch(nothing, None, keys.image_ids[places], places, nothing, keys, distill_weight)  # type: ignore[arg-type]
+    batch = MicroBatch(
+        nothing, TextBatch(nothing, nothing), keys.image_ids[places], places, nothing, keys, distill_weight
+    )  # type: ignore[arg-type]
     return StudentState(model, batch, image[:, None], text[:, None])  # type: ignore[arg-type]
 
 
