@@ -25,8 +25,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from tokenizers import Tokenizer, models
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.flops import flop_counter
 from benchmarks.ratios import MatrixProduct, Ratios, seconds
 from data_tools.tokenizer import SPECIAL, CaptionTokenizer
 from pretrain.budget import Budget
@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     recipe = read_step_recipe(options.config, batch, changes, kind)
     step = Step(recipe, ranks, device, options.words)
     ratios = Ratios()
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         step.ready().take()
     step.ready().take()
     precision = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32

@@ -10,6 +10,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
+from benchmarks.flops import flop_counter
 from pretrain.config import divide_batch
 from pretrain.task import PretrainTask
 from pretrain.teacher import Teacher
@@ -37,30 +38,10 @@ def ready(changes: dict[str, Any]) -> tuple[PretrainTask, Any, dict[str, Tensor]
     return task, recipe, batch, divide_batch(recipe.training.global_batch, 16, 1)[0]
 
 
-def attention_flops(query: list[int], key: list[int], value: list[int], *_: Any, **__: Any) -> int:
-    """Two matrix products over all pairs of tokens. Shapes are (batch, heads, tokens, width of a head)."""
-    batch, heads, queries, width = query
-    return 2 * batch * heads * queries * key[2] * (width + value[3])
-
-
-def attention_backward_flops(gradient: list[int], *shapes: list[int], **_: Any) -> int:
-    """Four products. A fifth, which recomputes the scores, saves memory and is no part of the model's arithmetic."""
-    return 2 * attention_flops(*shapes[:3])
-
-
-ATTENTION_ON_CPU = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
-}
-"""torch's counter knows the GPU's attention alone: from release to release it takes the CPU's apart or counts it as nothing."""
-
-
 def count_flops(changes: dict[str, Any]) -> float:
     """Of one sample in one step, by torch's counter, with the expected number of masked words."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     task, recipe, batch, micro_batch = ready(changes)
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
+    with flop_counter() as counter:
         micro_batches, _ = task.prepare(batch, 2.0, micro_batch)
         for inputs in micro_batches:
             loss, _ = task.student(inputs)
