@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Ranks and loaders share the cores as processes: one thread each is fastest, and a run repeats to the bit.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test faults slurm controls bench flickr8k coco-protocols lint clean
+.PHONY: help install demo test faults slurm controls bench flickr8k coco-protocols lint keys clean
 help:
 	@echo 'make install   make .venv and install Ligature into it'
 	@echo 'make demo      make .venv, install, and run the whole path on drawn shapes'
@@ -20,6 +20,7 @@ help:
 	@echo 'make flickr8k  a model of Flickr8k to search with: shard, pretrain, fine-tune, score, on two CPU cores (DATA=FOLDER of its files; docs/search.md)'
 	@echo 'make coco-protocols  5K and 1K x 5 over 5,000 generated images under COCO names, HAT within 16 GB (ARGS="--captions FILE")'
 	@echo 'make lint      ruff (rules, docstrings, format), codespell, mypy, and the tests of floors and rooms'
+	@echo 'make keys      docs/reference_keys.md, from the docstrings of recipes'
 	@echo 'make clean     remove caches and build outputs; .venv and runs stay'
 
 install: $(VENV)/.installed
@@ -66,6 +67,9 @@ lint: $(VENV)/.develop
 	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_floors.py tests/test_rooms.py
+
+keys: $(VENV)/.installed
+	$(BIN)/python -m launch.reference > docs/reference_keys.md
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -33,7 +33,7 @@ class FinetuneRecipe:
     dataset: str = ""
     """Name of the dataset. Score records call the model `fine-tuned-on <dataset>`."""
     image_size: int | None = None
-    """Pixels a side. None: the pretraining's. Position embeddings are interpolated to another size."""
+    """Pixels a side. null: the pretraining's. Position embeddings are interpolated to another size."""
     contrastive_weight: float = 1.0
     """Weight of the contrastive loss. Read where `head` is `dual`."""
     matching_weight: float = 1.0
@@ -112,10 +112,10 @@ class EvaluateRecipe:
     protocol: Literal["full", "coco_5k", "coco_1k", "flickr30k_1k", "flickr8k_1k"] = "full"
     """Which images meet which captions. `full` takes all; `coco_1k` is the mean of five consecutive folds of 1,000 images."""
     captions_per_image: int | None = None
-    """Number of captions of each image that are scored, the first ones. None: all. The record says which. (COCO's test file
+    """Number of captions of each image that are scored, the first ones. null: all. The record says which. (COCO's test file
     holds 25,010 captions of 5,000 images; papers score the first five of each.)"""
     heads: list[ScoredHead] | None = None
-    """Which heads to score by. None: the checkpoint's first. `dual` compares features by cosine. `fusion` re-ranks the dual
+    """Which heads to score by. null: the checkpoint's first. `dual` compares features by cosine. `fusion` re-ranks the dual
     head's shortlist by matching. `hat`, the only head of a HAT checkpoint, scores all pairs or, with `shortlist_from`,
     re-ranks. `vldeformer` is the only head of a VLDeformer checkpoint; for an alignment model it is the fusion encoder taken
     apart and not tuned (the paper's "w/o decompose")."""

@@ -50,7 +50,7 @@ def read_shard_options(arguments: list[str]) -> ShardOptions:
         arguments = ["--annotation", *arguments]
     # `--exclude+` appends to the list; `--exclude` would replace it.
     arguments = [re.sub(r"^--exclude(?==|$)", "--exclude+", argument) for argument in arguments]
-    return read_recipe(ShardOptions, arguments, "ligature shard")
+    return read_recipe(ShardOptions, arguments, "ligature shard SOURCE")
 
 
 def check_batch(recipe: Any, world: int) -> None:

@@ -40,7 +40,7 @@ class MatchingConfig:
     """Draw negatives that share the codeword of the right image or text, where there are any (the slides' future work)."""
     pool: int | None = None
     """Negatives are drawn among this many neighbours in the global batch's order, so that the loss does not depend on how the batch
-    is split. It must divide the micro-batch. None: the whole micro-batch."""
+    is split. It must divide the micro-batch. null: the whole micro-batch."""
 
     def __post_init__(self) -> None:
         if self.pool is not None and self.pool < 1:
@@ -142,7 +142,7 @@ class TransportConfig:
     outer_steps: int = 200
     """Of `ipot`: proximal steps. More of them come nearer to the exact plan."""
     inner_steps: int | None = None
-    """Of `ipot`: a number runs the paper's loop, with so many sweeps in each outer step (50 outer and 1 inner are usual). None takes
+    """Of `ipot`: a number runs the paper's loop, with so many sweeps in each outer step (50 outer and 1 inner are usual). null takes
     many outer steps at once and then settles the columns, by Newton steps where they are cheap."""
     tolerance: float = 1e-3
     """Column error at which a plan has settled: the sum over codewords of |mass - 1 / codewords|."""

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from runtime.errors import RecipeError
+from runtime.recipe_advice import suggest_key, suggest_recipe
+from runtime.recipe_keys import group_of, keys_of
 
 Recipe = TypeVar("Recipe")
 
@@ -32,7 +34,7 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def read_recipe(kind: type[Recipe], arguments: list[str], command: str) -> Recipe:
-    """Parse `--config recipe.yaml --dotted.key value …` into a recipe. `--help` prints every key and exits.
+    """Parse `--config recipe.yaml --dotted.key value …` into a recipe. `--help` prints every key, or those of a group, and exits.
 
     Args:
         kind: the recipe's dataclass.
@@ -42,20 +44,24 @@ def read_recipe(kind: type[Recipe], arguments: list[str], command: str) -> Recip
     Raises:
         RecipeError: an argument does not fit; the message has the key, the value and the nearest right key.
     """
+    arguments = [part for argument in arguments for part in _split_config_option(argument)]
+    for number, argument in enumerate(arguments):
+        if argument in ("--help", "-h"):
+            from runtime.recipe_help import recipe_help
+
+            print(recipe_help(kind, command, *arguments[number + 1 : number + 2]))
+            raise SystemExit(0)
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(
         prog=command,
         exit_on_error=False,
         allow_abbrev=False,  # `--optimizer.weight 1` is a mistake, not a weight_decay
-        description=(kind.__doc__ or "").strip().splitlines()[0],  # the docstring's summary
+        add_help=False,  # ours is made without the parser, in a tenth of the time
     )
-    parser.add_argument(
-        "--config", action="config", help="a recipe (YAML); may be given more than once, later ones win"
-    )
+    parser.add_argument("--config", action="config")
     # The parser only checks types. `build_config` builds the dataclasses, so that errors of __post_init__ stay one line.
     parser.add_class_arguments(kind, as_group=False)
-    arguments = [part for argument in arguments for part in _split_config_option(argument)]
     for number, argument in enumerate(arguments[:-1]):
         if argument == "--config":
             path = find_recipe(arguments[number + 1])
@@ -88,13 +94,13 @@ def build_config(kind: type[Recipe], values: dict[str, Any], prefix: str = "") -
             continue
         if name not in fields:
             raise RecipeError(
-                f"unknown key {prefix}{name}{_suggest_key(prefix + name, [prefix + known for known in fields])}"
+                f"unknown key {prefix}{name}{suggest_key(prefix + name, [prefix + known for known in fields])}"
             )
         if value is None and types.NoneType not in typing.get_args(hints[name]):
             raise RecipeError(f"{prefix}{name} is null; give it a value, or leave the key out for its default")
-        if isinstance(value, dict) and (group := _group_of(hints[name])):
+        if isinstance(value, dict) and (group := group_of(hints[name])):
             value = build_config(group, value, f"{prefix}{name}.")
-        elif isinstance(value, dict) and (entry_kind := _group_of(typing.get_args(hints[name])[-1])):
+        elif isinstance(value, dict) and (entry_kind := group_of(typing.get_args(hints[name])[-1])):
             # dict[str, SomeConfig]: the user names the entries.
             value = {key: build_config(entry_kind, entry, f"{prefix}{name}.{key}.") for key, entry in value.items()}
         arguments[name] = value
@@ -152,7 +158,7 @@ def free_keys(kind: type, prefix: str = "") -> list[str]:
     hints = typing.get_type_hints(kind)
     keys: list[str] = []
     for field in dataclasses.fields(kind):
-        key, group = prefix + field.name, _group_of(hints[field.name])
+        key, group = prefix + field.name, group_of(hints[field.name])
         if field.metadata.get("free"):
             keys += keys_of(group, f"{key}.") if group else [key]
         elif group:
@@ -170,15 +176,6 @@ def check_name(key: str, name: str) -> None:
         raise RecipeError(
             f"{key} is {name!r}; it names a folder, so it must not be empty, have a slash or begin with a dot"
         )
-
-
-def keys_of(kind: type, prefix: str = "") -> list[str]:
-    """Return all dotted keys of a recipe, in the order of its fields."""
-    keys = []
-    for name, hint in typing.get_type_hints(kind).items():
-        group = _group_of(hint)
-        keys += keys_of(group, f"{prefix}{name}.") if group else [prefix + name]
-    return keys
 
 
 def find_recipe(name: str) -> Path:
@@ -201,7 +198,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     if not path.is_file():
-        raise RecipeError(f"--config {path}: no such file{_suggest_recipe(path)}")
+        raise RecipeError(f"--config {path}: no such file{suggest_recipe(path)}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -213,7 +210,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _check_keys(kind: Any, values: dict[str, Any], source: str, prefix: str = "") -> None:
+def _check_keys(
+    kind: Any, values: dict[str, Any], source: str, prefix: str = "", known: list[str] | None = None
+) -> None:
     """Refuse unknown keys of a file by their dotted names; the parser would name only the last part of a key.
 
     Args:
@@ -221,45 +220,21 @@ def _check_keys(kind: Any, values: dict[str, Any], source: str, prefix: str = ""
         values: the file's content, or a group of it.
         source: what errors begin with, such as `recipe.yaml: `.
         prefix: the dotted path to `values`.
+        known: all keys of the whole recipe, to suggest one. None: those of `kind`.
     """
+    known = known or keys_of(kind)
     hints = typing.get_type_hints(kind)
     for name, value in values.items():
         if name not in hints:
             raise RecipeError(
-                f"{source}unknown key {prefix}{name} (value {value!r}){_suggest_key(f'{prefix}{name}', keys_of(kind, prefix))}"
+                f"{source}unknown key {prefix}{name} (value {value!r}){suggest_key(f'{prefix}{name}', known)}"
             )
-        group = _group_of(hints[name])
+        group = group_of(hints[name])
         if group and isinstance(value, dict):
-            _check_keys(group, value, source, f"{prefix}{name}.")
+            _check_keys(group, value, source, f"{prefix}{name}.", known)
         elif group and not (value is None and types.NoneType in typing.get_args(hints[name])):
             text = "null" if value is None else repr(value)
             raise RecipeError(f"{source}{prefix}{name} is {text}; it is a group of keys: {', '.join(keys_of(group))}")
-
-
-def _group_of(hint: Any) -> Any:
-    """Return the dataclass in a type hint (`SomeConfig` or `SomeConfig | None`), or None where the field is a value."""
-    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((member for member in members if dataclasses.is_dataclass(member)), None)
-
-
-def _suggest_key(key: str, keys: list[str]) -> str:
-    """Return `; did you mean …?` with the key nearest to `key` by its whole name, or else by its last part."""
-    groups = sorted({known.rsplit(".", 1)[0] for known in keys if "." in known})
-    close = difflib.get_close_matches(key, keys + groups, n=1, cutoff=0.7)
-    last_part = key.rsplit(".", 1)[-1]
-    close = close or [
-        known for known in keys if difflib.SequenceMatcher(None, known.rsplit(".", 1)[-1], last_part).ratio() > 0.6
-    ]
-    return f"; did you mean {close[0]}?" if close else "; `--help` lists the keys"
-
-
-def _suggest_recipe(path: Path) -> str:
-    """Return `; did you mean …?` with the shipped recipe of the nearest name, as a path that works from any folder."""
-    import configs
-
-    shipped = sorted(Path(configs.__path__[0]).rglob("*.yaml"))
-    close = difflib.get_close_matches(path.name, [recipe.name for recipe in shipped], n=1, cutoff=0.5)
-    return f"; did you mean {next(recipe for recipe in shipped if recipe.name == close[0])}?" if close else ""
 
 
 def _format_parser_error(message: str, keys: list[str]) -> str:
@@ -270,9 +245,9 @@ def _format_parser_error(message: str, keys: list[str]) -> str:
     line = re.sub(r"\s+", " ", message).strip()
     if unknown := re.search(r"[Uu]nrecognized arguments?: --([\w.-]+)(?:[= ](\S+))?", line):
         value = f" (value {unknown[2]!r})" if unknown[2] else ""
-        return f"unknown key {unknown[1]}{value}{_suggest_key(unknown[1], keys)}"
+        return f"unknown key {unknown[1]}{value}{suggest_key(unknown[1], keys)}"
     if unknown := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", line):
-        return f"unknown key {unknown[1]}.{unknown[2]}{_suggest_key(f'{unknown[1]}.{unknown[2]}', keys)}"
+        return f"unknown key {unknown[1]}.{unknown[2]}{suggest_key(f'{unknown[1]}.{unknown[2]}', keys)}"
     if stray := re.search(r"[Uu]nrecognized arguments?: (.+)", line):
         return f"{stray[1]!r} belongs to no key; write --key VALUE, or --config FILE for a recipe"
     if bare := re.search(r"argument --([\w.]+): expected one argument", line):

@@ -38,7 +38,7 @@ class HatConfig:
     """`checkpoint` takes the encoders of `checkpoint`; `backbones` takes `hat.image` and `hat.text`, Swin and BERT as in the paper."""
     levels: list[list[int]] | None = None
     """Pairs [text layer, image level], counted from 1. An image level is a layer of a ViT, or a stage of a Swin or ResNet.
-    None: [[4, 2], [10, 3], [12, 4]] for backbones, [[2, 4], [4, 8], [6, 12]] for a checkpoint's encoders. A pair may
+    null: [[4, 2], [10, 3], [12, 4]] for backbones, [[2, 4], [4, 8], [6, 12]] for a checkpoint's encoders. A pair may
     appear more than once; each has projections of its own."""
     attention: Literal["cross", "mean"] = "cross"
     """`cross` is the paper's. `mean`, an ablation, compares the mean region with the mean word."""

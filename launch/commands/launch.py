@@ -6,23 +6,24 @@ Tested in tests/launch/start/test_launch_slurm.py.
 from __future__ import annotations
 
 import argparse
-import ast
 import difflib
-import inspect
 import sys
-import textwrap
+from dataclasses import replace
 from pathlib import Path
 
-from launch.start.config import ContainerConfig, LaunchOptions, SlurmConfig
+from launch.start.config import LaunchOptions
 from launch.start.hosts import launch_hosts
 from launch.start.job import STAGES as SLURM_STAGES
 from launch.start.local import STAGES, launch_local
 from launch.start.slurm import launch_slurm
 from runtime.errors import RecipeError
-from runtime.recipe import OptionParser, keys_of, read_recipe
+from runtime.recipe import OptionParser, read_recipe
+from runtime.recipe_help import format_groups, wrap
+from runtime.recipe_keys import groups_of, keys_of
 
 FLAGS = ("dry_run", "resume_with_changes")
 """Options of `ligature launch slurm` that take no value."""
+SITE = "The cluster's settings: a YAML file with any of the keys below. Examples: `launch/modules.yaml`, `launch/container.yaml`."
 
 
 def run(arguments: list[str]) -> None:
@@ -114,43 +115,10 @@ def read_slurm_options(arguments: list[str]) -> tuple[LaunchOptions, list[str]]:
 
 
 def slurm_usage() -> str:
-    """Return the text of `ligature launch slurm --help`: every option with the docstring of its field."""
+    """Return the text of `ligature launch slurm --help`."""
     lines = ["usage: ligature launch slurm [STAGE] [the stage's own options] [these, anywhere]", ""]
     lines += [f"Submit a stage to SLURM ({', '.join(SLURM_STAGES)}; default pretrain).", ""]
-    lines += [
-        "  --site FILE",
-        "      The cluster's settings: a YAML file with any of the keys below. Examples: launch/modules.yaml, launch/container.yaml",
-    ]
-    defaults = LaunchOptions()
-    for kind, prefix, values in (
-        (SlurmConfig, "", defaults),
-        (ContainerConfig, "container.", defaults.container),
-        (LaunchOptions, "", defaults),
-    ):
-        for key, about in documented_fields(kind).items():
-            if key == "container":
-                continue
-            value = getattr(values, key)
-            if isinstance(value, list):
-                form = "'[…, …]'"
-            elif isinstance(value, dict):
-                form = "'{…: …}'"
-            else:
-                form = key.upper()
-            default = f" ({value})" if value not in (None, "", [], {}) else ""
-            option = f"--{prefix}{key}".replace("_", "-")
-            lines.append(f"  {option}" if key in FLAGS else f"  {option} {form}{default}")
-            lines += [f"      {about}"] if about else []
+    lines += ["  --site FILE", *wrap(SITE, 6), ""]
+    own, *inner = groups_of(LaunchOptions)
+    lines += format_groups([replace(own, about="The job and this launch"), *inner], dashes=True)
     return "\n".join(lines)
-
-
-def documented_fields(kind: type) -> dict[str, str]:
-    """Return a dataclass's own fields, each with the docstring below it (empty where there is none)."""
-    # Python keeps no docstrings of fields, so they are read from the source.
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
-    fields = {}
-    for node, after in zip(body, [*body[1:], None], strict=True):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            fields[node.target.id] = " ".join(after.value.value.split()) if documented else ""  # type: ignore[union-attr]
-    return fields

@@ -23,6 +23,7 @@ class ContainerConfig:
     """The container that the ranks run in. The batch script itself runs outside, where `scontrol` is."""
 
     kind: Literal["none", "pyxis", "apptainer"] = "none"
+    """What runs the container: srun's plugin pyxis, or `apptainer exec`. `none`: no container."""
     image: str = ""
     """pyxis: a squashfs file or a registry address. apptainer: a .sif file or a folder."""
     mounts: list[str] = field(default_factory=list)

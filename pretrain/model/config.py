@@ -20,13 +20,13 @@ class ImageEncoderConfig:
     image_size: int = 256
     """Pixels a side. Position embeddings of starting weights are interpolated to it."""
     patch: int | None = None
-    """Pixels a side of a patch. None: the architecture's own."""
+    """Pixels a side of a patch. null: the architecture's own."""
     width: int | None = None
-    """Width of the tokens. None: the architecture's own."""
+    """Width of the tokens. null: the architecture's own."""
     depth: int | None = None
-    """Transformer layers. None: the architecture's own."""
+    """Transformer layers. null: the architecture's own."""
     heads: int | None = None
-    """Attention heads. None: the architecture's own."""
+    """Attention heads. null: the architecture's own."""
     position_std: float = 0.02
     """Standard deviation of fresh position embeddings. A small model from random weights needs 1.0 to learn where things are (docs/decisions.md)."""
     drop_path: float = 0.0

@@ -15,7 +15,9 @@ from launch.commands.launch import read_slurm_options
 from launch.stages import RECIPES
 from pretrain.config import PretrainRecipe, divide_batch
 from runtime.errors import RecipeError
-from runtime.recipe import OptionParser, changed_keys, keys_of, load_recipe, read_recipe, write_recipe
+from runtime.recipe import OptionParser, changed_keys, find_recipe, load_recipe, read_recipe, write_recipe
+from runtime.recipe_advice import SYNONYMS
+from runtime.recipe_keys import keys_of
 
 SHIPPED = sorted(Path(configs.__path__[0]).rglob("*.yaml"))
 
@@ -65,6 +67,16 @@ UNKNOWN = [
     (("--optimizer.weight", "1"), ("optimizer.weight", "did you mean optimizer.weight_decay?")),
     (("--optimizer", '{"lrr": 3}'), ("optimizer.lrr", "did you mean optimizer.lr?")),
     (("--zzz", "1"), ("zzz", "'1'", "--help")),
+    (("--optimizer.learning_rate", "1"), ("did you mean optimizer.lr?",)),
+    (("--learning-rate", "1"), ("did you mean optimizer.lr?",)),
+    (("--batch_size", "1"), ("did you mean training.global_batch?",)),
+    (("--optimizer.batch_size", "1"), ("did you mean training.global_batch?",)),
+    (("--epochs", "1"), ("did you mean training.epochs?",)),
+    (("--wd", "1"), ("did you mean optimizer.weight_decay?",)),
+    (("--num_workers", "1"), ("did you mean data.workers?",)),
+    (("--image_size", "1"), ("did you mean model.image.image_size?",)),
+    (("--max_grad_norm", "1"), ("did you mean optimizer.clip_norm?",)),
+    (("--lr", "1"), ("did you mean optimizer.lr?",)),
 ]
 
 
@@ -79,6 +91,8 @@ UNKNOWN_IN_FILE = [
     ("optimizer:\n  lrr: 1\n", ("optimizer.lrr", "(value 1)", "did you mean optimizer.lr?")),
     ("model:\n  image:\n    with: 3\n", ("model.image.with", "(value 3)", "did you mean model.image.width?")),
     ("global_batch: 64\n", ("global_batch", "(value 64)", "did you mean training.global_batch?")),
+    ("optimizer:\n  global_batch: 64\n", ("optimizer.global_batch", "did you mean training.global_batch?")),
+    ("optimizer:\n  learning_rate: 1\n", ("optimizer.learning_rate", "did you mean optimizer.lr?")),
     ("1: 2\n", ("1", "(value 2)")),
 ]
 
@@ -148,7 +162,25 @@ def test_a_missing_file_is_answered_with_the_nearest_shipped_recipe(tmp_path):
     nearly = SHIPPED[0].stem + "s.yaml"
     message = mistake("--config", str(tmp_path / nearly))
     offered = message.partition("did you mean ")[2].rstrip("?")
-    assert Path(offered).is_file(), message
+    assert find_recipe(offered) == SHIPPED[0], message
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("pretrain/demoo.yaml", "pretrain/demo.yaml"), ("demo_evaluate.yaml", "finetune/demo_evaluate.yaml")],
+)
+def test_a_misspelt_shipped_recipe_is_answered_with_its_short_name(typed, meant):
+    assert mistake("--config", typed) == f"--config {typed}: no such file; did you mean {meant}?"
+
+
+def test_a_misspelt_file_of_the_user_is_answered_with_the_file_beside_it(tmp_path):
+    (tmp_path / "mine.yaml").write_text("name: a")
+    assert mistake("--config", str(tmp_path / "mien.yaml")).endswith(f"did you mean {tmp_path / 'mine.yaml'}?")
+
+
+def test_every_word_of_another_project_leads_to_a_key_that_some_recipe_has():
+    keys = {key for home, name in RECIPES.values() for key in keys_of(getattr(importlib.import_module(home), name))}
+    assert set(SYNONYMS) <= keys
 
 
 IMPOSSIBLE = [

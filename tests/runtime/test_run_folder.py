@@ -9,7 +9,8 @@ from pretrain.config import PretrainRecipe
 from runtime.errors import RecipeError
 from runtime.files import read_json
 from runtime.ranks import Ranks
-from runtime.recipe import free_keys, keys_of, load_recipe, read_recipe
+from runtime.recipe import free_keys, load_recipe, read_recipe
+from runtime.recipe_keys import keys_of
 from runtime.run_folder import RunFolder
 
 
