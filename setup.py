@@ -69,7 +69,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=[f"{floor}*" for floor in FLOORS]),
-    package_data={"configs": ["**/*.yaml"]},
+    package_data={"configs": ["**/*.yaml"], "finetune": ["export/*.md"]},
     install_requires=REQUIRED,
     extras_require={"develop": DEVELOP, "remote": REMOTE, "extended": EXTENDED, "search": SEARCH, "real": REAL},
     entry_points={"console_scripts": ["ligature = launch.cli:entry"]},

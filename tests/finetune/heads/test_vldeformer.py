@@ -16,13 +16,13 @@ from torch.nn.functional import cosine_similarity, normalize
 from data_tools.in_order.collection import open_collection
 from finetune.config import FinetuneRecipe
 from finetune.encoders import load_encoder
+from finetune.export.export import export
 from finetune.heads.config import HardNegativesConfig, VLDeformerConfig
 from finetune.heads.decomposed import LoadedVLDeformer
 from finetune.heads.vldeformer import Altered, VLDeformerTask, contrastive_loss, cosine_loss
 from finetune.train import retrieval_batch
 from launch.cli import main
 from pretrain.model import bert_layers
-from pretrain.weights.export import export
 from pretrain.weights.load import load_model
 from retrieval.index import Index
 from retrieval.records import read_record

@@ -267,6 +267,7 @@ def test_files_that_are_not_albefs_are_refused_in_one_line(tmp_path, capsys):
 def test_export_holds_the_model_alone_and_loads_back(imported, tmp_path, capsys):
     assert main(["export", str(imported), str(tmp_path / "plain")]) == 0
     assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == [
+        "README.md",
         "manifest.json",
         "model.json",
         "model.safetensors",

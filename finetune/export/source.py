@@ -1,0 +1,112 @@
+"""What is exported: a loaded checkpoint of a head, in the one form that every format reads.
+
+Tested in tests/finetune/export/test_export.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_tools.tokenizer import CaptionTokenizer
+from finetune.export.formats import FORMATS
+from finetune.heads.decomposed import Decomposed, LoadedVLDeformer
+from finetune.heads.registry import DEFAULT
+from pretrain.model.alignment_model import AlignmentModel
+from pretrain.model.config import ModelConfig
+from pretrain.weights.load import find_checkpoint, load_model
+from runtime.errors import CheckpointError
+from runtime.files import read_json
+from runtime.recipe import build_config
+
+
+@dataclass
+class Source:
+    """A checkpoint, loaded to be exported."""
+
+    origin: Path
+    """The folder that the user named: a run's or a checkpoint's."""
+    folder: Path
+    """The checkpoint's folder."""
+    network: AlignmentModel | Decomposed
+    """The model, in evaluation mode on the CPU."""
+    config: ModelConfig
+    tokenizer: CaptionTokenizer
+    description: dict[str, Any]
+    """The checkpoint's model.json."""
+    hash: str
+    """The checkpoint's hash, as in score records."""
+
+    @property
+    def head(self) -> str:
+        """`dual` or `vldeformer`."""
+        return self.description.get("head", DEFAULT)
+
+    @property
+    def training(self) -> str:
+        """`pretrained` or `fine-tuned-on X`."""
+        return self.description["training"]
+
+    @property
+    def has_features(self) -> bool:
+        """Whether an image and a text have vectors of their own."""
+        return self.head == "vldeformer" or self.config.text.layers > 0
+
+    @property
+    def has_matching(self) -> bool:
+        """Whether a fusion encoder judges pairs."""
+        return self.head == "dual" and self.config.fusion.layers > 0
+
+    @torch.no_grad()
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return unit-norm features (images, width); images: (images, 3, size, size) uint8."""
+        if isinstance(self.network, Decomposed):
+            return self.network.encode_image(images)
+        return self.network.image_features(self.network.image_encoder(images))
+
+    @torch.no_grad()
+    def text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return unit-norm features (texts, width); ids, mask: (texts, words)."""
+        if isinstance(self.network, Decomposed):
+            return self.network.encode_text(ids, mask)
+        return self.network.text_features(self.network.text_encoder(ids, mask), mask)
+
+    @torch.no_grad()
+    def matching_logits(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return logits (pairs, 2), no match and match; arguments as above."""
+        assert isinstance(self.network, AlignmentModel)
+        prepared = self.network.fusion_encoder.prepare_images(self.network.image_encoder(images))
+        return self.network.match(self.network.text_encoder(ids, mask), mask, prepared)
+
+
+def load_source(origin: Path, kind: str) -> Source:
+    """Load a checkpoint for a format.
+
+    Args:
+        origin: A run's folder or a checkpoint's.
+        kind: A name in `FORMATS`.
+
+    Raises:
+        CheckpointError: There is no whole checkpoint, or the format cannot hold its head.
+    """
+    folder = find_checkpoint(origin)
+    description = read_json(folder / "model.json")
+    head, able = description.get("head", DEFAULT), FORMATS[kind].heads
+    if head not in able:
+        others = [name for name, form in FORMATS.items() if head in form.heads]
+        raise CheckpointError(
+            f"{folder} holds a {head} head, which --format {kind} cannot hold (it holds {' and '.join(able)}); "
+            + (
+                f"use --format {' or '.join(others)}"
+                if others
+                else "no format holds it: it scores pairs of token lists"
+            )
+        )
+    loaded = LoadedVLDeformer(folder) if head == "vldeformer" else load_model(folder)
+    network = loaded.model if isinstance(loaded, LoadedVLDeformer) else loaded.network
+    config = build_config(ModelConfig, description["model"])
+    return Source(origin, folder, network, config, loaded.tokenizer, description, loaded.hash)
