@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from runtime.checks import check_range
 from runtime.errors import RecipeError
 from runtime.recipe import free
 
@@ -136,8 +137,8 @@ class ReadConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise RecipeError(f"data.workers is {self.workers}; it must be 0 or more")
+        check_range(self, "data.", 0, None, "workers")
+        check_range(self, "data.", 0, 1, "max_bad_share")
         if self.train in ([], {}) or (isinstance(self.train, str) and self.train.startswith(("[", "{"))):
             raise RecipeError(
                 f"data.train is {self.train!r}; it must be a folder, a list of folders, or a mapping of folders to weights"
@@ -167,6 +168,7 @@ class DataConfig(ReadConfig):
 
     def __post_init__(self) -> None:
         ReadConfig.__post_init__(self)
+        check_range(self, "data.", 1, None, "vocabulary")
         if self.caption_tokens < 3:
             raise RecipeError(
                 f"data.caption_tokens is {self.caption_tokens}; it must leave room for [CLS], one word and [SEP]: 3 or more"

@@ -12,8 +12,9 @@ from data_tools.config import ReadConfig
 from finetune.heads.config import ExchangedWordsConfig, HatConfig, VLDeformerConfig
 from finetune.heads.registry import ScoredHead, TrainedHead
 from pretrain.config import MatchingConfig
+from runtime.checks import check_given, check_name, check_range
 from runtime.errors import RecipeError
-from runtime.recipe import check_name, free
+from runtime.recipe import free
 from training.config import LoopConfig, OptimizerConfig
 
 
@@ -60,9 +61,12 @@ class FinetuneRecipe:
             raise RecipeError(
                 "checkpoint is set, but hat.encoders is `backbones`, which reads none; leave one of them out"
             )
-        for key in ("dataset",) if without_checkpoint else ("checkpoint", "dataset"):
-            if not getattr(self, key):
-                raise RecipeError(f"{key} is not set; give --{key}")
+        needed = ["dataset"] if without_checkpoint else ["checkpoint", "dataset"]
+        if not all(getattr(self, key) for key in needed):
+            # A recipe may lack its training data until it is run. Named here so that one answer has all that is missing.
+            check_given(self, *needed, "data.train")
+        check_range(self, "", 0, None, "contrastive_weight", "matching_weight")
+        check_range(self, "", 1, None, "image_size")
         if without_checkpoint and self.image_size:
             raise RecipeError("image_size is for a checkpoint's encoders; set hat.image.image_size for backbones")
         if without_checkpoint and self.training.checkpoint_activations:
@@ -146,11 +150,10 @@ class EvaluateRecipe:
     about the third digit."""
 
     def __post_init__(self) -> None:
-        if bool(self.checkpoint) == bool(self.scores):
+        if self.checkpoint and self.scores:
             raise RecipeError("give either --checkpoint or --scores, and not both")
-        for key in ("dataset", "split") if self.scores else ("data", "dataset", "split"):
-            if not getattr(self, key):
-                raise RecipeError(f"{key} is not set; give --{key}")
+        needed = ("dataset", "split") if self.scores else ("checkpoint", "data", "dataset", "split")
+        check_given(self, *needed, instead="--scores")
         if self.scores and (self.heads or self.shortlist_from or self.ensemble):
             raise RecipeError("heads, shortlist_from and ensemble are a checkpoint's; leave them out with --scores")
         if self.extended and self.protocol == "coco_1k" and (self.shortlist_from or "fusion" in (self.heads or [])):
@@ -167,6 +170,5 @@ class EvaluateRecipe:
             raise RecipeError(f"heads is {self.heads}; name each head once: dual, fusion, vldeformer, or hat alone")
         if self.heads and "hat" in self.heads and len(self.heads) > 1:
             raise RecipeError(f"heads is {self.heads}; a HAT checkpoint has one head, use --heads '[hat]'")
-        for key in ("shortlist", "batch_size", "captions_per_image"):
-            if (value := getattr(self, key)) is not None and value < 1:
-                raise RecipeError(f"{key} is {value}; it must be 1 or more")
+        check_range(self, "", 1, None, "shortlist", "batch_size", "captions_per_image")
+        check_range(self, "", 0, None, "workers")

@@ -9,6 +9,7 @@ import importlib
 import re
 from typing import TYPE_CHECKING, Any
 
+from runtime.checks import check_writable
 from runtime.recipe import read_recipe
 
 if TYPE_CHECKING:
@@ -33,7 +34,11 @@ def read_stage(stage: str, arguments: list[str]) -> Any:
         RecipeError: The recipe or an option cannot be run.
     """
     module, name = RECIPES[stage]
-    return read_recipe(getattr(importlib.import_module(module), name), arguments, f"ligature {stage}")
+    recipe = read_recipe(getattr(importlib.import_module(module), name), arguments, f"ligature {stage}")
+    for key, folder in (("runs", True), ("out", stage == "index")):
+        if hasattr(recipe, key):
+            check_writable(key, getattr(recipe, key), folder)
+    return recipe
 
 
 def read_shard_options(arguments: list[str]) -> ShardOptions:
@@ -50,7 +55,9 @@ def read_shard_options(arguments: list[str]) -> ShardOptions:
         arguments = ["--annotation", *arguments]
     # `--exclude+` appends to the list; `--exclude` would replace it.
     arguments = [re.sub(r"^--exclude(?==|$)", "--exclude+", argument) for argument in arguments]
-    return read_recipe(ShardOptions, arguments, "ligature shard SOURCE")
+    options = read_recipe(ShardOptions, arguments, "ligature shard SOURCE")
+    check_writable("out", options.out, folder=True)
+    return options
 
 
 def check_batch(recipe: Any, world: int) -> None:

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from data_tools.config import DataConfig
 from pretrain.model.config import ModelConfig
+from runtime.checks import check_name, check_range
 from runtime.errors import RecipeError
-from runtime.recipe import check_name, free
+from runtime.recipe import free
 from training.config import LoopConfig, OptimizerConfig
 
 
@@ -25,6 +26,9 @@ class ContrastiveConfig:
     """Factor of this loss in the total. 0: off."""
     intra_modal: bool = True
     """Add image-image and text-text terms to the two cross-modal ones. The loss is the mean of its terms."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "objectives.contrastive.", 0, None, "weight")
 
 
 @dataclass
@@ -43,6 +47,7 @@ class MatchingConfig:
     is split. It must divide the micro-batch. null: the whole micro-batch."""
 
     def __post_init__(self) -> None:
+        check_range(self, "objectives.matching.", 0, None, "weight")
         if self.pool is not None and self.pool < 1:
             raise RecipeError(
                 f"objectives.matching.pool is {self.pool}; it must be a divisor of the micro-batch, 1 or more"
@@ -61,6 +66,7 @@ class MaskedLanguageConfig:
     """Let [SEP] be chosen too, as ALBEF's code does. It can be predicted without reading anything."""
 
     def __post_init__(self) -> None:
+        check_range(self, "objectives.masked_language.", 0, None, "weight")
         if not 0 <= self.share <= 1:
             raise RecipeError(
                 f"objectives.masked_language.share is {self.share}; it must be a share of the words, 0 to 1"
@@ -73,6 +79,9 @@ class LevelsConfig:
 
     weight: float = 0.0
     """Factor of this loss in the total. 0: off."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "objectives.levels.", 0, None, "weight")
 
 
 @dataclass
@@ -91,6 +100,7 @@ class CodebookConfig:
     """Keep the codewords at their random start. This ablation shows what learning them is worth."""
 
     def __post_init__(self) -> None:
+        check_range(self, "objectives.codebook.", 0, None, "weight")
         if self.temperature <= 0:
             raise RecipeError(f"objectives.codebook.temperature is {self.temperature}; it must be above 0")
 
@@ -105,6 +115,9 @@ class OtherObjective:
     """Factor of this loss in the total. 0: off."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments that the class is made with."""
+
+    def __post_init__(self) -> None:
+        check_range(self, f"objectives.others: of {self.use}, ", 0, None, "weight")
 
 
 @dataclass
@@ -186,6 +199,7 @@ class TeacherConfig:
     """The teacher sees another augmentation of the image than the student (CODIS). Off: the same one (ALBEF)."""
 
     def __post_init__(self) -> None:
+        check_range(self, "teacher.", 0, None, "queue_from_epoch")
         if not 0 <= self.ema_momentum <= 1:
             raise RecipeError(f"teacher.ema_momentum is {self.ema_momentum}; it must lie between 0 and 1")
         if self.queue < 0:

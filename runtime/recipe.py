@@ -166,18 +166,6 @@ def free_keys(kind: type, prefix: str = "") -> list[str]:
     return keys
 
 
-def check_name(key: str, name: str) -> None:
-    """Refuse a name that cannot be a folder's name.
-
-    Raises:
-        RecipeError: `name`, the value of the recipe key `key`, is empty, has a slash or begins with a dot.
-    """
-    if not name or "/" in name or name.startswith("."):
-        raise RecipeError(
-            f"{key} is {name!r}; it names a folder, so it must not be empty, have a slash or begin with a dot"
-        )
-
-
 def find_recipe(name: str) -> Path:
     """Return the file of that name, or else the shipped recipe of that name (`pretrain/demo.yaml`)."""
     import configs
@@ -200,7 +188,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(f"--config {path}: no such file{suggest_recipe(path)}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _check_repeated(yaml.compose(text, Loader=yaml.SafeLoader), f"{path}: ")
+        values = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
@@ -208,6 +198,27 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RecipeError(f"{path} is not a recipe: it holds a {type(values).__name__}, not keys and values")
     return values
+
+
+def _check_repeated(node: Any, source: str, prefix: str = "") -> None:
+    """Refuse a key that stands twice in one group, of which YAML would silently take the last.
+
+    Args:
+        node: a part of the file, as `yaml.compose` returns it. Only mappings have keys.
+        source: what errors begin with.
+        prefix: the dotted path to `node`.
+    """
+    if getattr(node, "id", "") == "mapping":
+        seen: set[str] = set()
+        for name, value in node.value:
+            if name.id == "scalar":
+                if name.value in seen:
+                    line = name.start_mark.line + 1
+                    raise RecipeError(
+                        f"{source}{prefix}{name.value} stands twice, again in line {line}; keep one of them"
+                    )
+                seen.add(name.value)
+                _check_repeated(value, source, f"{prefix}{name.value}.")
 
 
 def _check_keys(

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from runtime.checks import check_range
 from runtime.errors import RecipeError
 from runtime.recipe import free
 
@@ -36,6 +37,8 @@ class OptimizerConfig:
     """Gradients with a larger norm are scaled down to this one. 0 leaves them as they are."""
 
     def __post_init__(self) -> None:
+        names = ("lr", "min_lr", "warmup_lr", "warmup_steps", "weight_decay", "clip_norm")
+        check_range(self, "optimizer.", 0, None, *names)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise RecipeError(f"optimizer.betas is {self.betas}; give two numbers, each at least 0 and below 1")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pretrain.model.config import TextEncoderConfig
+from runtime.checks import check_range
 from runtime.errors import RecipeError
 
 
@@ -26,6 +27,10 @@ class ImageBackboneConfig:
     """Probability of skipping a residual branch while training."""
     weights: str = "timm"
     """Starting weights: `timm` (downloaded), a safetensors or .pth file, or `none` (random)."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "hat.image.", 1, None, "image_size")
+        check_range(self, "hat.image.", 0, 1, "drop_path")
 
 
 @dataclass
@@ -67,6 +72,7 @@ class HatConfig:
     """Length in tokens that captions are cut to, with backbones. A checkpoint has its own."""
 
     def __post_init__(self) -> None:
+        check_range(self, "hat.", 0, None, "margin", "hardest_from_epoch", "encoder_lr_share")
         levels = self.levels if self.levels is not None else [[1, 1]]
         if not levels or any(len(pair) != 2 or min(pair) < 1 for pair in levels):
             raise RecipeError(
@@ -161,6 +167,7 @@ class ExchangedWordsConfig:
     """Pairs of words to exchange, such as `left right`. Each word is one token of the checkpoint's vocabulary."""
 
     def __post_init__(self) -> None:
+        check_range(self, "exchanged.", 0, None, "weight")
         if wrong := [pair for pair in self.words if len(set(pair.split())) != 2]:
             raise RecipeError(
                 f"exchanged.words holds {wrong[0]!r}; a pair must be two different words, such as 'left right'"

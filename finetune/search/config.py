@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from runtime.checks import check_given, check_range
 from runtime.errors import RecipeError
 
 
@@ -44,13 +45,9 @@ class IndexRecipe:
     the third digit."""
 
     def __post_init__(self) -> None:
-        for key in ("checkpoint", "data", "out"):
-            if not getattr(self, key):
-                raise RecipeError(f"{key} is not set; give --{key}")
-        if self.batch_size < 1:
-            raise RecipeError(f"batch_size is {self.batch_size}; it must be 1 or more")
-        if self.workers < 0:
-            raise RecipeError(f"workers is {self.workers}; it must be 0 or more")
+        check_given(self, "checkpoint", "data", "out")
+        check_range(self, "", 1, None, "batch_size")
+        check_range(self, "", 0, None, "workers")
         if self.part_images < self.batch_size or self.part_images % self.batch_size:
             raise RecipeError(
                 f"part_images is {self.part_images}; it must be a multiple of batch_size, {self.batch_size}"

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from runtime.checks import check_given, check_name
 from runtime.errors import RecipeError
-from runtime.recipe import check_name
 
 
 @dataclass
@@ -53,9 +53,7 @@ class AblateRecipe:
     """Runs at the same time. For small models on a CPU: one a core, with OMP_NUM_THREADS=1. On a GPU: 1."""
 
     def __post_init__(self) -> None:
-        for key in ("base", "data", "arms", "conditions", "comparisons"):
-            if not getattr(self, key):
-                raise RecipeError(f"{key} is not set; an ablation needs it")
+        check_given(self, "base", "data", "arms", "conditions", "comparisons")
         if self.jobs < 1 or self.processes < 1:
             raise RecipeError(f"jobs is {self.jobs} and processes is {self.processes}; both must be 1 or more")
         if len(self.seeds) < 2 or len(set(self.seeds)) != len(self.seeds):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from runtime.checks import output_file
 from runtime.errors import RecipeError
 from runtime.files import write_json
 from runtime.recipe import OptionParser
@@ -19,9 +20,9 @@ def run(arguments: list[str]) -> None:
     )
     parser.add_argument("first", type=Path, help="score record (JSON, with its .ranks.npz beside it)")
     parser.add_argument("second", type=Path, help="score record to compare it with")
-    parser.add_argument("--out", type=Path, help="also write the comparison as JSON")
+    parser.add_argument("--out", type=output_file, help="also write the comparison as JSON")
     parser.add_argument(
-        "--page", type=Path, help="HTML page of captions that only the first record gets right; needs --data"
+        "--page", type=output_file, help="HTML page of captions that only the first record gets right; needs --data"
     )
     parser.add_argument("--data", help="shard folder or caption file that both were scored on")
     parser.add_argument("--images", default="", help="folder or tar of a caption file's images")

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from launch.start.command import print_heading, run_command
+from runtime.checks import output_folder
 from runtime.files import write_text
 from runtime.progress import format_duration
 from runtime.recipe import OptionParser
@@ -21,7 +22,9 @@ IMAGES = {"train": 8000, "validation": 250, "test": 500}
 def run(arguments: list[str]) -> None:
     """Run every stage by its own command, as a user would. A finished stage does not run again."""
     parser = OptionParser("ligature demo", description="Run the whole path on drawn shapes, on a CPU.")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for all of it (default runs/demo)")
+    parser.add_argument(
+        "--out", type=output_folder, default="runs/demo", help="folder for all of it (default runs/demo)"
+    )
     parser.add_argument(
         "--images",
         type=int,

@@ -9,6 +9,7 @@ from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 from finetune.export.formats import FORMATS
+from runtime.checks import output_folder
 from runtime.recipe import OptionParser
 
 
@@ -23,7 +24,7 @@ def run(arguments: list[str]) -> None:
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", type=Path, help="folder of a run or of a checkpoint")
-    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("out", type=output_folder, help="folder to make")
     parser.add_argument("--format", choices=list(FORMATS), default="ligature", help="see below (default ligature)")
     options = parser.parse_args(arguments)
     from finetune.export.export import export

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from runtime.checks import output_file
 from runtime.recipe import OptionParser
 
 
@@ -18,7 +19,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("checkpoint", help="folder of a HAT run or of a checkpoint")
     parser.add_argument("image", type=Path, help="image file")
     parser.add_argument("caption", help="the words, in quotes")
-    parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
+    parser.add_argument("--out", type=output_file, required=True, help="PNG file to write")
     options = parser.parse_args(arguments)
     from finetune.report.heat_maps import draw_heat_maps
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from runtime.checks import output_folder
 from runtime.recipe import OptionParser
 
 
@@ -19,7 +20,7 @@ def run(arguments: list[str]) -> None:
     )
     parser.add_argument("kind", choices=["albef"], help="format of the published checkpoint")
     parser.add_argument("checkpoint", type=Path, help="the published .pth file")
-    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("out", type=output_folder, help="folder to make")
     parser.add_argument("--tokenizer", default="bert-base-uncased", help="folder or name (default bert-base-uncased)")
     parser.add_argument(
         "--bert-config", type=Path, help="ALBEF's config_bert.json (default: the one beside CHECKPOINT)"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from runtime.checks import output_file
 from runtime.errors import RecipeError
 from runtime.recipe import OptionParser
 
@@ -21,7 +22,9 @@ def run(arguments: list[str]) -> None:
     depth = parser.add_mutually_exclusive_group()
     depth.add_argument("--quick", action="store_true", help="check names and sizes (the default)")
     depth.add_argument("--full", action="store_true", help="check every file's hash, and every index")
-    parser.add_argument("--html", type=Path, metavar="PAGE", help="write a page with histograms and a grid of samples")
+    parser.add_argument(
+        "--html", type=output_file, metavar="PAGE", help="write a page with histograms and a grid of samples"
+    )
     parser.add_argument(
         "--index", action="store_true", help="index tars made elsewhere (img2dataset, open_clip) in place"
     )

@@ -5,6 +5,7 @@ Tested in tests/launch/test_plan.py.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 from launch.plan import Cluster, Pace, count_samples
@@ -44,9 +45,7 @@ def run(arguments: list[str]) -> None:
         note = f" (default {default:g})" if default else ""
         parser.add_argument(f"--{name}", type=float, default=default, help=about + note)
     options, rest = parser.parse_known_args(arguments)
-    for name in ("nodes", "gpus_per_node"):
-        if getattr(options, name) < 1:
-            raise RecipeError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be 1 or more")
+    check_cluster(options)
     recipe = read_recipe(PretrainRecipe, rest, "ligature plan")
     cluster = Cluster(
         options.nodes,
@@ -60,6 +59,19 @@ def run(arguments: list[str]) -> None:
         options.disk_gb,
     )
     print_plan(recipe, cluster, options.samples or count_samples(recipe))
+
+
+def check_cluster(options: Namespace) -> None:
+    """Raise RecipeError if a number of the cluster is out of its range."""
+    for name, least in (("nodes", 1), ("gpus_per_node", 1), ("samples", 1), ("peak_tflops", 0), ("overlap", 0)):
+        if (value := getattr(options, name)) is not None and not value >= least:
+            raise RecipeError(f"--{name.replace('_', '-')} is {value:g}; it must be {least} or more")
+    for name in ("gpu_memory", "utilisation", "gpu_gbps", "network_gbps", "disk_gb"):
+        if not getattr(options, name) > 0:
+            raise RecipeError(f"--{name.replace('_', '-')} is {getattr(options, name):g}; it must be above 0")
+    for name in ("utilisation", "overlap"):
+        if getattr(options, name) > 1:
+            raise RecipeError(f"--{name} is {getattr(options, name):g}; it is a share, at most 1")
 
 
 def print_plan(recipe: PretrainRecipe, cluster: Cluster, samples: int | None) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.checks import output_file
 from runtime.errors import RecipeError
 from runtime.recipe import OptionParser
 
@@ -28,7 +29,7 @@ def run(arguments: list[str]) -> None:
     )
     parser.add_argument("--queries", type=Path, metavar="FILE", help="more queries, one a line; - is standard input")
     parser.add_argument("--top", type=int, default=10, help="images to list for a query (default 10)")
-    parser.add_argument("--html", type=Path, metavar="PAGE", help="also write a page with the pictures")
+    parser.add_argument("--html", type=output_file, metavar="PAGE", help="also write a page with the pictures")
     parser.add_argument("--json", action="store_true", help="print one line of JSON a query instead of a table")
     parser.add_argument(
         "--approximate", action="store_true", help="search the index's inverted lists instead of all its rows"

@@ -5,8 +5,7 @@ Tested in tests/launch/commands/test_shapes_command.py.
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from runtime.checks import output_folder
 from runtime.errors import RecipeError
 from runtime.recipe import OptionParser
 
@@ -21,7 +20,7 @@ def run(arguments: list[str]) -> None:
     parser = OptionParser(
         "ligature shapes", description="Draw captioned scenes of coloured shapes, as a source for `ligature shard`."
     )
-    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("out", type=output_folder, help="folder to make")
     for split, count in zip(SPLITS, (1000, 200, 500), strict=True):
         parser.add_argument(f"--{split}", type=int, default=count, help=f"images of the split (default {count})")
     parser.add_argument("--size", type=int, default=64, help="pixels a side (default 64)")

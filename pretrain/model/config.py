@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from runtime.checks import check_range
 from runtime.errors import RecipeError
 
 
@@ -46,6 +47,9 @@ class ImageEncoderConfig:
     """Further arguments of a `timm` architecture by timm's names, such as `depths`."""
 
     def __post_init__(self) -> None:
+        check_range(self, "model.image.", 1, None, "image_size", "patch", "width", "depth", "heads")
+        check_range(self, "model.image.", 0, None, "position_std")
+        check_range(self, "model.image.", 0, 1, "drop_path")
         if self.kind == "vit" and (self.arguments or self.pooling not in ("own", "class")):
             raise RecipeError(
                 "model.image.arguments and model.image.pooling are for model.image.kind timm; a vit has patch, width, depth and heads, and "
@@ -83,6 +87,9 @@ class TextEncoderConfig:
     """Keep the starting weights."""
 
     def __post_init__(self) -> None:
+        check_range(self, "model.text.", 1, None, "width", "heads", "feed_forward", "positions")
+        check_range(self, "model.text.", 0, None, "layers")
+        check_range(self, "model.text.", 0, 1, "dropout")
         if self.width % self.heads:
             raise RecipeError(
                 f"model.text.width {self.width} is not a multiple of model.text.heads {self.heads}; change one of them"
@@ -98,6 +105,9 @@ class FusionEncoderConfig:
     VinVL), and VLDeformer can decompose it."""
     layers: int = 6
     """Transformer layers. 0: no fusion encoder; matching and masked_language must be off."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "model.fusion.", 0, None, "layers")
 
 
 @dataclass

@@ -82,6 +82,50 @@ def test_a_command_without_a_required_option_is_refused(answer, command):
     assert code == 2 and f"{command}: " in line and f"ligature {command} --help" in line
 
 
+OUTPUTS = [
+    ("pretrain --data.train x --runs OUT", "runs"),
+    ("finetune --checkpoint x --dataset x --data.train x --runs OUT", "runs"),
+    ("evaluate --checkpoint x --data x --dataset x --split x --out OUT/scores.json", "out"),
+    ("index --checkpoint x --data x --out OUT", "out"),
+    ("shard x --out OUT", "out"),
+    ("launch local pretrain --data.train x --runs OUT", "runs"),
+    ("shapes OUT", "out"),
+    ("demo --out OUT", "--out"),
+    ("plot x --out OUT/a.png", "--out"),
+    ("report x --out OUT/a.html", "--out"),
+    ("export x OUT", "out"),
+    ("heatmap x y z --out OUT/a.png", "--out"),
+    ("import albef x OUT", "out"),
+    ("inspect x --html OUT/a.html", "--html"),
+    ("search x --html OUT/a.html", "--html"),
+    ("compare a b --out OUT/a.json", "--out"),
+]
+
+
+@pytest.mark.parametrize(("line", "key"), OUTPUTS, ids=[line.partition(" --")[0] for line, _ in OUTPUTS])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(answer, line, key):
+    code, message = answer(*line.replace("OUT", f"{__file__}/out").split())
+    assert code == 2 and key in message and f"{__file__} is a file; name another" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "keys"),
+    [
+        ("pretrain", "data.train"),
+        ("finetune", "checkpoint dataset data.train"),
+        ("finetune --checkpoint x --dataset x", "data.train"),
+        ("evaluate", "checkpoint scores data dataset split"),
+        ("index", "checkpoint data"),
+        ("ablate", "base data arms comparisons"),
+        ("shard", "annotation out"),
+        ("compare", "first second"),
+    ],
+)
+def test_all_missing_keys_are_named_at_once(answer, line, keys):
+    code, message = answer(*line.split())
+    assert code == 2 and all(key in message for key in keys.split()), message
+
+
 def test_a_wrong_option_of_the_demo_gives_a_one_line_error(answer):
     code, line = answer("demo", "--image", "3")
     assert code == 2 and "--image" in line

@@ -183,6 +183,49 @@ def test_every_word_of_another_project_leads_to_a_key_that_some_recipe_has():
     assert set(SYNONYMS) <= keys
 
 
+OUT_OF_RANGE = [
+    ("optimizer.lr", "-1"),
+    ("optimizer.min_lr", "-0.5"),
+    ("optimizer.warmup_steps", "-1"),
+    ("optimizer.weight_decay", "-1"),
+    ("optimizer.clip_norm", "-1"),
+    ("optimizer.betas", "[0.9, 1.0]"),
+    ("model.image.width", "0"),
+    ("model.image.patch", "0"),
+    ("model.image.image_size", "0"),
+    ("model.image.drop_path", "2"),
+    ("model.text.width", "0"),
+    ("model.text.heads", "0"),
+    ("model.text.layers", "-1"),
+    ("model.text.dropout", "-0.1"),
+    ("model.fusion.layers", "-1"),
+    ("model.codewords", "-1"),
+    ("objectives.contrastive.weight", "-1"),
+    ("objectives.levels.weight", "-1"),
+    ("data.max_bad_share", "2"),
+    ("data.vocabulary", "0"),
+    ("teacher.queue_from_epoch", "-1"),
+    ("training.epochs", "-1"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), OUT_OF_RANGE, ids=[key for key, _ in OUT_OF_RANGE])
+def test_a_number_out_of_its_range_is_named_with_its_key(key, value):
+    assert f"{key} is {value}" in mistake(f"--{key}", value)
+
+
+def test_a_key_that_stands_twice_in_a_file_is_refused(recipe_file):
+    twice = recipe_file("name: a\noptimizer:\n  lr: 1e-3\n  min_lr: 0.0\n  lr: 1e-4\n")
+    assert mistake("--config", twice) == f"{twice}: optimizer.lr stands twice, again in line 5; keep one of them"
+    twice = recipe_file("name: a\ntraining:\n  steps: 1\n'name': b\n")
+    assert "name stands twice, again in line 4" in mistake("--config", twice)
+
+
+def test_a_key_may_stand_in_two_groups_and_be_merged(recipe_file):
+    text = "model:\n  image: &side\n    frozen: false\n  text:\n    <<: *side\n    frozen: false\n    width: 12\n"
+    assert read("--config", recipe_file(text)).model.text.width == 12
+
+
 IMPOSSIBLE = [
     (("--model.codewords", "0"), ("objectives.codebook.weight", "model.codewords is 0")),
     (("--model.fusion.layers", "0"), ("model.fusion.layers is 0", "matching")),

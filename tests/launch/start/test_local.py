@@ -41,7 +41,7 @@ MISTAKES = [
     (["--nproc", "two", "pretrain"], "'two'"),
     (["--nproc", "2", "pretrain", "--optimizer.lrr", "1"], "did you mean optimizer.lr?"),
     (["--nproc", "2", "pretrain", "--config", "none.yaml"], "none.yaml"),
-    (["--nproc", "2", "finetune"], "checkpoint is not set"),
+    (["--nproc", "2", "finetune"], "checkpoint, dataset and data.train are not set"),
     (["--nproc", "2", "shard"], "'shard'"),
 ]
 
