@@ -17,6 +17,7 @@ REQUIRED = [
     "pot>=0.9.6",  # exact optimal transport, to check plans against
     "tensorboard>=2.15",  # curves of a run
     "jsonargparse>=4.40",  # typed recipes: YAML and dotted overrides into dataclasses
+    "shtab>=1.13",  # `ligature completion`: scripts for bash, zsh and fish from the commands' parsers
     "pyyaml>=6",  # recipes are written as YAML
     "rich>=13",  # progress on a terminal
     "safetensors>=0.5",  # checkpoints without pickle

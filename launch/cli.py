@@ -34,9 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         if name in ("--help", "-h", "help"):
             print(usage(), flush=True)
         elif name == "--completion":
-            from launch.completion import completion
-
-            print(completion(rest), end="")
+            find_command("completion").load()(rest)  # its former name
         else:
             find_command(name).load()(rest)
     except LigatureError as error:

@@ -21,6 +21,7 @@ KINDS = RECIPES | {
 SHIPPED = {
     "pretrain": "pretrain/*.yaml",
     "finetune": "finetune/**/*.yaml",
+    "evaluate": "finetune/**/*evaluate.yaml",
     "ablate": "ablate/*.yaml",
     "launch slurm": "launch/*.yaml",
 }
@@ -44,10 +45,8 @@ def reference_page() -> str:
     for command in KINDS:
         own, *inner = command_groups(command)
         lines += [f"## ligature {command}", "", own.about, ""]
-        if command in SHIPPED:
-            folder = Path(configs.__path__[0])
-            names = [f"`{path.relative_to(folder)}`" for path in sorted(folder.glob(SHIPPED[command]))]
-            lines += [f"Shipped: {', '.join(names)}.", ""]
+        if recipes := shipped_recipes(command):
+            lines += [f"Shipped: {', '.join(f'`{name}`' for name in recipes)}.", ""]
         lines += _table(own.keys)
         for group in inner:
             lines += [f"### {command}: {group.name}", "", group.about, "", *_table(group.keys)]
@@ -58,6 +57,13 @@ def command_groups(command: str) -> list[Group]:
     """Return the groups of a command's keys."""
     module, name = KINDS[command]
     return groups_of(getattr(importlib.import_module(module), name))
+
+
+def shipped_recipes(command: str) -> list[str]:
+    """Return the names of a command's shipped recipes, as `--config` takes them."""
+    folder = Path(configs.__path__[0])
+    names = [str(path.relative_to(folder)) for path in sorted(folder.glob(SHIPPED.get(command, "none")))]
+    return [name for name in names if command != "finetune" or "evaluate" not in name]
 
 
 def _table(keys: list[Key]) -> list[str]:

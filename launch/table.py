@@ -47,6 +47,7 @@ COMMANDS = {
     "launch": Command("launch.commands.launch", "local|hosts|slurm … STAGE …: run a stage on several processes or machines"),
     "status": Command("launch.commands.status", "RUN…: show job, step, rate, time left, last checkpoint, last error"),
     "doctor": Command("launch.commands.doctor", "check this node, or a job's nodes, before time is spent on them"),
+    "completion": Command("launch.commands.completion", "bash|zsh|fish: print a completion script for the shell"),
     "plan": Command("launch.commands.plan", "--config RECIPE --nodes N --gpus-per-node G: estimate a run's memory, time and traffic"),
 }  # fmt: skip
 
@@ -75,7 +76,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "`ligature COMMAND --help` lists a command's options.",
-            "`ligature --completion bash` prints a completion script for the shell (also zsh, fish).",
+            "`ligature COMMAND --help` explains a command's options, `ligature pretrain --help optimizer` one group of them.",
+            "`ligature --version` prints the version.",
         ]
     )

@@ -12,8 +12,9 @@ import difflib
 import re
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from runtime.errors import RecipeError
 from runtime.recipe_advice import suggest_key, suggest_recipe
@@ -25,8 +26,18 @@ Recipe = TypeVar("Recipe")
 class OptionParser(argparse.ArgumentParser):
     """Parses the options of a command without a recipe. A mistake is one line, and options may not be abbreviated."""
 
+    on_help: ClassVar[Callable[[OptionParser], None] | None] = None
+    """Called with the parser in place of printing its help. Completion reads the parsers by it."""
+
     def __init__(self, prog: str, **settings: Any) -> None:
         super().__init__(prog, allow_abbrev=False, **settings)
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help, or hand the parser to `on_help`."""
+        if OptionParser.on_help is None:
+            super().print_help(file)
+        else:
+            OptionParser.on_help(self)
 
     def error(self, message: str) -> NoReturn:
         """Raise a RecipeError with argparse's message and the command that explains the options."""
