@@ -4,11 +4,13 @@ PYTHON ?= python3
 # Passed on: `make test ARGS="tests/retrieval -x"`, `make demo ARGS=--help`
 ARGS ?=
 VENV := .venv
+# Exact versions of all packages, the ones that the tests ran with; empty: the newest that setup.py allows.
+LOCK := constraints.txt
 BIN := $(VENV)/bin
 # Ranks and loaders share the cores as processes: one thread each is fastest, and a run repeats to the bit.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test faults slurm controls bench flickr8k coco-protocols lint keys clean
+.PHONY: help install demo test faults slurm controls bench flickr8k coco-protocols lint keys lock newest clean
 help:
 	@echo 'make install   make .venv and install Ligature into it'
 	@echo 'make demo      make .venv, install, and run the whole path on drawn shapes'
@@ -21,6 +23,8 @@ help:
 	@echo 'make coco-protocols  5K and 1K x 5 over 5,000 generated images under COCO names, HAT within 16 GB (ARGS="--captions FILE")'
 	@echo 'make lint      ruff (rules, docstrings, format), codespell, mypy, and the tests of floors and rooms'
 	@echo 'make keys      docs/reference_keys.md, from the docstrings of recipes'
+	@echo 'make lock      constraints.txt, what make installs: adds what setup.py names anew (ARGS=--upgrade: the newest of everything)'
+	@echo 'make newest    the tests with the newest packages that setup.py allows, in .venv-newest'
 	@echo 'make clean     remove caches and build outputs; .venv and runs stay'
 
 install: $(VENV)/.installed
@@ -71,6 +75,16 @@ lint: $(VENV)/.develop
 keys: $(VENV)/.installed
 	$(BIN)/python -m launch.reference > docs/reference_keys.md
 
+# --universal: one file for all our Pythons. It names packages and versions, never where they came from.
+lock: | $(BIN)/pip
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet uv
+	$(BIN)/uv pip compile setup.py --all-extras --universal --python-version 3.10 --no-annotate --quiet \
+		--custom-compile-command 'make lock' --output-file constraints.txt $(ARGS)
+
+newest:
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest LOCK=
+
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
@@ -81,13 +95,13 @@ $(BIN)/pip:
 		{ echo 'Ligature needs Python 3.10 to 3.12; name one: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.11' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# A stamp is younger than what it was installed from: packages are installed again only when setup.py or pyproject.toml change.
-$(VENV)/.installed: setup.py pyproject.toml | $(BIN)/pip
+# A stamp is younger than what it was installed from: packages are installed again only when setup.py, pyproject.toml or the lock change.
+$(VENV)/.installed: setup.py pyproject.toml $(LOCK) | $(BIN)/pip
 	@echo 'installing (the first time this downloads torch and its CUDA libraries, several GB)'
-	$(BIN)/python -m pip install --disable-pip-version-check --editable .
+	$(BIN)/python -m pip install --disable-pip-version-check $(addprefix --constraint ,$(LOCK)) --editable .
 	@touch $@
 
-$(VENV)/.develop: setup.py pyproject.toml | $(BIN)/pip
+$(VENV)/.develop: setup.py pyproject.toml $(LOCK) | $(BIN)/pip
 	@echo 'installing, with the developers'"'"' tools (the first time this downloads torch and its CUDA libraries, several GB)'
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[develop]'
+	$(BIN)/python -m pip install --disable-pip-version-check $(addprefix --constraint ,$(LOCK)) --editable '.[develop]'
 	@touch $@ $(VENV)/.installed

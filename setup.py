@@ -1,10 +1,15 @@
-"""The distribution `ligature`. Tools are configured in pyproject.toml."""
+"""The distribution `ligature-pretrain`: on PyPI the name `ligature` belongs to another project. Tools are configured in pyproject.toml.
 
+Ranges here, exact versions in constraints.txt, which `make` installs and `make lock` writes anew.
+"""
+
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-FLOORS = ["configs", "runtime", "data_tools", "retrieval", "training", "pretrain", "finetune", "launch"]
+ROOT = Path(__file__).parent
+PACKAGES = ["configs", "runtime", "data_tools", "retrieval", "training", "pretrain", "finetune", "launch", "ligature"]
 
 REQUIRED = [
     "torch>=2.9",  # tensors, autograd, process groups
@@ -62,15 +67,28 @@ DEVELOP = [
 ]
 
 setup(
-    name="ligature",
-    version="0.1.0",
+    name="ligature-pretrain",
+    # Read, not imported: pip builds in an environment where this folder is not on the path.
+    version=re.search(r'VERSION = "(.+)"', (ROOT / "runtime" / "version.py").read_text(encoding="utf-8"))[1],
     description="Pretrain image-text models on clusters and turn them into image-text search",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    author="The Ligature maintainers",
+    keywords="image-text retrieval, vision-language pretraining, contrastive learning, webdataset, deepspeed, slurm",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10,<3.13",
-    packages=find_packages(include=[f"{floor}*" for floor in FLOORS]),
-    package_data={"configs": ["**/*.yaml"], "finetune": ["export/*.md"]},
+    packages=find_packages(include=[f"{package}*" for package in PACKAGES]),
+    package_data={"": ["py.typed"], "configs": ["**/*.yaml"], "finetune": ["export/*.md"]},
     install_requires=REQUIRED,
     extras_require={"develop": DEVELOP, "remote": REMOTE, "extended": EXTENDED, "search": SEARCH, "real": REAL},
     entry_points={"console_scripts": ["ligature = launch.cli:entry"]},

@@ -9,6 +9,7 @@ import sys
 from launch.table import find_command, usage
 from runtime.errors import LigatureError
 from runtime.interrupts import hold_interrupts
+from runtime.version import VERSION
 
 REMEDIES = {
     errno.ENOSPC: "free some space and run it again",
@@ -31,8 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        if name in ("--help", "-h", "help"):
+        if name == "help" and rest:  # `ligature help pretrain optimizer`
+            find_command(rest[0]).load()(["--help", *rest[1:]])
+        elif name in ("--help", "-h", "help"):
             print(usage(), flush=True)
+        elif name in ("--version", "-V"):
+            print(f"ligature {VERSION}", flush=True)
         elif name == "--completion":
             find_command("completion").load()(rest)  # its former name
         else:

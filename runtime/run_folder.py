@@ -15,9 +15,9 @@ from runtime.files import read_json, write_json
 from runtime.lease import Lease, take_lease
 from runtime.ranks import Ranks, ranks_from_environment, run_on_first
 from runtime.recipe import changed_keys, free_keys, load_recipe, write_recipe
+from runtime.version import VERSION
 
 PACKAGES = (
-    "ligature",
     "torch",
     "torchvision",
     "deepspeed",
@@ -27,7 +27,7 @@ PACKAGES = (
     "webdataset",
     "numpy",
 )
-"""Packages that `environment.json` gives the versions of."""
+"""Packages that `environment.json` gives the versions of, beside our own."""
 
 
 class RunFolder:
@@ -109,7 +109,7 @@ class RunFolder:
 
 def environment() -> dict[str, Any]:
     """Return the versions, host, command and commit of this process."""
-    versions = {}
+    versions = {"ligature": VERSION}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -13,7 +13,7 @@ import pytest
 from launch.table import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-FLOORS = ["configs", "runtime", "data_tools", "retrieval", "training", "pretrain", "finetune", "launch"]
+FLOORS = ["configs", "runtime", "data_tools", "retrieval", "training", "pretrain", "finetune", "launch", "ligature"]
 """From the lowest to the highest."""
 FILES = [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
 
@@ -163,6 +163,7 @@ LIGHT = [
     "runtime.watchdog",
     "runtime.straggler",
     "configs",
+    "ligature",
 ]
 
 

@@ -37,7 +37,7 @@ def export(source: Path, out: Path, kind: str = "ligature") -> list[str]:
         raise CheckpointError(f"{out} exists; choose another folder, or remove it")
     form = FORMATS[kind]
     if missing := [name for name in form.needs if find_spec(name) is None]:
-        raise RecipeError(f"--format {kind} needs {', '.join(missing)}; pip install 'ligature[export]'")
+        raise RecipeError(f"--format {kind} needs {', '.join(missing)}; pip install 'ligature-pretrain[export]'")
     loaded = load_source(source, kind)
     module, _, name = form.write.partition(":")
     with committed_folder(out) as folder:

