@@ -39,6 +39,29 @@ class AugmentConfig:
         if not 0 <= self.magnitude <= 10:
             raise RecipeError(f"augment.magnitude is {self.magnitude}; it must be 0 to 10")
 
+    @property
+    def used(self) -> bool:
+        """Whether a view can differ from the whole image."""
+        return self.crop_scale[0] < 1 or self.flip or self.operations > 0
+
+
+@dataclass
+class FeaturesConfig:
+    """Features of a frozen image tower that are computed once and cached on a disk (docs/towers.md)."""
+
+    kind: Literal["live", "tokens", "pooled"] = "live"
+    """`live`: the tower encodes each batch. `tokens`: its tokens are cached. `pooled`: only its global state is, which is much
+    smaller and serves where no fusion encoder learns."""
+    views: int = 4
+    """Augmented views of each image in the cache; a step draws among them. Without augmentation there is one."""
+    dtype: Literal["fp16", "fp32"] = "fp16"
+    """Number format of the cache."""
+    folder: str = free("")
+    """Folder of the cache. Default: the first training or validation folder itself."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "data.features.", 1, None, "views")
+
 
 @dataclass
 class FilterConfig:
@@ -135,6 +158,7 @@ class ReadConfig:
     shuffle: ShuffleConfig = field(default_factory=ShuffleConfig)
     cache: CacheConfig = free(default_factory=CacheConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
 
     def __post_init__(self) -> None:
         check_range(self, "data.", 0, None, "workers")

@@ -89,6 +89,14 @@ class FinetuneRecipe:
             raise RecipeError(
                 "exchanged.weight trains the fusion head by matching: set head to dual and matching_weight above 0"
             )
+        if self.data.features.kind != "live" and self.head != "dual":
+            raise RecipeError(
+                f"data.features.kind is {self.data.features.kind}, but the {self.head} head reads pixels; set it to live"
+            )
+        if self.data.features.kind == "pooled" and self.matching_weight:
+            raise RecipeError(
+                "data.features.kind is pooled, but matching reads image tokens; set it to tokens, or matching_weight to 0"
+            )
         if self.head == "dual" and not self.contrastive_weight:
             raise RecipeError("contrastive_weight is 0, but the dual head learns by it; set it above 0")
 

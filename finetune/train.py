@@ -18,6 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from data_tools.in_order.collection import Collection, validation_collection
+from data_tools.pixels.feature_blocks import CachedViews
 from data_tools.pixels.packed import render_views
 from data_tools.pixels.transforms import TrainTransform
 from data_tools.stream.examples import Preparation
@@ -27,6 +28,7 @@ from data_tools.stream.training_set import open_training_set
 from finetune.config import FinetuneRecipe
 from finetune.heads.base import HeadTask, Workload
 from finetune.heads.registry import load_part
+from pretrain.feature_cache import training_features, validation_features
 from pretrain.model.activations import checkpoint_activations
 from pretrain.model.alignment_model import TextBatch
 from pretrain.objectives.state import Keys, MicroBatch
@@ -74,6 +76,8 @@ def train(recipe: FinetuneRecipe, context: RunContext) -> None:
     context.folder.open(recipe, ranks)
     watchdog.enter_phase("opening the data", 0)
     stream = open_data(recipe, context, task)
+    if validation is not None and task.cacheable is not None:
+        validation.features = validation_features(recipe.data, validation, task.cacheable, context)
 
     # Make the optimizer, and resume if there is a checkpoint.
     state = LoopState(stream, SickSteps(recipe.training.sick_steps))
@@ -96,13 +100,18 @@ def train(recipe: FinetuneRecipe, context: RunContext) -> None:
 
 def open_data(recipe: FinetuneRecipe, context: RunContext, task: HeadTask) -> ShardStream:
     """Open this rank's stream of training batches, of images at the task's size and tokens of its tokenizer."""
+    data = open_training_set(recipe.data)
+    transform: TrainTransform | CachedViews = TrainTransform(task.image_size, recipe.data.augment, views=1)
+    if task.cacheable is not None:
+        features = training_features(recipe.data, data.reader, task.cacheable, context)
+        transform = CachedViews(features, views=1) if features else transform
     return open_stream(
         recipe.data,
-        open_training_set(recipe.data),
+        data,
         recipe.training.global_batch // context.ranks.world,
         context.ranks,
         recipe.training.seed,
-        Preparation(TrainTransform(task.image_size, recipe.data.augment, views=1), task.tokenizer),
+        Preparation(transform, task.tokenizer),
         context.folder.quarantine,
         context.device,
     )

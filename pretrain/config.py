@@ -282,6 +282,8 @@ class PretrainRecipe:
         if self.profile < 0:
             raise RecipeError(f"profile is {self.profile}; it must be a number of steps, or 0 for none")
         self._check_objectives()
+        if self.data.features.kind != "live":
+            self._check_features()
         if not self.model.text.layers:
             self._check_without_text_layers()
         if self.data.caption_tokens > self.model.text.positions:
@@ -316,6 +318,22 @@ class PretrainRecipe:
         if not model.fusion.layers and (objectives.matching.weight or objectives.masked_language.weight):
             raise RecipeError(
                 "model.fusion.layers is 0, but matching and masked_language need the fusion encoder; set their weights to 0"
+            )
+
+    def _check_features(self) -> None:
+        """Check that the objectives can read cached features."""
+        kind, objectives = self.data.features.kind, self.objectives
+        if not self.model.image.frozen:
+            raise RecipeError(
+                f"data.features.kind is {kind}, but the image tower learns; set model.image.frozen to true, or the kind to live"
+            )
+        if self.model.levels:
+            raise RecipeError(f"data.features.kind is {kind}, but model.levels reads inner layers; set it to live")
+        if kind == "pooled" and (
+            objectives.matching.weight or objectives.masked_language.weight or self.model.image.pooling == "query"
+        ):
+            raise RecipeError(
+                "data.features.kind is pooled, but matching, masked_language and a learned query read image tokens; set it to tokens"
             )
 
     def _check_without_text_layers(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -59,13 +60,12 @@ def encode_collection(
     image_parts, token_parts, text_parts, state_parts, mask_parts = [], [], [], [], []
     own_images, own_captions = rank_share(images, batch_size, ranks), rank_share(len(captions), batch_size, ranks)
     with progress("encoding", images + len(captions), "items", silent=silent or not ranks.first) as bar:
-        transform = model.evaluation_transform()
-        for pixels in collection.images(transform, own_images, batch_size, workers):
-            tokens = model.image_encoder(pixels.to(device))
+        for images_of_batch in _images(model, collection, own_images, batch_size, workers):
+            tokens = model.image_tokens(images_of_batch.to(device))
             image_parts.append(model.image_features(tokens))
             if keep_tokens:
                 token_parts.append(tokens.cpu())
-            bar.advance(len(pixels) * ranks.world)
+            bar.advance(len(tokens) * ranks.world)
         for start in range(own_captions.start, own_captions.stop, batch_size):
             ids, mask = tokenizer(captions[start : min(start + batch_size, own_captions.stop)])
             states = model.text_encoder(ids.to(device), mask.to(device))
@@ -91,6 +91,17 @@ def encode_collection(
         gather_shares(state_parts, len(captions), batch_size, (length, width), device),
         gather_shares(masks, len(captions), batch_size, (length,), device).bool(),
     )
+
+
+def _images(
+    model: AlignmentModel, collection: Collection, numbers: range, batch_size: int, workers: int
+) -> Iterator[Tensor]:
+    """Yield batches of pixels, or of cached features where the collection has some."""
+    if collection.features is None:
+        yield from collection.images(model.evaluation_transform(), numbers, batch_size, workers)
+        return
+    for start in range(0, len(numbers), batch_size):
+        yield collection.features.first_views(numbers[start : start + batch_size])
 
 
 def rank_share(count: int, batch_size: int, ranks: Ranks) -> range:

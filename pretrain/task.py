@@ -265,7 +265,7 @@ class PretrainTask:
         """Return the student's features of this rank's images and captions, (samples, feature_dim) each."""
         model, training = self.student.model, self.student.model.training
         model.eval()  # dropout is not seeded here, and a plan must not depend on what was drawn before it
-        image_features = torch.cat([model.image_features(model.image_encoder(images[part])) for part in parts])
+        image_features = torch.cat([model.image_features(model.image_tokens(images[part])) for part in parts])
         text_features = torch.cat(
             [
                 model.text_features(model.text_encoder(text.ids[part], text.mask[part]), text.mask[part])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from data_tools.in_order.collection import Collection, validation_collection
+from data_tools.pixels.feature_blocks import CachedViews
 from data_tools.pixels.transforms import TrainTransform
 from data_tools.stream.examples import Preparation
 from data_tools.stream.order import derived_seed
@@ -25,6 +26,7 @@ from data_tools.tokenizer import CaptionTokenizer, load_tokenizer, train_tokeniz
 from pretrain.config import PretrainRecipe, divide_batch
 from pretrain.encode import encode_collection
 from pretrain.engine import Engine
+from pretrain.feature_cache import training_features, validation_features
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.step_profile import StepProfile
 from pretrain.task import PretrainTask
@@ -95,6 +97,9 @@ def train(recipe: PretrainRecipe, context: RunContext) -> None:
     else:
         load_constants(model, checkpoint)
     model.to(device)
+    features = training_features(recipe.data, data.reader, model, context)
+    if validation is not None:
+        validation.features = validation_features(recipe.data, validation, model, context)
 
     # The task (student, teacher, queue, objectives) and the engine that trains its student.
     task = PretrainTask(recipe, model, tokenizer, ranks, device)
@@ -106,7 +111,11 @@ def train(recipe: PretrainRecipe, context: RunContext) -> None:
     task.gathered = engine.gathered
 
     views = 2 if recipe.teacher.second_view else 1
-    transform = TrainTransform(recipe.model.image.image_size, recipe.data.augment, views)
+    transform = (
+        CachedViews(features, views)
+        if features
+        else TrainTransform(recipe.model.image.image_size, recipe.data.augment, views)
+    )
     batch_size = micro_batch * accumulation
     stream = open_stream(
         recipe.data,

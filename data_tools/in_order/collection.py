@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from data_tools.pixels.decode import decode_image
+from data_tools.pixels.feature_blocks import FeatureBlocks
 from data_tools.shards.manifest import Manifest, hash_image_id, read_manifest
 from data_tools.shards.reader import RawSample, ShardReader
 from data_tools.sources import Choice, clean_caption, collect, detect_kind, safe_key
@@ -142,6 +143,8 @@ class Collection(Dataset):
         self.reader = source if isinstance(source, CaptionFile) else ShardReader(source)
         self.location = self.reader.path if isinstance(self.reader, CaptionFile) else self.reader.location
         self.transform: Callable | None = None
+        self.features: FeatureBlocks | None = None
+        """Cached features of the images, which a run's validation reads in their place."""
         lists = [self.reader.captions(sample)[:captions_per_image] for sample in range(len(self.reader))]
         self.captions = [caption for captions in lists for caption in captions]
         """All captions, those of the first image first."""

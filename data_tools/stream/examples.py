@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from data_tools.pixels.decode import decode_image, decode_pixels
+from data_tools.pixels.feature_blocks import CachedViews
 from data_tools.pixels.packed import join_images
 from data_tools.shards.reader import BrokenSample, RawSample
 from data_tools.stream.order import derived_seed
@@ -44,8 +45,9 @@ class Example:
 class Preparation:
     """What turns a raw sample into an example."""
 
-    transform: Callable | None = None
-    """(pixels (height, width, 3) uint8, seed) -> (views, 3, size, size) uint8 or `PackedImages`; None keeps PIL images."""
+    transform: Callable | CachedViews | None = None
+    """(pixels (height, width, 3) uint8, seed) -> (views, 3, size, size) uint8 or `PackedImages`; `CachedViews` take the place of
+    pixels; None keeps PIL images."""
     tokenizer: CaptionTokenizer | None = None
     """None leaves captions as text."""
 
@@ -70,13 +72,15 @@ class ExampleReader(Dataset):
             samples, captions = self.walk.at(np.array(positions))
             raw_samples = self.reader.read(samples)
             return [
-                self._example(position, raw, caption)
-                for position, raw, caption in zip(positions, raw_samples, captions.tolist(), strict=True)
+                self._example(position, sample, raw, caption)
+                for position, sample, raw, caption in zip(
+                    positions, samples.tolist(), raw_samples, captions.tolist(), strict=True
+                )
             ]
         except DataError as error:
             return [error]
 
-    def _example(self, position: int, raw: RawSample | BrokenSample, caption_number: int) -> Example:
+    def _example(self, position: int, sample: int, raw: RawSample | BrokenSample, caption_number: int) -> Example:
         """Return the example at a position, from its own sample or else from the first stand-in that can be read."""
         failures: list[dict[str, str]] = []
         for attempt in range(STAND_INS):
@@ -94,19 +98,26 @@ class ExampleReader(Dataset):
                 if isinstance(raw, BrokenSample):
                     raise raw
                 caption = self._choose_caption(raw, caption_number, seed)
-                image: Any = decode_image(raw.image) if self.transform is None else decode_pixels(raw.image)
+                image = self._decode(raw, sample)
             except BrokenSample as error:
                 failures.append({**failure, "reason": error.reason})
                 continue
             except (OSError, ValueError) as error:
                 failures.append({**failure, "reason": " ".join(str(error).split())})
                 continue
-            image = image if self.transform is None else self.transform(image, seed)
+            if self.transform is not None:
+                image = self.transform(image, seed)
             tokens = self.tokenizer.encode([caption])[0] if self.tokenizer else None
             return Example(position, raw.image_id, raw.key, image, caption, tokens, failures)
         raise DataError(
             f"{STAND_INS} samples in a row cannot be read, the last one {failures[-1]['key']}: {failures[-1]['reason']}"
         )
+
+    def _decode(self, raw: RawSample, sample: int) -> Any:
+        """Return what the transform reads: the sample's number where views are cached, else its decoded image."""
+        if isinstance(self.transform, CachedViews):
+            return self.transform.check(sample)
+        return decode_image(raw.image) if self.transform is None else decode_pixels(raw.image)
 
     def _choose_caption(self, raw: RawSample, number: int, seed: int) -> str:
         """Return caption `number` of a sample, or for -1 a random one that the filter allows."""

@@ -18,6 +18,7 @@ from torch import Tensor, distributed, nn
 
 from data_tools.in_order.collection import Collection
 from data_tools.tokenizer import CaptionTokenizer
+from pretrain.model.alignment_model import AlignmentModel
 from pretrain.objectives.state import MicroBatch
 from retrieval.protocols import recalls
 from runtime.ranks import Ranks, gather_rows, sum_over_ranks
@@ -80,6 +81,11 @@ class HeadTask(nn.Module):
             global batch.
         """
         raise NotImplementedError
+
+    @property
+    def cacheable(self) -> AlignmentModel | None:
+        """The model whose frozen image tower's features `data.features` may cache; None where the head reads pixels."""
+        return None
 
     def layers(self) -> list[nn.Module]:
         """Return the transformer layers that learn, for `training.checkpoint_activations`."""

@@ -19,6 +19,7 @@ from finetune.heads.fusion import score_fusion
 from finetune.heads.vldeformer import score_vldeformer
 from finetune.shortlist import FirstStage, score_first_stage
 from pretrain.encode import Encodings, encode_collection
+from pretrain.model.alignment_model import AlignmentModel
 from pretrain.objectives.contrastive import soft_cross_entropy
 from pretrain.objectives.matching import Matching
 from pretrain.objectives.state import Keys, MicroBatch, StudentState
@@ -83,7 +84,7 @@ class DualTask(RetrievalTask):
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum of the losses, and each of them by name."""
-        tokens = self.model.image_encoder(batch.images)
+        tokens = self.model.image_tokens(batch.images)
         state = StudentState(self.model, batch, tokens, self.model.text_encoder(batch.text.ids, batch.text.mask))
         with autocast(tokens.device.type, enabled=False):  # bf16 has steps of 0.2 in a logit at temperature 0.02
             image, text, temperature = state.image.float(), state.text.float(), self.model.temperature().float()
@@ -98,6 +99,11 @@ class DualTask(RetrievalTask):
             losses |= self.exchanged(state)
             total = total + self.exchanged_weight * losses["exchanged"]
         return total, {"loss": total.detach(), **{name: value.detach() for name, value in losses.items()}}
+
+    @property
+    def cacheable(self) -> AlignmentModel:
+        """The alignment model itself."""
+        return self.model
 
     def layers(self) -> list[nn.Module]:
         """Return the model's transformer layers."""

@@ -19,6 +19,9 @@ from pretrain.model.text_encoder import TextEncoder
 from pretrain.model.timm_tower import TimmTower
 from runtime.errors import RecipeError
 
+FROZEN_CHUNK = 8
+"""Images that a frozen encoder takes at once on a CPU."""
+
 
 class Temperature(nn.Module):
     """A learned temperature, bounded by a smooth function of its parameter: it needs no clamp, and its gradient never dies.
@@ -155,7 +158,7 @@ class AlignmentModel(nn.Module):
         """Encode a batch with image and text encoder.
 
         Args:
-            images: (batch, 3, size, size) uint8.
+            images: (batch, 3, size, size) uint8, or cached features.
             ids: (batch, words) int64 token ids.
             mask: (batch, words) bool, True where a word is.
 
@@ -164,7 +167,7 @@ class AlignmentModel(nn.Module):
             features (batch, feature_dim) of each level.
         """
         if not self.config.levels:
-            return self.image_encoder(images), self.text_encoder(ids, mask), []
+            return self.image_tokens(images), self.text_encoder(ids, mask), []
         tokens, class_tokens = self.image_encoder.with_levels(images, [layer for _, layer in self.config.levels])
         states = self.text_encoder.layer_states(ids, mask)
         levels = []
@@ -177,9 +180,31 @@ class AlignmentModel(nn.Module):
             levels.append((_unit(image), _unit(text)))
         return tokens, states[-1], levels
 
+    def image_tokens(self, images: Tensor) -> Tensor:
+        """Encode images (batch, 3, size, size) uint8 to tokens (batch, tokens, width). Cached features pass through.
+
+        A frozen encoder needs no gradient. On a CPU it takes a few images at once: the memory of a large batch's maps would come
+        from the system and go back to it in every layer, which costs more time than the arithmetic.
+        """
+        if images.is_floating_point():
+            return images.to(self.image_projection.weight.dtype)
+        if not self.config.image.frozen:
+            return self.image_encoder(images)
+        with torch.no_grad():
+            parts = images.split(FROZEN_CHUNK) if images.device.type == "cpu" else [images]
+            return torch.cat([self.image_encoder(part) for part in parts])
+
     def image_features(self, image_tokens: Tensor) -> Tensor:
-        """Pool and project (images, tokens, width) to unit-norm features (images, feature_dim), float32."""
-        return _unit(self.image_projection(self.image_encoder.global_state(image_tokens)))
+        """Pool and project image tokens to unit-norm features.
+
+        Args:
+            image_tokens: (images, tokens, width), or (images, pooled_width) where the cache holds pooled states.
+
+        Returns:
+            (images, feature_dim) float32.
+        """
+        pooled = image_tokens if image_tokens.ndim == 2 else self.image_encoder.global_state(image_tokens)
+        return _unit(self.image_projection(pooled))
 
     def text_features(self, text_states: Tensor, mask: Tensor) -> Tensor:
         """Pool and project (texts, words, width) to unit-norm features (texts, feature_dim), float32.

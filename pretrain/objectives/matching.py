@@ -115,7 +115,7 @@ class Matching:
         wrong_image, has_image = self.draw_from_all(state, state.text, batch.keys.image, batch.draws[:, 0])
         wrong_text, has_text = self.draw_from_all(state, state.image, batch.keys.text, batch.draws[:, 1])
         assert batch.global_inputs is not None
-        drawn_images = model.fusion_encoder.prepare_images(model.image_encoder(batch.global_inputs.images[wrong_image]))
+        drawn_images = model.fusion_encoder.prepare_images(model.image_tokens(batch.global_inputs.images[wrong_image]))
         images: PreparedImages = [
             tuple(torch.cat(parts) for parts in zip(own_part, drawn_part, strict=True))
             for own_part, drawn_part in zip(state.prepared_images, drawn_images, strict=True)

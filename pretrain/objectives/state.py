@@ -68,7 +68,7 @@ class MicroBatch:
     """Everything that one forward of the student needs, on the device."""
 
     images: Tensor
-    """(batch, 3, size, size) uint8: the student's view."""
+    """(batch, 3, size, size) uint8: the student's view. Cached features are float: (batch, tokens, width) or (batch, pooled width)."""
     text: TextBatch
     image_ids: Tensor
     """(batch,) int64"""
