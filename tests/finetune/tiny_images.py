@@ -22,6 +22,8 @@ def tokenizer() -> CaptionTokenizer:
 class Pictures:
     """`count` noise images with `each` captions of 1 to 9 words."""
 
+    features = None
+
     def __init__(self, count: int, each: int, size: int = 32) -> None:
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randint(0, 256, (count, size, size, 3), generator=generator, dtype=torch.uint8)

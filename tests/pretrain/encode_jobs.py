@@ -14,6 +14,8 @@ from runtime.ranks import ranks_from_environment
 class Pictures:
     """A collection in memory: `count` noise images with `each` captions."""
 
+    features = None
+
     def __init__(self, count: int, each: int) -> None:
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randint(0, 256, (count, tiny.IMAGE, tiny.IMAGE, 3), generator=generator, dtype=torch.uint8)
