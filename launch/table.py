@@ -45,7 +45,7 @@ COMMANDS = {
     "ablate": Command("launch.commands.ablate", "--config RECIPE: run arms with the same seeds and compare them in pairs"),
     "plot": Command("launch.commands.plot", "RUN… --out FILE: draw the curves of runs as a picture"),
     "launch": Command("launch.commands.launch", "local|hosts|slurm … STAGE …: run a stage on several processes or machines"),
-    "status": Command("launch.commands.status", "RUN…: show job, step, rate, time left, last checkpoint, last error"),
+    "status": Command("launch.commands.status", "[RUN…]: list all runs, or show one: job, step, rate, time left, last error"),
     "doctor": Command("launch.commands.doctor", "check this node, or a job's nodes, before time is spent on them"),
     "completion": Command("launch.commands.completion", "bash|zsh|fish: print a completion script for the shell"),
     "plan": Command("launch.commands.plan", "--config RECIPE --nodes N --gpus-per-node G: estimate a run's memory, time and traffic"),

@@ -203,6 +203,22 @@ def take_lease(run: Path) -> Lease:
     return lease
 
 
+def living_holder(run: Path) -> Holder | None:
+    """Return the process that writes into a run, or None if there seems to be none. For people to read: only `take_lease` decides.
+
+    A process of this machine is looked up. On another machine a heartbeat of the last EXPIRY seconds, by this machine's clock, counts.
+    """
+    try:
+        names = _entries(run / "lease")
+        holder = Holder.parse(names[0]) if len(names) == 1 and names[0] != FREE else None
+    except (OSError, LigatureError):
+        return None
+    if holder and holder.machine and holder.machine == _machine():
+        return holder if _start_of(holder.pid) == holder.start else None
+    beat = _last_heartbeat(run / "lease", holder) if holder else None
+    return holder if beat is not None and time.time() - beat / 1e9 < EXPIRY else None
+
+
 def _try_to_take(folder: Path, me: Holder) -> bool:
     """Put `me` into `folder` as its only entry. Return False if another process was faster.
 

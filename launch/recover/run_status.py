@@ -15,6 +15,7 @@ from typing import Any
 from launch.start.slurm import GONE, slurm
 from runtime.errors import LigatureError, RecipeError
 from runtime.files import read_json
+from runtime.lease import living_holder
 from runtime.metrics import read_metrics
 from runtime.progress import format_duration
 
@@ -45,6 +46,60 @@ def read_status(folder: Path) -> dict[str, str]:
     if events := _events(folder):
         lines["last event"] = events[-1]
     return lines
+
+
+COLUMNS = ("run", "state", "step", "time left", "checkpoint")
+"""Columns of the list of runs."""
+
+
+def runs_below(folder: Path, depth: int = 3) -> list[Path]:
+    """Return the folders of runs in a folder, at most `depth` levels down. Runs are not searched for further runs."""
+    runs: list[Path] = []
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if entry.is_dir() and is_run(entry):
+            runs.append(entry)
+        elif entry.is_dir() and depth > 1:
+            runs += runs_below(entry, depth - 1)
+    return runs
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is of a training run, or of one that was submitted; an ablation's folder only holds some."""
+    config = folder / "config.yaml"
+    trained = config.is_file() and re.search(r"^training:", config.read_text(encoding="utf-8"), re.MULTILINE)
+    return bool(trained) or (folder / "launch").is_dir()
+
+
+def list_runs(folders: list[Path]) -> list[dict[str, str]]:
+    """Return what is known of each run in short: a text for each of COLUMNS."""
+    rows = []
+    for folder in folders:
+        lines = progress_lines(folder) if (folder / "config.yaml").exists() else {}
+        short = {"step": lines.get("step", "").removesuffix(", finished")}
+        short["time left"] = lines.get("time left", "").removesuffix(" of training")
+        rows.append(
+            {"run": str(folder), "state": state(folder), **short, "checkpoint": lines.get("checkpoint", "none yet")}
+        )
+    return rows
+
+
+def state(folder: Path) -> str:
+    """Return a run's state in a word: finished, running, stopped, or what SLURM calls a job that waits."""
+    if (folder / "finished.json").exists():
+        return "finished"
+    if living_holder(folder):
+        return "running"
+    waiting = re.match(r"\d+ (PENDING|CONFIGURING|REQUEUED|RUNNING|SUSPENDED)", job_line(folder))
+    return waiting[1].lower() if waiting else "stopped"
+
+
+def format_runs(rows: list[dict[str, str]]) -> str:
+    """Return the list of runs as an aligned table."""
+    cells = [list(COLUMNS), *([row[column] for column in COLUMNS] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
 
 
 def job_line(folder: Path) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from launch.cli import main
+from launch.recover.run_status import state
+from runtime.lease import Holder, take_lease
 
 TRAINING = {"steps": 100, "epochs": 30.0, "global_batch": 32}
 
@@ -64,3 +68,73 @@ def test_without_slurm_the_job_is_named(run, capsys, monkeypatch):
 def test_a_folder_that_is_no_run_gives_a_one_line_error(tmp_path, capsys):
     assert main(["status", str(tmp_path)]) == 2
     assert "is not a run's folder" in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+def test_without_an_argument_all_runs_are_listed(run, capsys, monkeypatch):
+    folder = run.parent
+    (folder / "runs" / "group").mkdir(parents=True)
+    run.rename(folder / "runs" / "group" / "going")
+    done = folder / "runs" / "done"
+    done.mkdir()
+    (done / "config.yaml").write_text(yaml.safe_dump({"training": TRAINING}))
+    (done / "finished.json").write_text("{}")
+    (folder / "runs" / "group" / "config.yaml").write_text("arms: {}\n")  # an ablation's: no run itself
+    (folder / "runs" / "data").mkdir()
+    monkeypatch.chdir(folder)
+    assert main(["status"]) == 0
+    heading, first, second = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["run", "state", "step", "time", "left", "checkpoint"]
+    assert first.split() == ["runs/done", "finished", "0", "of", "100", "(0", "%)", "none", "yet"]
+    assert second.startswith("runs/group/going  stopped   40 of 100 (40 %)  0:30       step-00000040, ")
+    assert len({line.find(word) for line, word in ((first, "finished"), (second, "stopped"))}) == 1
+
+
+def test_a_folder_of_runs_is_listed_as_json_too(run, capsys):
+    assert main(["status", "--json", str(run.parent)]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["run"] == str(run) and row["state"] == "stopped" and row["step"] == "40 of 100 (40 %)"
+
+
+def test_a_run_that_a_process_holds_is_running(run, capsys):
+    lease = take_lease(run)
+    try:
+        assert state(run) == "running"
+    finally:
+        lease.release()
+    assert state(run) == "stopped"
+
+
+def test_a_run_of_a_dead_process_is_stopped_and_one_elsewhere_runs_while_its_heart_beats(run):
+    here = Holder.this_process()
+    dead = replace(here, pid=here.pid, start="1")
+    (run / "lease" / dead.name / dead.work).mkdir(parents=True)
+    assert state(run) == "stopped"
+    elsewhere = replace(here, machine="another")
+    (run / "lease" / dead.name).rename(run / "lease" / elsewhere.name)
+    alive = run / "lease" / elsewhere.name / elsewhere.work / "alive"
+    alive.parent.mkdir()
+    alive.touch()
+    assert state(run) == "running"
+    os.utime(alive, (1, 1))
+    assert state(run) == "stopped"
+
+
+def test_no_runs_gives_a_one_line_error(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["status"]) == 2
+    assert "no runs in runs/ here" in capsys.readouterr().err
+
+
+def test_watching_shows_the_runs_again_until_ctrl_c(run, capsys, monkeypatch):
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", sleep)
+    assert main(["status", str(run), "--watch", "5"]) == 0
+    assert waits == [5, 5, 5] and capsys.readouterr().out.count("40 of 100") == 3
+    assert main(["status", str(run), "--watch", "0"]) == 2
+    assert "--watch is 0" in capsys.readouterr().err
