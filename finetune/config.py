@@ -19,6 +19,20 @@ from training.config import LoopConfig, OptimizerConfig
 
 
 @dataclass
+class FinetuneLoopConfig(LoopConfig):
+    """The loop of fine-tuning."""
+
+    micro_batch: int | None = free(None)
+    """Most samples that a device takes at once. The gradient is that of the whole batch, and the encoders run once more for it.
+    None: a rank's whole share of the batch. Read where `head` is `dual`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise RecipeError(f"training.micro_batch is {self.micro_batch}; it must be 1 or more")
+
+
+@dataclass
 class FinetuneRecipe:
     """Fine-tune a head: dual by contrast within the batch and fusion by matching, HAT by triplets, or VLDeformer."""
 
@@ -52,7 +66,7 @@ class FinetuneRecipe:
     """Training data, validation data and how they are read."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, min_lr=1e-6, warmup_steps=0))
     """AdamW and its learning rate."""
-    training: LoopConfig = field(default_factory=lambda: LoopConfig(global_batch=256, epochs=10))
+    training: FinetuneLoopConfig = field(default_factory=lambda: FinetuneLoopConfig(global_batch=256, epochs=10))
     """Batch size, length, checkpoints and device of the run."""
 
     def __post_init__(self) -> None:
@@ -96,6 +110,11 @@ class FinetuneRecipe:
         if self.data.features.kind == "pooled" and self.matching_weight:
             raise RecipeError(
                 "data.features.kind is pooled, but matching reads image tokens; set it to tokens, or matching_weight to 0"
+            )
+        if self.training.micro_batch and self.head != "dual":
+            raise RecipeError(
+                f"training.micro_batch is for the dual head; {self.head} compares the whole batch in one pass, so lower training.global_batch, "
+                "or set training.checkpoint_activations"
             )
         if self.head == "dual" and not self.contrastive_weight:
             raise RecipeError("contrastive_weight is 0, but the dual head learns by it; set it above 0")

@@ -26,6 +26,7 @@ from data_tools.stream.order import derived_seed, uniforms
 from data_tools.stream.shard_stream import ShardStream, open_stream
 from data_tools.stream.training_set import open_training_set
 from finetune.config import FinetuneRecipe
+from finetune.gradient_cache import MicroBatches, average_gradients
 from finetune.heads.base import HeadTask, Workload
 from finetune.heads.registry import load_part
 from pretrain.feature_cache import training_features, validation_features
@@ -178,11 +179,8 @@ class Finetuning(Stage):
         for group in learner.optimizer.param_groups:
             group["lr"] = group["lr_share"] * recipe.optimizer.lr_at(step, self.steps)
         learner.task.begin_step(epoch)
-        # Dropout is a function of (seed, step, rank), so nothing of it needs saving.
-        torch.manual_seed(derived_seed(recipe.training.seed, step, context.ranks.rank))
         context.watchdog.enter_collective()
-        loss, figures = learner.wrapped(retrieval_batch(batch, recipe.training.seed, context.device))
-        learner.accelerator.backward(loss)
+        figures = self._add_gradients(retrieval_batch(batch, recipe.training.seed, context.device), step)
         norm = torch.nn.utils.clip_grad_norm_(learner.named.values(), recipe.optimizer.clip_norm or math.inf)
         mean_loss = float(sum_over_ranks(figures["loss"])) / context.ranks.world
         if self.state.sick.admits(mean_loss, float(norm)):
@@ -190,6 +188,25 @@ class Finetuning(Stage):
         learner.prepared.zero_grad()
         lr = torch.tensor(recipe.optimizer.lr_at(step, self.steps))
         return figures | {"lr": lr, "gradient_norm": norm} | learner.task.extra_figures()
+
+    def _add_gradients(self, batch: MicroBatch, step: int) -> dict[str, Tensor]:
+        """Compute the gradients of a batch, the mean over the ranks. A collective.
+
+        Returns:
+            The task's figures of this rank.
+        """
+        learner, rows, micro_batch = self.learner, len(batch.image_ids), self.recipe.training.micro_batch
+        # Dropout is a function of (seed, step, rank) and the micro-batch, so nothing of it needs saving.
+        seed = self.recipe.training.seed, step, self.context.ranks.rank
+        if micro_batch is None or micro_batch >= rows:
+            torch.manual_seed(derived_seed(*seed))
+            loss, figures = learner.wrapped(batch)
+            learner.accelerator.backward(loss)
+            return figures
+        micro_batches = MicroBatches(rows, micro_batch, seed, learner.accelerator.autocast)
+        figures = learner.task.add_gradients(batch, micro_batches)
+        average_gradients(learner.named.values(), self.context.ranks)
+        return figures
 
     def validate(self) -> Validation:
         """Return what the task measures on held-out data."""

@@ -64,5 +64,5 @@ def check_batch(recipe: Any, world: int) -> None:
     """Raise RecipeError if a recipe's global batch size does not divide over `world` ranks."""
     from pretrain.config import divide_batch
 
-    # Fine-tuning's recipe has no micro-batch; with 1 only the division over the ranks can fail.
-    divide_batch(recipe.training.global_batch, getattr(recipe.training, "micro_batch", 1), world)
+    # Fine-tuning may have no micro-batch; with 1 only the division over the ranks can fail.
+    divide_batch(recipe.training.global_batch, recipe.training.micro_batch or 1, world)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from data_tools.tokenizer import CaptionTokenizer
+from finetune.heads.base import world_size
 from pretrain.objectives.state import StudentState
 from runtime.errors import RecipeError
 from runtime.ranks import sum_over_ranks
@@ -53,11 +54,24 @@ class ExchangedWords:
     def __init__(self, pairs: list[str], tokenizer: CaptionTokenizer) -> None:
         self.table = exchange_table(pairs, tokenizer)
 
-    def __call__(self, state: StudentState) -> dict[str, Tensor]:
+    def count(self, ids: Tensor) -> Tensor:
+        """Return how many captions of the global batch hold a word of a pair, as a mean over the ranks, 0-d. A collective.
+
+        Args:
+            ids: (texts, words) this rank's captions.
+        """
+        has_pair_word = (self.table.to(ids.device)[ids] != ids).any(1)
+        return sum_over_ranks(has_pair_word.sum()).clamp(min=1) / world_size()
+
+    def __call__(self, state: StudentState, count: Tensor | None = None) -> dict[str, Tensor]:
         """Compare each caption with its altered form.
 
         Let m be the matching logit (match minus no match) of a caption and m' that of its altered form. The mean is over the
         captions that hold a word of a pair.
+
+        Args:
+            state: of the captions and their images.
+            count: what sums are divided by, where `state` is a part of a batch; None: `count` of these captions.
 
         Returns:
             `exchanged`, the mean of log(1 + e^(m' - m)); and `exchanged_right`, the share of captions with m > m'.
@@ -68,11 +82,10 @@ class ExchangedWords:
         own = torch.arange(len(text.ids), device=altered.device)
         states = torch.cat([state.text_states, model.text_encoder(altered, text.mask)])
         mask = torch.cat([text.mask, text.mask])
-        logits = model.match(states, mask, state.prepared_images, torch.cat([own, own])).float()
+        logits = model.match(states, mask, state.prepared_images, torch.cat([own, own]))
         margin = torch.sub(*(logits[:, 1] - logits[:, 0]).chunk(2))
         # Divided by the count of the global batch, so that the mean over the ranks is its loss, however captions are spread.
-        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        count = sum_over_ranks(has_pair_word.sum()).clamp(min=1) / world
+        count = self.count(text.ids) if count is None else count
         return {
             "exchanged": (functional.softplus(-margin) * has_pair_word).sum() / count,
             "exchanged_right": ((margin > 0) & has_pair_word).sum() / count,

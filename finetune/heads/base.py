@@ -18,6 +18,7 @@ from torch import Tensor, distributed, nn
 
 from data_tools.in_order.collection import Collection
 from data_tools.tokenizer import CaptionTokenizer
+from finetune.gradient_cache import MicroBatches
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.objectives.state import MicroBatch
 from retrieval.protocols import recalls
@@ -86,6 +87,16 @@ class HeadTask(nn.Module):
     def cacheable(self) -> AlignmentModel | None:
         """The model whose frozen image tower's features `data.features` may cache; None where the head reads pixels."""
         return None
+
+    def add_gradients(self, batch: MicroBatch, micro_batches: MicroBatches) -> dict[str, Tensor]:
+        """Add the gradients of `forward`'s loss to the parameters', going through the batch in micro-batches.
+
+        Only the heads for which `training.micro_batch` may be set have it. DDP has no part in it: its forward is not called.
+
+        Returns:
+            The figures, as `forward` returns them.
+        """
+        raise NotImplementedError
 
     def layers(self) -> list[nn.Module]:
         """Return the transformer layers that learn, for `training.checkpoint_activations`."""

@@ -13,6 +13,7 @@ from torch import Tensor, autocast, nn
 
 from data_tools.in_order.collection import Collection
 from finetune.config import EvaluateRecipe, FinetuneRecipe
+from finetune.gradient_cache import IMAGES, PAIRS, TEXTS, CachedOutput, MicroBatches
 from finetune.hard_negatives.exchanged_words import ExchangedWords
 from finetune.heads.base import GatherRows, RetrievalTask, Scored, Workload, count_truncated
 from finetune.heads.fusion import score_fusion
@@ -47,7 +48,7 @@ def dual_loss(image: Tensor, text: Tensor, image_ids: Tensor, temperature: Tenso
         temperature: divides the cosines, (1,).
     """
     all_image, all_text, all_ids = GatherRows.apply(image), GatherRows.apply(text), gather_rows(image_ids)
-    positives = (image_ids[:, None] == all_ids[None]).float()
+    positives = (image_ids[:, None] == all_ids[None]).to(image.dtype)
     targets = positives / positives.sum(-1, keepdim=True)
     to_text = soft_cross_entropy(image @ all_text.T / temperature, targets)
     to_image = soft_cross_entropy(text @ all_image.T / temperature, targets)
@@ -64,7 +65,11 @@ class DualTask(RetrievalTask):
             raise CheckpointError(
                 f"{start.folder} has no text layers, so no features for a dual head; fine-tune it with --head vldeformer"
             )
-        self.contrastive_weight, self.matching_weight = recipe.contrastive_weight, recipe.matching_weight
+        self.weights = {
+            "contrastive": recipe.contrastive_weight,
+            "matching": recipe.matching_weight,
+            "exchanged": recipe.exchanged.weight,
+        }
         self.model = start.network.requires_grad_(True)
         self.model.freeze()
         self.model.codebook = None  # retrieval does not read it
@@ -78,7 +83,6 @@ class DualTask(RetrievalTask):
             self.model.level_projections.requires_grad_(False)
         self.matching = Matching(recipe.matching)
         self.tokenizer, self.image_size = start.tokenizer, self.model.config.image.image_size
-        self.exchanged_weight = recipe.exchanged.weight
         self.exchanged = ExchangedWords(recipe.exchanged.words, self.tokenizer)
         self.description = f"{start.folder} ({start.training})"
 
@@ -86,24 +90,78 @@ class DualTask(RetrievalTask):
         """Return the weighted sum of the losses, and each of them by name."""
         tokens = self.model.image_tokens(batch.images)
         state = StudentState(self.model, batch, tokens, self.model.text_encoder(batch.text.ids, batch.text.mask))
-        with autocast(tokens.device.type, enabled=False):  # bf16 has steps of 0.2 in a logit at temperature 0.02
-            image, text, temperature = state.image.float(), state.text.float(), self.model.temperature().float()
-            losses = {"contrastive": dual_loss(image, text, batch.image_ids, temperature)}
-        total = self.contrastive_weight * losses["contrastive"]
-        if self.matching_weight:
+        with autocast(tokens.device.type, enabled=False):
+            losses = {"contrastive": self._contrast(state.image, state.text, batch.image_ids)}
+        if self.weights["matching"]:
             # There is no teacher, so the model's own similarities draw the negatives.
             batch.keys = Keys(state.image.detach(), state.text.detach(), batch.image_ids)
             losses |= self.matching(state)
-            total = total + self.matching_weight * losses["matching"]
-        if self.exchanged_weight:
+        if self.weights["exchanged"]:
             losses |= self.exchanged(state)
-            total = total + self.exchanged_weight * losses["exchanged"]
+        total = self._total(losses)
         return total, {"loss": total.detach(), **{name: value.detach() for name, value in losses.items()}}
 
     @property
     def cacheable(self) -> AlignmentModel:
         """The alignment model itself."""
         return self.model
+
+    def add_gradients(self, batch: MicroBatch, micro_batches: MicroBatches) -> dict[str, Tensor]:
+        """Add the gradients in micro-batches; see `HeadTask.add_gradients`.
+
+        Features are what is kept of a sample. Where fusion reads its tokens and states, these are.
+        """
+        model, ids, mask = self.model, batch.text.ids, batch.text.mask
+        fuses = bool(self.weights["matching"])
+
+        def encode_images(rows: slice) -> Tensor:
+            tokens = model.image_tokens(batch.images[rows])
+            with autocast(tokens.device.type, enabled=False):
+                return tokens if fuses else model.image_features(tokens)
+
+        def encode_texts(rows: slice) -> Tensor:
+            states = model.text_encoder(ids[rows], mask[rows])
+            with autocast(states.device.type, enabled=False):
+                return states if fuses else model.text_features(states, mask[rows])
+
+        images = CachedOutput(micro_batches, encode_images, IMAGES)
+        texts = CachedOutput(micro_batches, encode_texts, TEXTS)
+        image, text = images.output, texts.output
+        state = StudentState(model, batch, image, text)
+        if fuses:
+            image, text = state.image, state.text
+        losses = {"contrastive": self._contrast(image, text, batch.image_ids)}
+        self._total(losses).backward()
+        if fuses:
+            batch.keys = Keys(image.detach(), text.detach(), batch.image_ids)
+            losses |= self._add_fusion_gradients(state, micro_batches)
+        images.backward()
+        texts.backward()
+        return {"loss": self._total(losses).detach(), **{name: value.detach() for name, value in losses.items()}}
+
+    def _add_fusion_gradients(self, state: StudentState, micro_batches: MicroBatches) -> dict[str, Tensor]:
+        """Add the gradients of the losses that read pairs, micro-batch by micro-batch, and return the figures of the batch."""
+        negatives = self.matching.draw_nearby(state)
+        count = self.exchanged.count(state.batch.text.ids) if self.weights["exchanged"] else None
+
+        def fuse(rows: slice) -> dict[str, Tensor]:
+            losses = self.matching.part(state, rows, negatives)
+            return losses if count is None else losses | self.exchanged(state.part(rows), count)
+
+        sums: dict[str, Tensor] = {}
+        for _, losses in micro_batches.run(fuse, PAIRS):
+            self._total(losses).backward()
+            sums = {name: value.detach() + sums.get(name, 0.0) for name, value in losses.items()}
+        return sums
+
+    def _contrast(self, image: Tensor, text: Tensor, image_ids: Tensor) -> Tensor:
+        """Return the contrastive loss; call it without autocast: bf16 has steps of 0.2 in a logit at temperature 0.02."""
+        return dual_loss(image, text, image_ids, self.model.temperature())
+
+    def _total(self, losses: dict[str, Tensor]) -> Tensor:
+        """Return the weighted sum of the losses among the figures."""
+        first, *others = [weight * losses[name] for name, weight in self.weights.items() if name in losses]
+        return sum(others, first)
 
     def layers(self) -> list[nn.Module]:
         """Return the model's transformer layers."""
@@ -117,7 +175,7 @@ class DualTask(RetrievalTask):
         """Return an alignment model's `model.json`, and whether its fusion head was tuned."""
         config = dataclasses.replace(self.model.config, codewords=0)
         return describe_model(config, self.tokenizer.caption_tokens, training) | {
-            "fusion_tuned": bool(self.matching_weight)
+            "fusion_tuned": bool(self.weights["matching"])
         }
 
     def similarity(self, collection: Collection, work: Workload) -> np.ndarray:

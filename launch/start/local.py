@@ -32,7 +32,7 @@ def launch_local(stage: str, arguments: list[str], count: int) -> None:
         LigatureError: A rank failed; the error has the first failure's exit code.
     """
     recipe = read_stage(stage, arguments)  # a mistake is answered before anything starts
-    if stage == "pretrain":
+    if stage in ("pretrain", "finetune"):
         check_batch(recipe, count)
     check_gpus(getattr(recipe, "device", "") or recipe.training.device, count)
     raise_failure(stage, run_ranks(ligature_command(stage, *arguments), count))

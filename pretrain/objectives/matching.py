@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pretrain.config import MatchingConfig
-from pretrain.model.alignment_model import TextBatch
+from pretrain.model.alignment_model import AlignmentModel, TextBatch
 from pretrain.model.bert_layers import PreparedImages
 from pretrain.objectives.state import GlobalInputs, StudentState
 from runtime.errors import RecipeError
@@ -70,6 +70,25 @@ class Triples:
     """(batch,) bool: there is a negative text."""
 
 
+@dataclass
+class Negatives:
+    """What is drawn for each sample of a micro-batch."""
+
+    image: Tensor
+    """(batch,) int64: the row of each text's negative image."""
+    text: Tensor
+    """(batch,) int64: the row of each image's negative text."""
+    has_image: Tensor
+    """(batch,) bool: there is a negative image."""
+    has_text: Tensor
+    """(batch,) bool: there is a negative text."""
+
+    @property
+    def pairs(self) -> Tensor:
+        """How many pairs count, the right ones included; 0-d int64."""
+        return len(self.image) + self.has_image.sum() + self.has_text.sum()
+
+
 class Matching:
     """One positive and two negatives for each sample: its text with a wrong image, and its image with a wrong text."""
 
@@ -80,33 +99,50 @@ class Matching:
 
     def __call__(self, state: StudentState) -> dict[str, Tensor]:
         """Return `matching` (cross-entropy over the pairs) and `matching_accuracy`."""
-        own = torch.arange(len(state.batch.image_ids), device=state.batch.rows.device)
-        triples = self._from_all_ranks(state) if self.all_ranks else self._from_micro_batch(state)
-        states = torch.cat([triples.states, triples.states, triples.wrong_states])
-        mask = torch.cat([triples.mask, triples.mask, triples.wrong_mask])
-        logits = state.model.match(states, mask, triples.images, torch.cat([own, triples.wrong_image, own]))
-        labels = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
-        # A sample without a negative (a batch of one, or of one image) counts its positive alone.
-        exists = torch.cat([torch.ones_like(triples.has_image), triples.has_image, triples.has_text]).to(logits.dtype)
-        loss = (functional.cross_entropy(logits, labels, reduction="none") * exists).sum() / exists.sum()
-        accuracy = ((logits.detach().argmax(-1) == labels) * exists).sum() / exists.sum()
-        return {"matching": loss, "matching_accuracy": accuracy}
+        return judge(state.model, self._from_all_ranks(state) if self.all_ranks else self._from_micro_batch(state))
 
-    def _from_micro_batch(self, state: StudentState) -> Triples:
+    def part(self, whole: StudentState, rows: slice, drawn: Negatives) -> dict[str, Tensor]:
+        """Return the share of some rows in the figures of a micro-batch; those of all rows add up to `__call__`'s.
+
+        Args:
+            whole: the micro-batch. Its tokens and states are read, its own images are not prepared.
+            rows: samples of it.
+            drawn: the negatives of the micro-batch (`draw_nearby`).
+        """
+        own, fusion = whole.part(rows), whole.model.fusion_encoder
+        images = fusion.prepare_images(torch.cat([own.image_tokens, whole.image_tokens[drawn.image[rows]]]))
+        size = len(own.text_states)
+        triples = Triples(
+            images=images,
+            wrong_image=torch.arange(size, 2 * size, device=own.text_states.device),
+            states=own.text_states,
+            mask=own.batch.text.mask,
+            wrong_states=whole.text_states[drawn.text[rows]],
+            wrong_mask=whole.batch.text.mask[drawn.text[rows]],
+            has_image=drawn.has_image[rows],
+            has_text=drawn.has_text[rows],
+        )
+        return judge(whole.model, triples, drawn.pairs)
+
+    def draw_nearby(self, state: StudentState) -> Negatives:
+        """Draw the negatives of a micro-batch within it."""
         batch = state.batch
         # As in ALBEF: the similarities of the contrastive loss, which are to the teacher's features.
         wrong_image, has_image = self.draw(state, state.text, batch.keys.image[batch.rows], batch.draws[:, 0])
         wrong_text, has_text = self.draw(state, state.image, batch.keys.text[batch.rows], batch.draws[:, 1])
-        states, mask = state.text_states, batch.text.mask
+        return Negatives(wrong_image, wrong_text, has_image, has_text)
+
+    def _from_micro_batch(self, state: StudentState) -> Triples:
+        drawn, states, mask = self.draw_nearby(state), state.text_states, state.batch.text.mask
         return Triples(
             images=state.prepared_images,
-            wrong_image=wrong_image,
+            wrong_image=drawn.image,
             states=states,
             mask=mask,
-            wrong_states=states[wrong_text],
-            wrong_mask=mask[wrong_text],
-            has_image=has_image,
-            has_text=has_text,
+            wrong_states=states[drawn.text],
+            wrong_mask=mask[drawn.text],
+            has_image=drawn.has_image,
+            has_text=drawn.has_text,
         )
 
     def _from_all_ranks(self, state: StudentState) -> Triples:
@@ -191,6 +227,26 @@ class Matching:
             codes = nearest_codeword(candidates, state)
             same_qc = exclude_others(same_qc, codes[state.batch.rows][:, None] == codes[None])
         return draw_negatives(similarity_qc, same_qc, draws)
+
+
+def judge(model: AlignmentModel, triples: Triples, pairs: Tensor | None = None) -> dict[str, Tensor]:
+    """Return `matching`, the cross-entropy over the pairs, and `matching_accuracy`.
+
+    Args:
+        model: fuses and judges the pairs.
+        triples: the pairs. A sample without a negative (a batch of one, or of one image) counts its positive alone.
+        pairs: what the sums are divided by; None: the pairs that count.
+    """
+    own = torch.arange(len(triples.states), device=triples.states.device)
+    states = torch.cat([triples.states, triples.states, triples.wrong_states])
+    mask = torch.cat([triples.mask, triples.mask, triples.wrong_mask])
+    logits = model.match(states, mask, triples.images, torch.cat([own, triples.wrong_image, own]))
+    labels = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
+    exists = torch.cat([torch.ones_like(triples.has_image), triples.has_image, triples.has_text]).to(logits.dtype)
+    count = exists.sum() if pairs is None else pairs
+    loss = (functional.cross_entropy(logits, labels, reduction="none") * exists).sum() / count
+    accuracy = ((logits.detach().argmax(-1) == labels) * exists).sum() / count
+    return {"matching": loss, "matching_accuracy": accuracy}
 
 
 def similarities(state: StudentState, queries: Tensor, candidates: Tensor) -> Tensor:

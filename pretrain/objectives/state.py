@@ -5,7 +5,7 @@ Tested in tests/pretrain/test_task.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -90,6 +90,18 @@ class MicroBatch:
     positions: Tensor | None = None
     """(batch,) int64, on the CPU: each sample's position in the endless order. Heads draw random numbers of their own from it."""
 
+    def part(self, rows: slice) -> MicroBatch:
+        """Return these rows of a batch of fine-tuning, which has no targets of a teacher. The keys stay those of the whole."""
+        return replace(
+            self,
+            images=self.images[rows],
+            text=TextBatch(self.text.ids[rows], self.text.mask[rows]),
+            image_ids=self.image_ids[rows],
+            rows=self.rows[rows],
+            draws=self.draws[rows],
+            positions=None if self.positions is None else self.positions[rows],
+        )
+
 
 @dataclass
 class StudentState:
@@ -103,6 +115,10 @@ class StudentState:
     """(batch, words, text width)"""
     levels: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Unit-norm image and text features (batch, feature_dim) of each level."""
+
+    def part(self, rows: slice) -> StudentState:
+        """Return these rows, without their levels, under the same graph; see `MicroBatch.part`."""
+        return StudentState(self.model, self.batch.part(rows), self.image_tokens[rows], self.text_states[rows])
 
     @cached_property
     def image(self) -> Tensor:

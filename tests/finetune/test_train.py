@@ -31,8 +31,9 @@ def weights(folder):
     return dict(load_model(folder).network.named_parameters())
 
 
-def test_stopped_and_resumed_fine_tuning_equals_an_uninterrupted_run(pretrained, drawn, tmp_path, monkeypatch):
-    assert tune(pretrained, drawn, tmp_path / "whole") == 0
+@pytest.mark.parametrize("more", [[], ["--training.micro_batch", "3"]], ids=["whole", "micro-batches"])
+def test_stopped_and_resumed_fine_tuning_equals_an_uninterrupted_run(more, pretrained, drawn, tmp_path, monkeypatch):
+    assert tune(pretrained, drawn, tmp_path / "whole", *more) == 0
     # The first attempt dies at the fourth step, after the checkpoint of the second.
     import finetune.train as stage
 
@@ -46,9 +47,9 @@ def test_stopped_and_resumed_fine_tuning_equals_an_uninterrupted_run(pretrained,
 
     monkeypatch.setattr(stage, "retrieval_batch", dying)
     with pytest.raises(RuntimeError, match="on purpose"):
-        tune(pretrained, drawn, tmp_path / "broken")
+        tune(pretrained, drawn, tmp_path / "broken", *more)
     monkeypatch.setattr(stage, "retrieval_batch", ordinary)
-    assert tune(pretrained, drawn, tmp_path / "broken") == 0
+    assert tune(pretrained, drawn, tmp_path / "broken", *more) == 0
     losses = [
         [line["train/loss"] for line in read_metrics(tmp_path / name / "finetune") if "train/loss" in line]
         for name in ("whole", "broken")

@@ -42,6 +42,10 @@ MISTAKES = [
     (["--nproc", "2", "pretrain", "--optimizer.lrr", "1"], "did you mean optimizer.lr?"),
     (["--nproc", "2", "pretrain", "--config", "none.yaml"], "none.yaml"),
     (["--nproc", "2", "finetune"], "checkpoint, dataset and data.train are not set"),
+    (
+        ["--nproc", "2", "finetune", "--checkpoint", "x", "--dataset", "x", "--data.train", "x", "--training.global_batch", "7"],
+        "training.global_batch 7 does not divide over 2 ranks",
+    ),
     (["--nproc", "2", "shard"], "'shard'"),
 ]
 
