@@ -24,12 +24,11 @@ class FinetuneLoopConfig(LoopConfig):
 
     micro_batch: int | None = free(None)
     """Most samples that a device takes at once. The gradient is that of the whole batch, and the encoders run once more for it.
-    None: a rank's whole share of the batch. Read where `head` is `dual`."""
+    Default: a rank's whole share of the batch. Read where `head` is `dual`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise RecipeError(f"training.micro_batch is {self.micro_batch}; it must be 1 or more")
+        check_range(self, "training.", 1, None, "micro_batch")
 
 
 @dataclass
