@@ -29,6 +29,7 @@ from data_tools.shards.reader import ShardReader
 from data_tools.shards.remote import is_remote
 from data_tools.workers import open_loader
 from pretrain.model.alignment_model import AlignmentModel
+from pretrain.model.config import ImageEncoderConfig
 from runtime.errors import DataError, LigatureError, RecipeError
 from runtime.progress import progress
 from runtime.ranks import barrier, run_on_first
@@ -106,7 +107,7 @@ def _cached(
         "version": VERSION,
         "shards": [manifest.fingerprint for manifest in reader.manifests],
         "tower": _hash_of(model),
-        "image": {key: value for key, value in asdict(model.config.image).items() if key != "weights"},
+        "image": _architecture(model.config.image),
         "kind": features.kind,
         "dtype": features.dtype,
         **views,
@@ -133,6 +134,13 @@ def _cached(
     context.watchdog.enter_collective()
     barrier()
     return blocks
+
+
+def _architecture(config: ImageEncoderConfig) -> dict[str, Any]:
+    """Return what differs from the defaults, so that a key that a later version adds leaves caches as they are."""
+    defaults = asdict(ImageEncoderConfig())
+    differing = {key: value for key, value in asdict(config).items() if value != defaults[key]}
+    return {key: value for key, value in differing.items() if key not in ("weights", "drop_path")}
 
 
 def _home(features: FeaturesConfig, reader: ShardReader) -> Path:
