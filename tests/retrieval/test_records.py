@@ -83,23 +83,37 @@ def test_unknown_protocol_is_answered_with_the_known_ones():
 def test_table():
     rows = [record(), record(head="fusion, shortlist 8", training="fine-tuned-on shapes"), record(split="validation")]
     tables = [part.split("\n") for part in table(rows).split("\n\n")]
-    assert [len(part) for part in tables] == [1, 5, 1, 4]  # a title and a table for each split
-    assert tables[0][0].startswith("shapes test, protocol full: 20 images, 100 captions (all)")
-    header, rule, dual, fusion, chance = tables[1]
+    assert [len(part) for part in tables] == [2, 8, 2, 6]  # a title and a table for each split
+    assert tables[0][0] == "shapes test, protocol full: 20 images, 100 captions (all)"
     assert len({len(line) for line in tables[1]}) == 1  # aligned
-    cells = [cell.strip() for cell in dual.strip("|").split("|")]
-    there, (low, high) = rows[0]["image_to_text"], rows[0]["image_to_text"]["interval"]["R@1"]
-    assert cells[:3] == ["dual", "pretrained", f"{there['R@1']:.1f} [{low:.1f}, {high:.1f}]"]
-    assert cells[-3:] == [f"{rows[0]['rsum']:.1f}", f"{there['median_rank']:.1f}"] + [
-        f"{rows[0]['text_to_image']['median_rank']:.1f}"
-    ]
-    assert [cell.strip() for cell in header.strip("|").split("|")][2:8] == [
-        *("TR R@1", "TR R@5", "TR R@10", "IR R@1", "IR R@5", "IR R@10")
-    ]
-    assert set(rule) <= set("|-: ") and fusion.startswith("| fusion, shortlist 8 | fine-tuned-on shapes |")
-    assert [cell.strip() for cell in chance.strip("|").split("|")][:3] == ["chance", "-", "5.00"]
-    assert [cell.strip() for cell in chance.strip("|").split("|")][5] == "5.00"
+    rule = tables[1].pop(1)
+    assert set(rule) <= set("|-: ")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables[1]]
+    assert cells[0] == ["model", "", "R@1", "R@5", "R@10", "rank", "rsum"]
+    for line, label, short, direction in (
+        (cells[1], "dual", "TR", "image_to_text"),
+        (cells[2], "pretrained", "IR", "text_to_image"),
+    ):
+        values = rows[0][direction]
+        low, high = values["interval"]["R@1"]
+        assert line[:3] == [label, short, f"{values['R@1']:.1f} {low:.1f}–{high:.1f}"]
+        assert line[5:] == [f"{values['median_rank']:.1f}", f"{rows[0]['rsum']:.1f}" if short == "TR" else ""]
+    assert [line[0] for line in cells[3:5]] == ["fusion, shortlist 8", "fine-tuned-on shapes"]
+    assert cells[5][:3] == ["chance", "TR", "5.00"] and cells[6][:3] == ["", "IR", "5.00"]
     assert table([]) == ""
+
+
+def test_a_table_fits_100_columns():
+    row = record(head="fusion, shortlist 128", training="fine-tuned-on flickr30k")
+    for direction in ("image_to_text", "text_to_image"):
+        for name in ("R@1", "R@5", "R@10"):
+            row[direction] |= {
+                name: 88.8,
+                "median_rank": 12.5,
+                "interval": row[direction]["interval"] | {name: [87.7, 89.9]},
+            }
+    row["rsum"] = 532.8
+    assert max(map(len, table([row]).splitlines())) <= 100
 
 
 def test_exports_load_and_no_model_comes_with_them():

@@ -37,7 +37,7 @@ def test_the_card_of_a_run_has_its_data_recipe_and_scores(run, drawn, tmp_path):
     assert state["stream"]["fingerprint"] in card and "16 in 2 steps" in card and model.hash in card
     record = json.loads((run.parent / "scores.json").read_text())
     low, high = record["image_to_text"]["interval"]["R@1"]
-    assert f"[{low:.1f}, {high:.1f}]" in card and "elsewhere" not in card
+    assert f" {low:.1f}–{high:.1f} |" in card and "elsewhere" not in card
     assert "so matching no longer fits" in card
     recipe = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
     assert recipe["data"]["train"] == "train" and recipe["matching_weight"] == 0.0
