@@ -194,7 +194,7 @@ def _table_of_setting(records: list[dict[str, Any]]) -> str:
     title = (
         f"{first['dataset']} {first['split']}, protocol {first['protocol']}: {first['images']:,} images, "
         f"{first['captions']:,} captions ({first['captions_per_image']})\n"
-        "Recalls in percent, 95 % intervals; median rank. TR: an image finds its texts, IR: a text its images."
+        "Recalls in percent, 95 % intervals, median rank. TR: an image finds its texts, IR: a text its image."
     )
     rows = [[format(cell, width) for cell, width in zip(line, pad, strict=True)] for line in lines]
     return "\n".join([title, "", *(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])])
