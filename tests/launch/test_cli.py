@@ -39,6 +39,13 @@ def test_help_lists_every_command(capsys, arguments):
     assert all(f"\n  {name} " in said for name in COMMANDS)
 
 
+def test_help_takes_a_command_and_a_group(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["help", "pretrain", "optimizer"])
+    assert leaving.value.code == 0
+    assert capsys.readouterr().out.startswith("optimizer: AdamW and its learning-rate schedule.")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(capsys, command):
     with pytest.raises(SystemExit) as leaving:
