@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 SHORT = {
     "startup": ["--short"],
     "pretrain_step": ["--short"],
+    "freed_memory": ["--images", "16", "--rounds", "1"],
     "scaling": ["--short"],
     "transport": ["--short"],
     "checkpoint_stall": ["--millions", "2", "--rounds", "3"],

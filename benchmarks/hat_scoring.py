@@ -30,8 +30,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.ratios import Ratios, clock
-from finetune.heads.hat_scoring import CAPTIONS, blocks, keep_freed_memory
+from finetune.heads.hat_scoring import CAPTIONS, blocks
 from finetune.heads.stacked_attention import Direction, context_gram, pair_scores
+from runtime.host_memory import keep_freed_memory
 
 REGIONS = (784, 196, 49)
 AIMS = {"image_to_text": 6.0, "text_to_image": 3.0}

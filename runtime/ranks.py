@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from runtime.errors import LigatureError, RankLost, RecipeError
+from runtime.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +119,7 @@ def use_precision(precision: str, device: torch.device) -> None:
 def join(device_name: str = "auto", timeout: float = 600.0) -> tuple[Ranks, torch.device]:
     """Join the process group of this run, or make it for a world of one: NCCL on GPUs, gloo on CPUs.
 
-    On CPUs it also divides the cores among the ranks of this node.
+    On CPUs it also divides the cores among the ranks of this node, and keeps freed memory (`runtime/host_memory.py`).
 
     Args:
         device_name: as in `choose_device`.
@@ -150,6 +151,8 @@ def join(device_name: str = "auto", timeout: float = 600.0) -> tuple[Ranks, torc
         distributed.init_process_group(
             backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=last_resort
         )
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world))
     return ranks, device

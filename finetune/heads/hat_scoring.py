@@ -9,7 +9,6 @@ Tested in tests/finetune/heads/test_hat.py.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -92,19 +91,6 @@ def encode_captions(model: HatModel, tokenizer: CaptionTokenizer, captions: list
     return CaptionTokens(levels, (ends - lengths).to(work.device), lengths.to(work.device), order)
 
 
-def keep_freed_memory() -> None:
-    """Make glibc keep the memory of freed tensors for the next ones. Other C libraries neither offer nor need this setting.
-
-    By default glibc returns the end of the heap to the system beyond twice the largest block freed. Tensors of a few
-    megabytes are then mapped and faulted in again at every operation, which is a quarter of the time of HAT's t-i scores.
-    """
-    trim_threshold, map_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(trim_threshold, 2**31 - 1)
-        library.mallopt(map_threshold, 32 << 20)  # the largest value it takes
-
-
 @torch.no_grad()
 def hat_scores(
     model: HatModel,
@@ -128,8 +114,6 @@ def hat_scores(
     """
     training = model.training
     model.eval()
-    if work.device.type == "cpu":
-        keep_freed_memory()
     ranks = work.ranks
     texts = encode_captions(model, tokenizer, collection.captions, work)
     images, captions = len(collection), len(collection.captions)
