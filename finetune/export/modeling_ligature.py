@@ -30,7 +30,7 @@ class LigatureConfig(PretrainedConfig):
         image: Ligature's `model.image`, and `width` and `pooled_width` of its tokens and of its global state.
         text: Ligature's `model.text`, and the tokenizer's `vocabulary`.
         fusion: Ligature's `model.fusion`.
-        feature_dim: Width of the features.
+        projection_dim: Width of the features.
         head: `dual`: features are projected, and a fusion encoder, if there is one, gives matching logits. `vldeformer`: the fusion
             encoder's layers run on each modality alone, and the features are their pooled states.
         pooling: Of `vldeformer`: `mean` or `cls`.
@@ -43,13 +43,13 @@ class LigatureConfig(PretrainedConfig):
         image: dict[str, Any] | None = None,
         text: dict[str, Any] | None = None,
         fusion: dict[str, Any] | None = None,
-        feature_dim: int = 256,
+        projection_dim: int = 256,
         head: str = "dual",
         pooling: str = "mean",
         **more: Any,
     ) -> None:
         self.image, self.text, self.fusion = image or {}, text or {}, fusion or {}
-        self.feature_dim, self.head, self.pooling = feature_dim, head, pooling
+        self.projection_dim, self.head, self.pooling = projection_dim, head, pooling
         super().__init__(**more)
 
 
@@ -60,8 +60,8 @@ class LigatureOutput(ModelOutput):
     Attributes:
         logits_per_image: Cosines over the temperature, (images, texts).
         logits_per_text: The transpose of it, (texts, images).
-        image_embeds: Unit-norm features, (images, feature_dim).
-        text_embeds: Unit-norm features, (texts, feature_dim).
+        image_embeds: Unit-norm features, (images, projection_dim).
+        text_embeds: Unit-norm features, (texts, projection_dim).
     """
 
     logits_per_image: Tensor | None = None
@@ -277,8 +277,8 @@ class LigatureModel(PreTrainedModel):
             single = config.fusion["kind"] == "single_stream"
             self.joint = FusionEncoder(config, "single_stream" if single else "apart")
         else:
-            self.image_projection = nn.Linear(image["pooled_width"], config.feature_dim)
-            self.text_projection = nn.Linear(text["width"], config.feature_dim)
+            self.image_projection = nn.Linear(image["pooled_width"], config.projection_dim)
+            self.text_projection = nn.Linear(text["width"], config.projection_dim)
             self.logit_scale = nn.Parameter(torch.zeros(()))
             if config.fusion["layers"]:
                 self.fusion_encoder = FusionEncoder(config, config.fusion["kind"])
@@ -292,7 +292,7 @@ class LigatureModel(PreTrainedModel):
             compute()
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Return unit-norm features (images, feature_dim) of normalised pixels (images, 3, size, size)."""
+        """Return unit-norm features (images, projection_dim) of normalised pixels (images, 3, size, size)."""
         tokens, pooled = self.image_encoder(pixel_values)
         if self.config.head == "vldeformer":
             mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
@@ -300,7 +300,7 @@ class LigatureModel(PreTrainedModel):
         return functional.normalize(self.image_projection(pooled).float(), dim=-1)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return unit-norm features (texts, feature_dim) of token ids (texts, words)."""
+        """Return unit-norm features (texts, projection_dim) of token ids (texts, words)."""
         mask = _bool_mask(input_ids, attention_mask)
         states = self.text_encoder(input_ids, mask)
         if self.config.head == "vldeformer":

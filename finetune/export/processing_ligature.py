@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image, ImageOps
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
@@ -85,9 +86,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 class LigatureProcessor(ProcessorMixin):
     """The image processor and the tokenizer. Captions are cut to the tokenizer's `model_max_length` and padded to the longest."""
 
-    attributes = ["image_processor", "tokenizer"]
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
+    if int(transformers.__version__.split(".")[0]) < 5:  # from 5 on, the names in `__init__` say it, and these warn
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **more: Any) -> None:
         super().__init__(image_processor, tokenizer, **more)

@@ -40,6 +40,7 @@ MODELS = {
         ("cross_attention", 0),
     ),
     "no_text_layers": (VIT, {"layers": 0}, ("single_stream", 2)),
+    "small": (timm("test_efficientnet", 64), {"layers": 1, "pooling": "mean"}, ("cross_attention", 1)),
 }
 """Name -> image settings, text settings, kind and layers of the fusion encoder."""
 

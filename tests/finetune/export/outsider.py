@@ -54,7 +54,64 @@ def from_hf(folder, images, texts, out):
         out["saved_again"] = model.get_image_features(**processor(images=images))
 
 
-LIBRARIES = {"hf": from_hf}
+def from_sentence_transformers(folder, images, texts, out):
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    assert set(model.modalities) == {"text", "image"}
+    out["image"], out["text"] = model.encode(images, batch_size=2), model.encode(texts, batch_size=2)
+    out["image_alone"], out["text_alone"] = model.encode([images[1]]), model.encode(texts[1:2])
+    out["similarity"] = model.similarity(out["image"], out["text"])
+    out["width"] = model.get_embedding_dimension()
+
+
+def from_onnx(folder, images, texts, out):
+    import onnxruntime
+    from PIL import ImageOps
+    from tokenizers import Tokenizer
+
+    about = json.loads((folder / "preprocessing.json").read_text())
+    towers = {path.stem: onnxruntime.InferenceSession(path) for path in folder.glob("*.onnx")}
+
+    def run(tower, **inputs):
+        names = [output.name for output in towers[tower].get_outputs()]
+        return dict(zip(names, towers[tower].run(names, inputs), strict=True))
+
+    def prepare(image):
+        """As preprocessing.json says; the images of this test are not transparent."""
+        image = ImageOps.exif_transpose(image).convert("RGB")
+        if about["centre_crop"] is None:
+            image = image.resize((about["resize"]["width"], about["resize"]["height"]), Image.Resampling.BICUBIC)
+        else:
+            shorter, (width, height) = about["resize"]["shorter_side"], image.size
+            size = [int(shorter * edge / min(width, height)) for edge in (width, height)]
+            side = about["centre_crop"]["width"]
+            left, top = (round((edge - side) / 2) for edge in size)
+            image = image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+        return np.asarray(image).transpose(2, 0, 1)
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_padding(pad_id=0)
+    rows = tokenizer.encode_batch(texts)
+    ids, mask = np.array([row.ids for row in rows]), np.array([row.attention_mask for row in rows])
+    pixels = np.stack([prepare(image) for image in images])
+    words = {"input_ids": ids, "attention_mask": mask}
+    image, text = run("image", pixels=pixels), run("text", **words)
+    out["image"], out["text"] = image["features"], text["features"]
+    for count in (1, 3):
+        out[f"image_{count}"] = run("image", pixels=pixels[:count])["features"]
+    length = int(mask[1].sum())  # of one text alone, without padding
+    out["text_alone"] = run("text", input_ids=ids[1:2, :length], attention_mask=mask[1:2, :length])["features"]
+    if "matching" in towers:
+        count = len(images)
+        pairs = {"states": text["states"][:count], "attention_mask": mask[:count]}
+        out["matching"] = run("matching", tokens=image["tokens"], **pairs)["logits"]
+        one = {"states": text["states"][1:2, :length], "attention_mask": mask[1:2, :length]}
+        out["matching_alone"] = run("matching", tokens=image["tokens"][2:3], **one)["logits"]
+    assert "torch" not in sys.modules
+
+
+LIBRARIES = {"hf": from_hf, "sentence-transformers": from_sentence_transformers, "onnx": from_onnx}
 
 
 def main(library, inputs, *folders):

@@ -48,7 +48,7 @@ def test_a_head_that_no_format_holds_is_refused(checkpoint, tmp_path, capsys):
         error = refuse(capsys, hat, tmp_path / "out", "--format", kind)[1]
         assert "holds a hat head" in error and "no format holds it" in error
     vldeformer = exported.vldeformer("vit", "mean", tmp_path / "vldeformer")
-    assert "use --format hf" in refuse(capsys, vldeformer, tmp_path / "out")[1]
+    assert "use --format hf or onnx or sentence-transformers" in refuse(capsys, vldeformer, tmp_path / "out")[1]
 
 
 def test_a_package_that_is_not_installed_is_named(checkpoint, tmp_path, capsys, monkeypatch):
