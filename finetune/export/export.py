@@ -38,7 +38,7 @@ def export(source: Path, out: Path, kind: str = "ligature") -> list[str]:
     form = FORMATS[kind]
     if missing := [name for name in form.needs if find_spec(name) is None]:
         raise RecipeError(f"--format {kind} needs {', '.join(missing)}; pip install 'ligature-pretrain[export]'")
-    loaded = load_source(source, kind)
+    loaded = load_source(source, out, kind)
     module, _, name = form.write.partition(":")
     with committed_folder(out) as folder:
         notes = getattr(importlib.import_module(module), name)(loaded, folder)

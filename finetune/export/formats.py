@@ -95,5 +95,22 @@ texts = model.encode(["a red square left of a blue circle"])
 cosines = model.similarity(images, texts)""",
         inputs="`encode` takes texts, PIL images or paths of images, and returns unit-norm features. transformers loads the same folder.",
     ),
+    "open_clip": Format(
+        "finetune.export.open_clip_model:write",
+        "a local-dir for open_clip: the two encoders, where it has their like",
+        needs=("open_clip",),
+        library="open_clip",
+        pipeline="zero-shot-image-classification",
+        tags=("open_clip",),
+        load="""import open_clip
+
+model, _, transform = open_clip.create_model_and_transforms("local-dir:FOLDER")
+tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
+model.eval()
+images = model.encode_image(transform(picture)[None], normalize=True)    # a PIL image
+texts = model.encode_text(tokenizer(["a red square left of a blue circle"]), normalize=True)
+cosines = images @ texts.T""",
+        inputs="The two encoders and the temperature, as a CustomTextCLIP of a timm model and a BERT.",
+    ),
 }
 """The formats by the name that `--format` takes."""

@@ -95,12 +95,17 @@ def weights_of(source: Source) -> dict[str, Tensor]:
     return weights
 
 
-def write_preprocessing(source: Source, folder: Path) -> None:
-    """Write the tokenizer, and the settings of image processor and processor."""
+def write_tokenizer(source: Source, folder: Path) -> None:
+    """Write the tokenizer as `AutoTokenizer` reads it."""
     source.tokenizer.save(folder)
     names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": source.tokenizer.caption_tokens}
     write_json(folder / "tokenizer_config.json", kind | names)
+
+
+def write_preprocessing(source: Source, folder: Path) -> None:
+    """Write the tokenizer, and the settings of image processor and processor."""
+    write_tokenizer(source, folder)
     encoder = source.network.image_encoder
     automatic = {"AutoProcessor": "processing_ligature.LigatureProcessor"}
     write_json(

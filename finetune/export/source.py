@@ -30,6 +30,8 @@ class Source:
 
     origin: Path
     """The folder that the user named: a run's or a checkpoint's."""
+    out: Path
+    """The export's folder. Until it is complete, it is filled under another name."""
     folder: Path
     """The checkpoint's folder."""
     network: AlignmentModel | Decomposed
@@ -83,11 +85,12 @@ class Source:
         return self.network.match(self.network.text_encoder(ids, mask), mask, prepared)
 
 
-def load_source(origin: Path, kind: str) -> Source:
+def load_source(origin: Path, out: Path, kind: str) -> Source:
     """Load a checkpoint for a format.
 
     Args:
         origin: A run's folder or a checkpoint's.
+        out: The export's folder.
         kind: A name in `FORMATS`.
 
     Raises:
@@ -109,4 +112,4 @@ def load_source(origin: Path, kind: str) -> Source:
     loaded = LoadedVLDeformer(folder) if head == "vldeformer" else load_model(folder)
     network = loaded.model if isinstance(loaded, LoadedVLDeformer) else loaded.network
     config = build_config(ModelConfig, description["model"])
-    return Source(origin, folder, network, config, loaded.tokenizer, description, loaded.hash)
+    return Source(origin, out, folder, network, config, loaded.tokenizer, description, loaded.hash)

@@ -41,6 +41,10 @@ MODELS = {
     ),
     "no_text_layers": (VIT, {"layers": 0}, ("single_stream", 2)),
     "small": (timm("test_efficientnet", 64), {"layers": 1, "pooling": "mean"}, ("cross_attention", 1)),
+    "clip_vit": ({"architecture": "test_vit", "image_size": 160}, {}, ("cross_attention", 1)),
+    "test_size": (timm("test_vit", 64), {}, ("cross_attention", 0)),
+    "wide_features": (timm("test_vit", 160), {}, ("cross_attention", 0)),
+    "clip_cnn": (timm("test_efficientnet", 160), {"pooling": "mean"}, ("cross_attention", 0)),
 }
 """Name -> image settings, text settings, kind and layers of the fusion encoder."""
 

@@ -111,7 +111,26 @@ def from_onnx(folder, images, texts, out):
     assert "torch" not in sys.modules
 
 
-LIBRARIES = {"hf": from_hf, "sentence-transformers": from_sentence_transformers, "onnx": from_onnx}
+def from_open_clip(folder, images, texts, out):
+    import open_clip
+    import torch
+
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    model.eval()
+    with torch.no_grad():
+        out["image"] = model.encode_image(torch.stack([transform(image) for image in images]), normalize=True)
+        out["text"] = model.encode_text(tokenizer(texts), normalize=True)
+        out["text_alone"] = model.encode_text(tokenizer(texts[1]), normalize=True)
+        out["logits"], _ = model.get_logits(torch.stack([transform(image) for image in images]), tokenizer(texts))
+
+
+LIBRARIES = {
+    "hf": from_hf,
+    "sentence-transformers": from_sentence_transformers,
+    "onnx": from_onnx,
+    "open_clip": from_open_clip,
+}
 
 
 def main(library, inputs, *folders):

@@ -63,5 +63,7 @@ def test_our_own_format_is_a_checkpoint_with_a_card(checkpoint, tmp_path, capsys
     verify_checkpoint(tmp_path / "plain")
     (tmp_path / "plain" / "README.md").write_text("an owner's own card")
     verify_checkpoint(tmp_path / "plain")
-    ours, theirs = (load_source(folder, "ligature").network.state_dict() for folder in (checkpoint, tmp_path / "plain"))
+    ours, theirs = (
+        load_source(folder, tmp_path, "ligature").network.state_dict() for folder in (checkpoint, tmp_path / "plain")
+    )
     assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)

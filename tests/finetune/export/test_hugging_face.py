@@ -14,7 +14,7 @@ from finetune.heads.decomposed import LoadedVLDeformer
 from pretrain.weights.load import load_model
 from runtime.errors import CheckpointError
 
-MODELS = [name for name in exported.MODELS if not name.startswith("small")]
+MODELS = ("vit", "narrow", "single_stream", "cnn", "query", "swin", "no_text_layers")
 VLDEFORMERS = {"apart": ("vit", "mean"), "apart_single": ("single_stream", "cls"), "apart_wide": ("narrow", "mean")}
 
 
