@@ -54,6 +54,7 @@ EXPORT = [  # `ligature export` checks each folder with the library that will lo
     "onnx>=1.18",  # --format onnx: torch writes its graphs with it
     "onnxscript>=0.5",  # the operators that torch's exporter writes
     "onnxruntime>=1.20",  # runs the graphs
+    "open_clip_torch>=3.0",  # loads --format open_clip, and tells what it cannot hold
     "sentence-transformers>=5.4",  # loads --format sentence-transformers; earlier ones take no images this way
 ]
 DEVELOP = [

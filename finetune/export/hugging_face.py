@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from finetune.export import modeling_ligature, processing_ligature
 from finetune.export.probe import compare, probe
-from finetune.export.source import Source
+from finetune.export.source import Source, require_copied_towers
 from pretrain.model.alignment_model import AlignmentModel
 from runtime.files import write_json
 
@@ -37,8 +37,9 @@ def write(source: Source, folder: Path) -> list[str]:
     """Fill `folder`; return what the format leaves out.
 
     Raises:
-        CheckpointError: transformers makes other features of what was written.
+        CheckpointError: the code has no such tower, or transformers makes other features of what was written.
     """
+    require_copied_towers(source, "hf")
     write_model(source, folder)
     write_preprocessing(source, folder)
     _check(source, folder)

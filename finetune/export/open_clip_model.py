@@ -23,7 +23,7 @@ from torch import Tensor
 
 from finetune.export.hugging_face import left_behind, pixel_statistics, write_tokenizer
 from finetune.export.probe import compare, probe
-from finetune.export.source import Source
+from finetune.export.source import Source, require_copied_towers
 from pretrain.model.alignment_model import AlignmentModel
 from runtime.errors import CheckpointError
 from runtime.files import write_json
@@ -50,6 +50,7 @@ def write(source: Source, folder: Path) -> list[str]:
     Raises:
         CheckpointError: open_clip cannot hold the architecture, or makes other features of it.
     """
+    require_copied_towers(source, "open_clip")
     _refuse_what_does_not_fit(source)
     weights = {name: tensor.contiguous().clone() for name, tensor in weights_of(source).items()}
     save_file(weights, folder / "open_clip_model.safetensors")

@@ -18,6 +18,9 @@ from finetune.heads.decomposed import Decomposed, LoadedVLDeformer
 from finetune.heads.registry import DEFAULT
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.model.config import ModelConfig
+from pretrain.model.image_encoder import ImageEncoder
+from pretrain.model.text_encoder import TextEncoder
+from pretrain.model.timm_tower import TimmTower
 from pretrain.weights.load import find_checkpoint, load_model
 from runtime.errors import CheckpointError
 from runtime.files import read_json
@@ -83,6 +86,19 @@ class Source:
         assert isinstance(self.network, AlignmentModel)
         prepared = self.network.fusion_encoder.prepare_images(self.network.image_encoder(images))
         return self.network.match(self.network.text_encoder(ids, mask), mask, prepared)
+
+
+def require_copied_towers(source: Source, kind: str) -> None:
+    """Raise CheckpointError unless both towers are of the kinds that the format's code or names are for."""
+    for side, tower, kinds in (
+        ("image", source.network.image_encoder, (ImageEncoder, TimmTower)),
+        ("text", source.network.text_encoder, (TextEncoder,)),
+    ):
+        if not isinstance(tower, kinds):
+            raise CheckpointError(
+                f"--format {kind} cannot hold {source.folder}: its {side} tower is a {type(tower).__name__}, and the format's code has "
+                f"{' and '.join(each.__name__ for each in kinds)} only; use --format onnx"
+            )
 
 
 def load_source(origin: Path, out: Path, kind: str) -> Source:

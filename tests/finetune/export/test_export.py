@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import exported
 import pytest
+import torch
 
+from finetune.export import export
 from finetune.export.formats import FORMATS
 from finetune.export.source import load_source
 from launch.cli import main
@@ -49,6 +51,21 @@ def test_a_head_that_no_format_holds_is_refused(checkpoint, tmp_path, capsys):
         assert "holds a hat head" in error and "no format holds it" in error
     vldeformer = exported.vldeformer("vit", "mean", tmp_path / "vldeformer")
     assert "use --format hf or onnx or sentence-transformers" in refuse(capsys, vldeformer, tmp_path / "out")[1]
+
+
+@pytest.mark.parametrize("kind", ["hf", "open_clip"])
+def test_a_tower_that_the_code_does_not_have_is_refused(checkpoint, tmp_path, capsys, monkeypatch, kind):
+    class OtherTower(torch.nn.Module):
+        pass
+
+    def load(*arguments):
+        source = load_source(*arguments)
+        source.network.text_encoder = OtherTower()
+        return source
+
+    monkeypatch.setattr(export, "load_source", load)
+    error = refuse(capsys, checkpoint, tmp_path / "out", "--format", kind)[1]
+    assert "its text tower is a OtherTower" in error and "use --format onnx" in error and not list(tmp_path.iterdir())
 
 
 def test_a_package_that_is_not_installed_is_named(checkpoint, tmp_path, capsys, monkeypatch):

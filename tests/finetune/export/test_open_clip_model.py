@@ -46,7 +46,7 @@ def test_what_is_lost_is_told(tmp_path):
         ("vit", "it makes vit_tiny_patch16_224 in timm's own sizes, and this model has others"),
         ("query", "a pooling that it does not have"),
         ("no_text_layers", "texts have no features"),
-        ("test_size", "open_clip cannot build it .*160.*use --format hf"),
+        ("test_size", "open_clip cannot build it .*size mismatch.*use --format hf"),
         ("wide_features", "its text projection has no bias, and one to 40 from 32 cannot do without"),
     ],
 )
