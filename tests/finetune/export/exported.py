@@ -56,7 +56,7 @@ def network(name: str) -> tuple[AlignmentModel, ModelConfig]:
         ImageEncoderConfig(**image),
         TextEncoderConfig(**sizes),
         FusionEncoderConfig(*fusion),
-        feature_dim=16,
+        feature_dim=40 if name == "wide_features" else 16,
         codewords=8,
     )
     torch.manual_seed(0)
