@@ -91,7 +91,9 @@ def write(source: Source, folder: Path) -> list[str]:
     pixels, ids, mask = probe(source)
     batch, words = Dim("batch", min=1), Dim("words", min=1, max=source.config.text.positions)
     rows, text = {0: batch}, {0: batch, 1: words}
-    towers = {"image": (ImageTower(source), (pixels,), (rows,))}
+    towers: dict[str, tuple[nn.Module, tuple[Tensor, ...], tuple[Any, ...]]] = {
+        "image": (ImageTower(source), (pixels,), (rows,))
+    }
     towers["text"] = (TextTower(source), (ids, mask.long()), (text, text))
     if isinstance(source.network, AlignmentModel) and source.has_matching:
         tokens, states = source.network.image_encoder(pixels), source.network.text_encoder(ids, mask)
