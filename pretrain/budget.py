@@ -62,9 +62,9 @@ class ImageSizes:
         Raises:
             RecipeError: neither the recipe nor the architecture's name gives a size.
         """
-        if config.kind == "timm":
+        if config.kind != "vit":
             raise RecipeError(
-                f"model.image.kind is timm, and the plan counts ViTs of kind vit only; plan with a ViT of the size of {config.architecture}"
+                f"model.image.kind is {config.kind}, and the plan counts ViTs of kind vit only; plan with a ViT of the size of {config.architecture}"
             )
         named = re.search(r"_(tiny|small|base|large)_patch(\d+)", config.architecture)
         sizes = (*VIT_SIZES[named[1]], int(named[2])) if named else (None, None, None, None)

@@ -30,6 +30,7 @@ from pretrain.feature_cache import training_features, validation_features
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.step_profile import StepProfile
 from pretrain.task import PretrainTask
+from pretrain.weights.architecture import adopt_architecture
 from pretrain.weights.begin_from import begin_from
 from pretrain.weights.load import copy_weights, describe_model, find_checkpoint
 from pretrain.weights.packages import model_folder
@@ -84,6 +85,7 @@ def train(recipe: PretrainRecipe, context: RunContext) -> None:
     tokenizer = prepare_tokenizer(recipe, context, data, source)
 
     # The model, on the CPU until its first weights are loaded.
+    adopt_architecture(recipe.model, checkpoint or source)
     torch.manual_seed(recipe.training.seed)
     model = AlignmentModel(recipe.model, tokenizer.vocabulary)
     watchdog.enter_phase("loading weights", 0)

@@ -17,6 +17,7 @@ from pretrain.model.bert_layers import BertLayer, KeysValues, split_heads
 from pretrain.model.image_encoder import ImageEncoder
 from pretrain.model.single_stream import SingleStreamEncoder
 from pretrain.model.timm_tower import TimmTower
+from pretrain.model.transformers_tower import TransformersTower
 
 
 def word_maps(model: AlignmentModel, images: Tensor, ids: Tensor, mask: Tensor, layer: int | None = None) -> Tensor:
@@ -93,7 +94,7 @@ def run_until_layer(
     return BeforeLayer(states, mask, layers[number:], images[number:])
 
 
-def to_patch_grid(maps_phqk: Tensor, words: int, encoder: ImageEncoder | TimmTower) -> Tensor:
+def to_patch_grid(maps_phqk: Tensor, words: int, encoder: ImageEncoder | TimmTower | TransformersTower) -> Tensor:
     """Average a layer's attention over heads and keep words x patches: (pairs, heads, queries, keys) -> (pairs, words, rows, columns)."""
     rows, columns = encoder.grid
     # The class token and registers come before the patches.

@@ -74,16 +74,18 @@ class EvaluationTransform:
         image_size: Pixels a side of the result.
         crop: None resizes the whole image to a square, whatever its shape, as ALBEF does. A share resizes the shorter side to
             `image_size / crop` and cuts the square out of the middle, as most published image models do.
+        resample: `bicubic` or `bilinear`.
     """
 
-    def __init__(self, image_size: int, crop: float | None = None) -> None:
+    def __init__(self, image_size: int, crop: float | None = None, resample: str = "bicubic") -> None:
         self.image_size, self.crop = image_size, crop
+        self.resample = InterpolationMode(resample)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return (3, size, size) uint8. An image that is not RGB or not upright is converted as decoding would."""
         size = [self.image_size, self.image_size]
         image = upright(image)
         if self.crop is None:
-            return functional.pil_to_tensor(functional.resize(image, size, InterpolationMode.BICUBIC))
-        shorter = functional.resize(image, [round(self.image_size / self.crop)], InterpolationMode.BICUBIC)
+            return functional.pil_to_tensor(functional.resize(image, size, self.resample))
+        shorter = functional.resize(image, [round(self.image_size / self.crop)], self.resample)
         return functional.pil_to_tensor(functional.center_crop(shorter, size))

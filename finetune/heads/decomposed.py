@@ -163,7 +163,7 @@ class LoadedVLDeformer:
             torch.manual_seed(0)  # a projection between widths is new; it is the same each time
             self.model = Decomposed(network, "mean")
         self.model.eval().requires_grad_(False).to(self.device)
-        self.transform = EvaluationTransform(network.config.image.image_size, network.image_encoder.crop)
+        self.transform = network.evaluation_transform()
         """Turns a PIL image into (3, size, size) uint8."""
 
     @property
@@ -207,7 +207,8 @@ def encode_decomposed(
     count, captions = len(collection), collection.captions
     own, own_captions = rank_share(count, batch_size, ranks), rank_share(len(captions), batch_size, ranks)
     images, texts = [], []
-    transform = EvaluationTransform(model.image_encoder.image_size, model.image_encoder.crop)
+    encoder = model.image_encoder
+    transform = EvaluationTransform(encoder.image_size, encoder.crop, encoder.resample)
     with progress("encoding", count + len(captions), "items", silent=work.silent or not ranks.first) as bar:
         for pixels in collection.images(transform, own, batch_size, work.workers):
             images.append(model.encode_image(pixels.to(work.device)))

@@ -17,8 +17,11 @@ from pretrain.model.image_encoder import ImageEncoder
 from pretrain.model.single_stream import SingleStreamEncoder
 from pretrain.model.text_encoder import TextEncoder
 from pretrain.model.timm_tower import TimmTower
+from pretrain.model.transformers_tower import TransformersTower
 from runtime.errors import RecipeError
 
+IMAGE_ENCODERS = {"vit": ImageEncoder, "timm": TimmTower, "transformers": TransformersTower}
+"""The class of each `model.image.kind`."""
 FROZEN_CHUNK = 8
 """Images that a frozen encoder takes at once on a CPU."""
 
@@ -79,8 +82,8 @@ class AlignmentModel(nn.Module):
         super().__init__()
         width = config.text.width
         self.config = config
-        self.image_encoder: ImageEncoder | TimmTower = (
-            TimmTower(config.image) if config.image.kind == "timm" else ImageEncoder(config.image)
+        self.image_encoder: ImageEncoder | TimmTower | TransformersTower = IMAGE_ENCODERS[config.image.kind](
+            config.image
         )
         self.text_encoder = TextEncoder(config.text, vocabulary)
         fusion = SingleStreamEncoder if config.fusion.kind == "single_stream" else FusionEncoder
@@ -139,7 +142,8 @@ class AlignmentModel(nn.Module):
 
     def evaluation_transform(self) -> EvaluationTransform:
         """Return what makes an image ready for scoring: squashed to a square as in ALBEF, or the tower's own centre crop."""
-        return EvaluationTransform(self.config.image.image_size, self.image_encoder.crop)
+        encoder = self.image_encoder
+        return EvaluationTransform(self.config.image.image_size, encoder.crop, encoder.resample)
 
     def layers(self) -> list[nn.Module]:
         """Return the transformer layers of all three encoders."""

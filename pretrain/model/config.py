@@ -13,11 +13,35 @@ from runtime.errors import RecipeError
 
 
 @dataclass
+class PreprocessingConfig:
+    """How an image is made ready for a published image encoder, where that differs from the encoder's own files."""
+
+    mean: list[float] = field(default_factory=list)
+    """Mean of each colour, black 0 and white 1. Empty: the encoder's own."""
+    std: list[float] = field(default_factory=list)
+    """Standard deviation of each colour, black 0 and white 1. Empty: the encoder's own."""
+    crop: float | None = None
+    """Share of the shorter side that the centre crop of an evaluation image keeps. 0 squashes the whole image to a square.
+    null: the encoder's own."""
+    resample: Literal["own", "bicubic", "bilinear"] = "own"
+    """How an evaluation image is resized. `own`: as the encoder's files say, else bicubic."""
+
+    def __post_init__(self) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values and len(values) != 3:
+                raise RecipeError(f"model.image.preprocessing.{name} is {values}; give three numbers, or none")
+        if self.std and min(self.std) <= 0:
+            raise RecipeError(f"model.image.preprocessing.std is {self.std}; deviations must be above 0")
+        check_range(self, "model.image.preprocessing.", 0, 1, "crop")
+
+
+@dataclass
 class ImageEncoderConfig:
-    """A timm model that encodes images."""
+    """A timm or transformers model that encodes images."""
 
     architecture: str = "vit_base_patch16_224"
-    """Name of a timm model; with kind `vit`, one that has a class token."""
+    """Name of a timm model; with kind `vit`, one that has a class token. With kind `transformers` the library's name of the family, such
+    as clip_vision_model, siglip_vision_model or dinov2; `weights` tells it, where there are any."""
     image_size: int = 256
     """Pixels a side. Position embeddings of starting weights are interpolated to it."""
     patch: int | None = None
@@ -34,31 +58,40 @@ class ImageEncoderConfig:
     """Share of residual branches that training skips at random (stochastic depth)."""
     weights: str = "none"
     """Starting weights: `none` (random), `timm` (the architecture's own, downloaded), a safetensors or .pth file, or `package:NAME`, an
-    installed Python package that holds one."""
+    installed Python package that holds one. With kind `transformers` a folder, a name on the hub or `package:NAME`."""
     pooling: Literal["own", "class", "mean", "query"] = "own"
-    """What becomes the global feature of a `timm` model: `own`, the model's own pooling; its class token; the mean of its patches; or
+    """What becomes the global feature of a published model: `own`, the model's own pooling; its class token; the mean of its patches; or
     `query`, one learned query that attends to all tokens."""
     frozen: bool = False
     """Keep the starting weights. Projections and a learned query still train."""
-    kind: Literal["vit", "timm"] = "vit"
+    kind: Literal["vit", "timm", "transformers"] = "vit"
     """`vit`: a Vision Transformer with a class token, of any size, initialised as ALBEF does. `timm`: any timm model as its authors made it,
-    such as SigLIP, DINOv3, Swin, ConvNeXt or EfficientNet, with its own sizes, pixel statistics and crop."""
+    such as SigLIP, DINOv3, Swin, ConvNeXt or EfficientNet, with its own sizes, pixel statistics and crop. `transformers`: a Vision
+    Transformer of that library, such as CLIP, SigLIP 2 or DINOv2."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of a `timm` architecture by timm's names, such as `depths`."""
+    """Further arguments of a `timm` architecture by timm's names, such as `depths`, or the entries of a `transformers` configuration.
+    Empty with `transformers`: those of `weights`."""
+    preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
+    """Pixel statistics and crop of a published model, where they differ from its own."""
 
     def __post_init__(self) -> None:
         check_range(self, "model.image.", 1, None, "image_size", "patch", "width", "depth", "heads")
         check_range(self, "model.image.", 0, None, "position_std")
         check_range(self, "model.image.", 0, 1, "drop_path")
-        if self.kind == "vit" and (self.arguments or self.pooling not in ("own", "class")):
-            raise RecipeError(
-                "model.image.arguments and model.image.pooling are for model.image.kind timm; a vit has patch, width, depth and heads, and "
-                "its class token"
-            )
+        if self.kind == "vit":
+            own = self.pooling in ("own", "class") and self.preprocessing == PreprocessingConfig()
+            if self.arguments or not own:
+                raise RecipeError(
+                    "model.image.arguments, pooling and preprocessing are for model.image.kind timm or transformers; a vit has patch, "
+                    "width, depth and heads, its class token and CLIP's statistics"
+                )
+            return
         sizes = [name for name in ("patch", "width", "depth", "heads") if getattr(self, name) is not None]
-        if self.kind == "timm" and sizes:
+        if self.kind == "transformers" and self.drop_path:
+            sizes.append("drop_path")
+        if sizes:
             raise RecipeError(
-                f"model.image.{sizes[0]} is set, but a model of kind timm has its architecture's sizes; use model.image.arguments"
+                f"model.image.{sizes[0]} is set, but a model of kind {self.kind} has its architecture's sizes; use model.image.arguments"
             )
 
 

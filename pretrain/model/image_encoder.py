@@ -7,9 +7,9 @@ The interface that the rest of the model uses:
 - `with_levels(images, layers)` returns the tokens and the class token after inner layers, for levels. `layer_tokens` returns the patch
   tokens after inner layers. `level_widths` has the width of each.
 - `width`; `pooled_width`, that of the global state; `tokens`, how many tokens an image has; `grid`, rows and columns of patches.
-- `layers()`, for compiling and activation checkpointing; `set_image_size(image_size)`; `crop`, for scoring.
+- `layers()`, for compiling and activation checkpointing; `set_image_size(image_size)`; `crop` and `resample`, for scoring.
 
-`timm_tower.py` has the same interface for other models.
+`timm_tower.py` and `transformers_tower.py` have the same interface for other models.
 
 Tested in tests/pretrain/model/test_alignment_model.py.
 """
@@ -44,6 +44,8 @@ class ImageEncoder(nn.Module):
     std: Tensor
     crop: float | None = None
     """Share of the shorter side that an evaluation image's centre crop keeps. None: the whole image is squashed to a square."""
+    resample = "bicubic"
+    """How an evaluation image is resized."""
 
     def __init__(self, config: ImageEncoderConfig) -> None:
         super().__init__()

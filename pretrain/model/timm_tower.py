@@ -40,12 +40,13 @@ class TimmTower(nn.Module):
         super().__init__()
         self.image_size, self.pooling = config.image_size, config.pooling
         self.vit = cast(Any, freeze_batch_norm_2d(_create(config)))
-        statistics = self.vit.pretrained_cfg
+        own, stated = self.vit.pretrained_cfg, config.preprocessing
         # Not in the state: they are constants, and DeepSpeed does not carry buffers between ranks.
-        self.register_buffer("mean", torch.tensor(statistics["mean"]).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(statistics["std"]).view(3, 1, 1) * 255, persistent=False)
-        self.crop: float | None = statistics.get("crop_pct")
+        self.register_buffer("mean", torch.tensor(stated.mean or own["mean"]).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(stated.std or own["std"]).view(3, 1, 1) * 255, persistent=False)
+        self.crop: float | None = own.get("crop_pct") if stated.crop is None else stated.crop or None
         """Share of the shorter side that the centre crop of an evaluation image keeps."""
+        self.resample = "bicubic" if stated.resample == "own" else stated.resample
         with torch.no_grad():
             features = self._probe()
             tokens = self._to_tokens(features)
@@ -56,7 +57,7 @@ class TimmTower(nn.Module):
                 raise RecipeError(
                     f"model.image.pooling is class, but {config.architecture} has no class token; use own, mean or query"
                 )
-            self.attention_pool = _AttentionPool(self.width) if self.pooling == "query" else None
+            self.attention_pool = AttentionPool(self.width) if self.pooling == "query" else None
             self.pooled_width: int = self.global_state(tokens).shape[-1]
         self._levels, self.level_widths = _levels_of(self.vit, self.width)
 
@@ -163,7 +164,7 @@ class TimmTower(nn.Module):
         return pixels.to(dtype)
 
 
-class _AttentionPool(nn.Module):
+class AttentionPool(nn.Module):
     """One learned query that attends to all tokens."""
 
     def __init__(self, width: int) -> None:
@@ -173,6 +174,7 @@ class _AttentionPool(nn.Module):
         self.key_value = nn.Linear(width, 2 * width)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Pool tokens (batch, tokens, width) to (batch, width)."""
         key, value = self.key_value(self.norm(tokens)).chunk(2, dim=-1)
         query = self.query.to(key.dtype).expand(len(key), -1, -1)
         return nn.functional.scaled_dot_product_attention(query, key, value)[:, 0]

@@ -9,6 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from pretrain.model.alignment_model import AlignmentModel
+from pretrain.model.transformers_tower import TransformersTower
+from pretrain.weights.architecture import architecture_of
 from pretrain.weights.load import at_resolution, load_model
 from runtime.checkpoint import read_tensors
 from runtime.errors import CheckpointError
@@ -80,6 +82,8 @@ def _properties(model: AlignmentModel) -> dict[str, object]:
     properties["kind and poolings"] = [config.image.kind, config.image.pooling, config.text.pooling]
     if not vit:
         properties["model.image.architecture"] = config.image.architecture
+    if isinstance(model.image_encoder, TransformersTower):
+        properties["model.image.arguments"] = architecture_of(model.image_encoder.vit.config)
     if config.fusion.layers:
         properties["fusion.kind"] = config.fusion.kind
     if config.levels:

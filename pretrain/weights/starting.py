@@ -18,9 +18,10 @@ from pretrain.model.alignment_model import AlignmentModel
 from pretrain.model.config import ImageEncoderConfig, TextEncoderConfig
 from pretrain.model.text_encoder import TextEncoder
 from pretrain.model.timm_tower import TimmTower
+from pretrain.model.transformers_tower import TransformersTower
 from pretrain.weights.begin_from import count_by_part
 from pretrain.weights.packages import model_folder
-from pretrain.weights.tower import load_tower_weights
+from pretrain.weights.tower import load_tower_weights, load_transformers_weights
 from runtime.errors import CheckpointError
 
 
@@ -29,9 +30,9 @@ def load_starting_weights(model: AlignmentModel) -> list[str]:
     config, report = model.config, []
     if config.image.weights != "none":
         unused = _load_image(model, config.image)
-        report.append(
-            f"image encoder: started from {config.image.weights}; not used of it: {', '.join(unused) or 'nothing'}"
-        )
+        # A dual encoder's folder holds a text encoder too: hundreds of names.
+        names = ", ".join(unused) if len(unused) < 9 else count_by_part(set(unused))
+        report.append(f"image encoder: started from {config.image.weights}; not used of it: {names or 'nothing'}")
     if config.text.weights != "none":
         report += _load_bert(model, config.text)
     return report
@@ -45,6 +46,8 @@ def _load_image(model: AlignmentModel, config: ImageEncoderConfig) -> list[str]:
     """Load the image encoder's weights, and return the names that were not used."""
     if isinstance(model.image_encoder, TimmTower):
         return load_tower_weights(model.image_encoder, config)
+    if isinstance(model.image_encoder, TransformersTower):
+        return load_transformers_weights(model.image_encoder, config)
     source, vit, unused = config.weights, model.image_encoder.vit, list[str]()
     if source != "timm" and not Path(source).is_file():
         raise CheckpointError(

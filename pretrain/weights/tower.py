@@ -1,4 +1,8 @@
-"""Starting weights of a timm tower: timm's own, or a file of the same architecture under timm's or under other names."""
+"""Starting weights of a published image encoder, whole or not at all.
+
+- A timm tower: timm's own, or a file of the same architecture under timm's or under other names.
+- A transformers tower: a folder of that library, of the encoder alone or of a dual encoder.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,14 @@ import sys
 from typing import Any
 
 import timm
+import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from pretrain.model.config import ImageEncoderConfig
 from pretrain.model.timm_tower import TimmTower
+from pretrain.model.transformers_tower import TransformersTower
+from pretrain.weights.architecture import published_folder, quiet
 from pretrain.weights.packages import weights_file
 from runtime.errors import CheckpointError
 
@@ -55,6 +62,49 @@ def load_tower_weights(tower: TimmTower, config: ImageEncoderConfig) -> list[str
         raise CheckpointError(
             f"model.image.weights: cannot load `{source}` into {config.architecture} ({reason}); without network, give a file"
         ) from error
+    return unused
+
+
+def load_transformers_weights(tower: TransformersTower, config: ImageEncoderConfig) -> list[str]:
+    """Start a tower from the folder, the hub's name or the package in `model.image.weights`.
+
+    Returns:
+        Names in the source that were not used: a classifier, a text encoder, projections.
+
+    Raises:
+        CheckpointError: A tensor of the tower is missing there or has another shape, or nothing can be read.
+    """
+    source = published_folder(config.weights, "model.image.weights")
+    try:
+        with quiet():
+            loaded, report = type(tower.vit).from_pretrained(
+                source,
+                config=tower.vit.config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                dtype=torch.float32,
+            )
+    except Exception as error:  # a download or a foreign file fails in many ways: all of them stop the run
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"model.image.weights: cannot load `{source}` into {tower.architecture} ({reason}); without network, give a folder"
+        ) from error
+    own, stored = tower.vit.state_dict(), loaded.state_dict()
+    where = f"model.image.weights: {config.weights}"
+    if missing := sorted(own.keys() & report["missing_keys"]):
+        raise CheckpointError(f"{where} lacks {missing[0]} and {len(missing) - 1} more tensors of {tower.architecture}")
+    if mismatched := sorted(entry for entry in report["mismatched_keys"] if entry[0] in own):
+        name, theirs, ours = mismatched[0]
+        raise CheckpointError(
+            f"{where}: {name} is {tuple(theirs)}, {tower.architecture} of the recipe has {tuple(ours)}"
+        )
+    unused = sorted(report["unexpected_keys"] | (stored.keys() - own.keys() - report["missing_keys"]))
+    parts = {name for name, _ in tower.vit.named_children()}
+    if strange := [name for name in unused if name.split(".")[0] in parts and not name.endswith("mask_token")]:
+        raise CheckpointError(
+            f"{where} holds {strange[0]} and {len(strange) - 1} more tensors that {tower.architecture} of the recipe has no place for"
+        )
+    tower.vit.load_state_dict({name: stored[name] for name in own})
     return unused
 
 
