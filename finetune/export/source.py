@@ -110,7 +110,7 @@ def load_source(origin: Path, out: Path, kind: str) -> Source:
         kind: A name in `FORMATS`.
 
     Raises:
-        CheckpointError: There is no whole checkpoint, or the format cannot hold its head.
+        CheckpointError: There is no whole checkpoint, or the format cannot hold its head or a tower.
     """
     folder = find_checkpoint(origin)
     description = read_json(folder / "model.json")
@@ -125,6 +125,11 @@ def load_source(origin: Path, out: Path, kind: str) -> Source:
                 else "no format holds it: it scores pairs of token lists"
             )
         )
+    for part in ("image", "text"):
+        if kind != "ligature" and description["model"][part].get("kind") == "transformers":
+            raise CheckpointError(
+                f"{folder} has an {part} tower of kind transformers, which --format {kind} cannot hold; use --format ligature"
+            )
     loaded = LoadedVLDeformer(folder) if head == "vldeformer" else load_model(folder)
     network = loaded.model if isinstance(loaded, LoadedVLDeformer) else loaded.network
     config = build_config(ModelConfig, description["model"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -30,8 +31,9 @@ from pretrain import load_model
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.model.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from pretrain.model.transformers_tower import TransformersTower
-from pretrain.weights.load import at_resolution
+from pretrain.weights.load import at_resolution, describe_model
 from pretrain.weights.tower import load_transformers_weights
+from runtime.checkpoint import write_checkpoint
 from runtime.errors import CheckpointError, RecipeError
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
@@ -323,3 +325,15 @@ def test_a_run_is_rebuilt_and_goes_on_without_the_folder(clip, drawn, tmp_path, 
     (tmp_path / "run" / "finished.json").unlink()
     assert main([*command, "--training.checkpoint_every", "1"]) == 0
     assert "going on from" in capfd.readouterr().out
+
+
+def test_only_our_own_format_holds_such_a_tower(clip, tmp_path, capsys):
+    settings = config(clip)
+    text = TextEncoderConfig(32, 1, 2, 64, positions=16)
+    network = AlignmentModel(ModelConfig(settings, text, FusionEncoderConfig(layers=0), codewords=0), 24)
+    tensors, about = {"model": network.state_dict()}, describe_model(network.config, 10, "pretrained")
+    write_checkpoint(tmp_path / "model", tensors, {"model": about}, tiny.tokenizer().save)
+    command = ["export", str(tmp_path / "model"), str(tmp_path / "out")]
+    assert main([*command, "--format", "hf"]) == 1
+    assert "an image tower of kind transformers, which --format hf cannot hold" in capsys.readouterr().err
+    assert main(command) == 0 and load_model(tmp_path / "out").network.image_encoder.prefix_tokens == 1
