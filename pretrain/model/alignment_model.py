@@ -20,7 +20,12 @@ from pretrain.model.timm_tower import TimmTower
 from pretrain.model.transformers_tower import TransformersTower
 from runtime.errors import RecipeError
 
-IMAGE_ENCODERS = {"vit": ImageEncoder, "timm": TimmTower, "transformers": TransformersTower}
+AnyImageEncoder = ImageEncoder | TimmTower | TransformersTower
+IMAGE_ENCODERS: dict[str, type[AnyImageEncoder]] = {
+    "vit": ImageEncoder,
+    "timm": TimmTower,
+    "transformers": TransformersTower,
+}
 """The class of each `model.image.kind`."""
 FROZEN_CHUNK = 8
 """Images that a frozen encoder takes at once on a CPU."""
@@ -82,9 +87,7 @@ class AlignmentModel(nn.Module):
         super().__init__()
         width = config.text.width
         self.config = config
-        self.image_encoder: ImageEncoder | TimmTower | TransformersTower = IMAGE_ENCODERS[config.image.kind](
-            config.image
-        )
+        self.image_encoder: AnyImageEncoder = IMAGE_ENCODERS[config.image.kind](config.image)
         self.text_encoder = TextEncoder(config.text, vocabulary)
         fusion = SingleStreamEncoder if config.fusion.kind == "single_stream" else FusionEncoder
         self.fusion_encoder: FusionEncoder | SingleStreamEncoder = fusion(

@@ -45,12 +45,12 @@ class TransformersTower(nn.Module):
         read_architecture(config)
         self.pooling, self.architecture = config.pooling, config.architecture
         self.vit = cast(Any, _create(config))
-        self.patch = getattr(self.vit.config, "patch_size", None)
-        if not isinstance(self.patch, int) or not self.layers():
+        patch = getattr(self.vit.config, "patch_size", None)
+        if not isinstance(patch, int) or not self.layers():
             raise RecipeError(
                 f"model.image: {self.architecture} of transformers is no Vision Transformer; look for it in timm (model.image.kind timm)"
             )
-        stated = config.preprocessing
+        self.patch, stated = patch, config.preprocessing
         # Not in the state: they are constants, and DeepSpeed does not carry buffers between ranks.
         self.register_buffer("mean", torch.tensor(stated.mean or CLIP_MEAN).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(stated.std or CLIP_STD).view(3, 1, 1) * 255, persistent=False)
