@@ -159,6 +159,9 @@ class ReadConfig:
     cache: CacheConfig = free(default_factory=CacheConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    sentences: Literal["all", "one", "run"] = "all"
+    """What a training example reads of a long caption: all of it, `one` sentence, or a `run` of neighbouring sentences, drawn anew in each
+    epoch. Texts of one image are positives of each other."""
 
     def __post_init__(self) -> None:
         check_range(self, "data.", 0, None, "workers")

@@ -52,6 +52,14 @@ class CaptionTokenizer:
         """Return the token ids of each caption, [CLS] first and [SEP] last, without padding."""
         return [encoding.ids for encoding in self.pipeline.encode_batch(captions)]
 
+    def lengths(self, captions: list[str]) -> list[int]:
+        """Return the tokens of each whole caption, [CLS] and [SEP] included, also of those that `encode` cuts."""
+        self.pipeline.no_truncation()
+        try:
+            return [len(encoding.ids) for encoding in self.pipeline.encode_batch(captions)]
+        finally:
+            self.pipeline.enable_truncation(self.caption_tokens)
+
     def count_truncated(self, captions: list[str]) -> int:
         """Return how many captions are longer than `caption_tokens`, so that their ends are cut off."""
         return sum(bool(encoding.overflowing) for encoding in self.pipeline.encode_batch(captions))

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from data_tools.in_order.collection import open_collection
+from data_tools.tokenizer import load_tokenizer
+from finetune.caption_lengths import CaptionLengths, length_table
 from finetune.config import EvaluateRecipe
 from finetune.heads.base import Scored, Workload
 from finetune.heads.registry import DEFAULT, load_part, names_with
@@ -23,6 +25,9 @@ from retrieval.records import About, score, table, write_record
 from runtime.errors import RecipeError
 from runtime.files import read_json, replaced_file
 from runtime.ranks import join, use_precision
+
+CLIP_LIMIT = 77
+"""Captions with more tokens count as long: recalls by length are then printed, and not in the record alone."""
 
 
 def evaluate(recipe: EvaluateRecipe) -> list[dict[str, Any]]:
@@ -46,7 +51,8 @@ def _score_checkpoint(recipe: EvaluateRecipe) -> Iterator[dict[str, Any]]:
     ranks, device = join(recipe.device)
     use_precision(recipe.precision, device)
     folder = find_checkpoint(recipe.checkpoint)
-    kind, known = read_json(folder / "model.json").get("head", DEFAULT), names_with("scorer")
+    description = read_json(folder / "model.json")
+    kind, known = description.get("head", DEFAULT), names_with("scorer")
     if kind not in known:
         raise RecipeError(f"{folder} holds a {kind} head; this command scores {', '.join(known)}")
     collection = open_collection(recipe.data, recipe.captions_per_image, recipe.images, recipe.split)
@@ -56,14 +62,21 @@ def _score_checkpoint(recipe: EvaluateRecipe) -> Iterator[dict[str, Any]]:
         match_coco_captions(collection.caption_image, collection.keys)
     policy = "all" if recipe.captions_per_image is None else f"first {recipe.captions_per_image}"
     work = Workload(ranks, device, recipe.batch_size, recipe.workers, silent=False)
+    tokenizer = load_tokenizer(folder, description["caption_tokens"])
+    lengths = CaptionLengths(np.array(tokenizer.lengths(collection.captions)), tokenizer.caption_tokens)
     # Every rank scores each head, since the ranks share the work; the first one alone writes.
     for scored in load_part(kind, "scorer")(recipe, collection, work):
         if ranks.first:
-            yield _write(recipe, scored, collection.caption_image, collection.keys, policy)
+            yield _write(recipe, scored, collection.caption_image, collection.keys, policy, lengths)
 
 
 def _write(
-    recipe: EvaluateRecipe, scored: Scored, caption_image: np.ndarray, keys: list[str], policy: str
+    recipe: EvaluateRecipe,
+    scored: Scored,
+    caption_image: np.ndarray,
+    keys: list[str],
+    policy: str,
+    lengths: CaptionLengths | None = None,
 ) -> dict[str, Any]:
     """Score by the protocol; write the record and the files beside it; print a re-ranker's ceiling.
 
@@ -73,6 +86,7 @@ def _write(
         caption_image: (captions,) the image of each caption.
         keys: the images' names.
         policy: captions per image, in the record's words.
+        lengths: of the captions; None where scores come from a file, whose model's tokenizer is not known.
 
     Returns:
         The record.
@@ -93,6 +107,10 @@ def _write(
         more=details,
     )
     record, outcome = score(scored.image_to_text, scored.text_to_image, caption_image, about)
+    if lengths is not None:
+        record["caption_tokens"] = described = lengths.describe(outcome)
+        if described["cut_captions"] or described["longest"] > CLIP_LIMIT:
+            print(f"{scored.head}: {length_table(described)}")
     out = Path(recipe.out)
     first = not recipe.heads or recipe.heads[0] == scored.key
     path = out if first else out.with_name(f"{out.stem}-{scored.key}{out.suffix}")

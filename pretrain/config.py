@@ -276,6 +276,11 @@ class PretrainRecipe:
                 raise RecipeError(
                     f"model.{side}.frozen is true, but model.{side}.weights is none; random weights must learn"
                 )
+        if self.checkpoint and self.model.text.stretch_positions:
+            raise RecipeError(
+                "model.text.stretch_positions is for the BERT of model.text.weights, but checkpoint is set, and its positions are taken as "
+                "they are; leave one of them out"
+            )
         if self.checkpoint:  # so that the run's config.yaml says what the run began from
             self.model.image.weights = self.model.text.weights = "none"
             self.data.tokenizer = self.checkpoint

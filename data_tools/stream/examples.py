@@ -17,6 +17,7 @@ from data_tools.pixels.decode import decode_image, decode_pixels
 from data_tools.pixels.feature_blocks import CachedViews
 from data_tools.pixels.packed import join_images
 from data_tools.shards.reader import BrokenSample, RawSample
+from data_tools.stream.caption_sentences import read_sentences
 from data_tools.stream.order import derived_seed
 from data_tools.stream.quarantine import sample_id
 from data_tools.stream.training_set import Walk
@@ -97,7 +98,9 @@ class ExampleReader(Dataset):
             try:
                 if isinstance(raw, BrokenSample):
                     raise raw
-                caption = self._choose_caption(raw, caption_number, seed)
+                caption = read_sentences(
+                    self._choose_caption(raw, caption_number, seed), self.walk.data.sentences, seed
+                )
                 image = self._decode(raw, sample)
             except BrokenSample as error:
                 failures.append({**failure, "reason": error.reason})

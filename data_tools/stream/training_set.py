@@ -19,6 +19,7 @@ from data_tools.config import FilterConfig, ReadConfig
 from data_tools.shards.manifest import Manifest
 from data_tools.shards.reader import ShardReader
 from data_tools.shards.remote import ShardCache, is_remote
+from data_tools.stream.caption_sentences import Reading
 from data_tools.stream.mixture import Mixture
 from data_tools.stream.order import BLOCK, SampleOrder, derived_seed
 from data_tools.stream.selection import Selection, select
@@ -74,6 +75,7 @@ class TrainingSet:
         captions: Literal["one", "all"] = "one",
         keep: FilterConfig | None = None,
         cache: ShardCache | None = None,
+        sentences: Reading = "all",
     ) -> None:
         """Open the folders. Missing shards raise no error here, because the stream lists what it cannot read.
 
@@ -82,11 +84,12 @@ class TrainingSet:
             captions: `one`: an item is a sample; `all`: an item is one caption of a sample.
             keep: Which samples and captions to use; None: all.
             cache: Where remote shards are kept; None: the default cache.
+            sentences: What an example reads of a caption (`data_tools/stream/caption_sentences.py`).
 
         Raises:
             DataError: A folder is not a shard folder, holds no samples, or is named twice.
         """
-        self.keep, self.every_caption = keep or FilterConfig(), captions == "all"
+        self.keep, self.every_caption, self.sentences = keep or FilterConfig(), captions == "all", sentences
         folder_list: list[Folder] = [folders] if isinstance(folders, str | Path | Manifest) else list(folders)
         if not folder_list or not str(folder_list[0]):
             raise DataError("there is no folder to train on; set data.train")
@@ -189,7 +192,7 @@ class Walk:
 def open_training_set(config: ReadConfig) -> TrainingSet:
     """Open the training set that a recipe's `data` describes."""
     cache = ShardCache(config.cache.folder, config.cache.gigabytes, config.cache.stage)
-    return TrainingSet(config.train, config.captions, config.filter, cache)
+    return TrainingSet(config.train, config.captions, config.filter, cache, config.sentences)
 
 
 def default_block(data: TrainingSet) -> int:

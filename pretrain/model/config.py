@@ -118,8 +118,15 @@ class TextEncoderConfig:
     """What becomes a caption's global feature: the state of [CLS], or the mean of all states (sentence encoders such as MiniLM)."""
     frozen: bool = False
     """Keep the starting weights."""
+    stretch_positions: bool = False
+    """Stretch the starting weights' position embeddings to `positions`, where that is more (Long-CLIP): the first 20 stay, the others are
+    interpolated."""
 
     def __post_init__(self) -> None:
+        if self.stretch_positions and self.weights == "none":
+            raise RecipeError(
+                "model.text.stretch_positions is for starting weights, but model.text.weights is none; set one of them"
+            )
         check_range(self, "model.text.", 1, None, "width", "heads", "feed_forward", "positions")
         check_range(self, "model.text.", 0, None, "layers")
         check_range(self, "model.text.", 0, 1, "dropout")

@@ -21,6 +21,7 @@ from pretrain.model.timm_tower import TimmTower
 from pretrain.model.transformers_tower import TransformersTower
 from pretrain.weights.begin_from import count_by_part
 from pretrain.weights.packages import model_folder
+from pretrain.weights.stretched import KEPT, stretch_positions
 from pretrain.weights.tower import load_tower_weights, load_transformers_weights
 from runtime.errors import CheckpointError
 
@@ -80,6 +81,8 @@ def _load_image(model: AlignmentModel, config: ImageEncoderConfig) -> list[str]:
         ) from error
     return unused
 
+
+POSITIONS = "text_encoder.positions.weight"
 
 # BERT's names and ours, within a layer and elsewhere.
 LAYER = {
@@ -160,6 +163,15 @@ def _read_bert(config: TextEncoderConfig, key: str) -> dict[str, Tensor]:
 def _copy_bert(ours: Mapping[str, Tensor], theirs: dict[str, Tensor], config: TextEncoderConfig, key: str) -> list[str]:
     """Copy the tensors that `ours` has under the same name, and return their names."""
     used = [name for name in theirs if name in ours]
+    trained, positions = len(theirs[POSITIONS]), len(ours[POSITIONS])
+    can_stretch = positions > trained > KEPT + 1
+    if can_stretch and config.stretch_positions:
+        theirs[POSITIONS] = stretch_positions(theirs[POSITIONS], positions)
+    elif positions != trained:
+        longer = f", or {key}.stretch_positions true" if can_stretch else ""
+        raise CheckpointError(
+            f"{key}.positions is {positions}, but {config.weights} has {trained}; set {key}.positions to {trained}{longer}"
+        )
     for name in used:
         if theirs[name].shape != ours[name].shape:
             raise CheckpointError(
@@ -192,6 +204,8 @@ def load_bert_encoder(encoder: TextEncoder, config: TextEncoderConfig, key: str)
 def _load_bert(model: AlignmentModel, config: TextEncoderConfig) -> list[str]:
     """Load the text encoder, the fusion encoder and the word head from a BERT, and return lines that report on it."""
     theirs, ours = _read_bert(config, "model.text"), dict(model.named_parameters())
+    trained = len(theirs[POSITIONS])
+    stretched = [f"text positions stretched from {trained} to {config.positions}"] if trained < config.positions else []
     used = _copy_bert(ours, theirs, config, "model.text")
     text_side = [name for name in ours if name.startswith(("text_encoder", "fusion_encoder", "masked_language_head"))]
     fresh = [name for name in text_side if name not in used]
@@ -199,4 +213,5 @@ def _load_bert(model: AlignmentModel, config: TextEncoderConfig) -> list[str]:
     return [
         f"text side: {len(used)} tensors started from {config.weights}, {len(fresh)} are random, because it lacks them: {count_by_part(set(fresh))}",
         f"not used of it: {', '.join(unused) or 'nothing'}",
+        *stretched,
     ]

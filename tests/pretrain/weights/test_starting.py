@@ -118,7 +118,7 @@ def test_a_broken_file_is_refused_in_one_line(bert_folder, tmp_path):
 
 
 def test_a_bert_of_another_size_is_refused_by_its_shapes(bert_folder):
-    with pytest.raises(CheckpointError, match=r"\(16, 32\) in .* and \(20, 32\) in the recipe"):
+    with pytest.raises(CheckpointError, match=r"positions is 20, but .* has 16; set model.text.positions to 16$"):
         load_starting_weights(text_model(bert_folder, positions=20))
 
 
