@@ -117,6 +117,7 @@ def write_preprocessing(source: Source, folder: Path) -> None:
             "processor_class": "LigatureProcessor",
             "image_size": source.config.image.image_size,
             "crop": encoder.crop,
+            "resample": encoder.resample,
             "image_mean": pixel_statistics(encoder.mean),
             "image_std": pixel_statistics(encoder.std),
         },

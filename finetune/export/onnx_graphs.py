@@ -114,7 +114,7 @@ def preprocessing(source: Source) -> dict[str, Any]:
         "dtype": "uint8",
         "normalised": "inside the graph",
         "orientation": "as EXIF says; transparent parts on white",
-        "resample": "bicubic, antialiased (Pillow's BICUBIC)",
+        "resample": f"{source.network.image_encoder.resample}, antialiased as Pillow does",
         "resize": {"width": size, "height": size} if crop is None else {"shorter_side": round(size / crop)},
         "centre_crop": None if crop is None else {"width": size, "height": size},
         "caption_tokens": source.tokenizer.caption_tokens,

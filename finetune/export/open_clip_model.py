@@ -173,7 +173,7 @@ def transform_config(source: Source) -> dict[str, Any]:
         "size": source.config.image.image_size,
         "mean": pixel_statistics(encoder.mean),
         "std": pixel_statistics(encoder.std),
-        "interpolation": "bicubic",
+        "interpolation": encoder.resample,
         "resize_mode": "squash" if encoder.crop is None else "shortest",
     }
 

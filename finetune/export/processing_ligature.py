@@ -25,6 +25,7 @@ class LigatureImageProcessor(BaseImageProcessor):
         image_size: Pixels a side.
         crop: None resizes the whole image to a square. A share resizes the shorter side to `image_size / crop` and cuts the square out
             of the middle.
+        resample: `bicubic` or `bilinear`.
         image_mean: Mean of each colour, of values from 0 to 1.
         image_std: Deviation of each colour, likewise.
     """
@@ -35,12 +36,13 @@ class LigatureImageProcessor(BaseImageProcessor):
         self,
         image_size: int = 224,
         crop: float | None = None,
+        resample: str = "bicubic",
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
         **more: Any,
     ) -> None:
         super().__init__(**more)
-        self.image_size, self.crop = image_size, crop
+        self.image_size, self.crop, self.resample = image_size, crop, resample
         self.image_mean, self.image_std = image_mean or [0.5] * 3, image_std or [0.5] * 3
 
     def preprocess(self, images: Any, **_: Any) -> BatchFeature:
@@ -62,12 +64,13 @@ class LigatureImageProcessor(BaseImageProcessor):
         if not isinstance(image, Image.Image):
             image = Image.open(image) if isinstance(image, str) else Image.fromarray(np.asarray(image))
         image, side = _to_rgb(ImageOps.exif_transpose(image)), self.image_size
+        how = Image.Resampling[self.resample.upper()]
         if self.crop is None:
-            return np.array(image.resize((side, side), Image.Resampling.BICUBIC))
+            return np.array(image.resize((side, side), how))
         shorter = round(side / self.crop)
         # The longer side is cut to a whole number, as torchvision does.
         width, height = (int(shorter * edge / min(image.size)) for edge in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.resize((width, height), how)
         left, top = round((width - side) / 2), round((height - side) / 2)
         return np.array(image.crop((left, top, left + side, top + side)))
 

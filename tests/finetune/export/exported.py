@@ -16,7 +16,13 @@ from PIL import Image
 from finetune.export.export import export
 from finetune.heads.decomposed import Decomposed
 from pretrain.model.alignment_model import AlignmentModel
-from pretrain.model.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
+from pretrain.model.config import (
+    FusionEncoderConfig,
+    ImageEncoderConfig,
+    ModelConfig,
+    PreprocessingConfig,
+    TextEncoderConfig,
+)
 from pretrain.weights.load import describe_model
 from runtime.checkpoint import write_checkpoint
 
@@ -33,7 +39,11 @@ MODELS = {
     "narrow": (VIT | {"width": 48}, {}, ("cross_attention", 2)),
     "single_stream": (VIT | {"width": 48}, {"pooling": "mean"}, ("single_stream", 2)),
     "cnn": (timm("test_efficientnet", 64), {}, ("cross_attention", 1)),
-    "query": (timm("test_vit", 64, pooling="query"), {"pooling": "mean"}, ("cross_attention", 0)),
+    "query": (
+        timm("test_vit", 64, pooling="query", preprocessing=PreprocessingConfig(resample="bilinear", crop=0.8)),
+        {"pooling": "mean"},
+        ("cross_attention", 0),
+    ),
     "swin": (
         timm("swin_tiny_patch4_window7_224", 56, arguments={"depths": [1, 1], "embed_dim": 16, "num_heads": [1, 2]}),
         {},
