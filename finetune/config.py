@@ -32,6 +32,17 @@ class FinetuneLoopConfig(LoopConfig):
 
 
 @dataclass
+class FrozenConfig:
+    """Which encoders keep the checkpoint's weights for the whole fine-tuning, whatever pretraining did."""
+
+    image: bool | None = None
+    """Keep the image encoder; a learned query still trains. null: as the checkpoint's `model.image.frozen` says, where `head` is
+    dual; with the other heads the encoder learns."""
+    text: bool | None = None
+    """Keep the text encoder. null: as `image`."""
+
+
+@dataclass
 class FinetuneRecipe:
     """Fine-tune a head: dual by contrast within the batch and fusion by matching, HAT by triplets, or VLDeformer."""
 
@@ -67,8 +78,15 @@ class FinetuneRecipe:
     """AdamW and its learning rate."""
     training: FinetuneLoopConfig = field(default_factory=lambda: FinetuneLoopConfig(global_batch=256, epochs=10))
     """Batch size, length, checkpoints and device of the run."""
+    frozen: FrozenConfig = field(default_factory=FrozenConfig)
+    """Which encoders keep the checkpoint's weights."""
 
     def __post_init__(self) -> None:
+        for side, kept in vars(self.frozen).items():
+            if kept and (epoch := self.optimizer.freeze_until.of(side)):
+                raise RecipeError(
+                    f"optimizer.freeze_until.{side} is {epoch:g}, but frozen.{side} is true for the whole run; set one of them"
+                )
         without_checkpoint = self.head == "hat" and self.hat.encoders == "backbones"
         if without_checkpoint and self.checkpoint:
             raise RecipeError(

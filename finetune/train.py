@@ -32,6 +32,7 @@ from finetune.heads.registry import load_part
 from pretrain.feature_cache import training_features, validation_features
 from pretrain.model.activations import checkpoint_activations
 from pretrain.model.alignment_model import TextBatch
+from pretrain.model.parts import Freezing, parameter_groups
 from pretrain.objectives.state import Keys, MicroBatch
 from pretrain.task import NEGATIVES
 from pretrain.weights.load import copy_weights
@@ -83,7 +84,8 @@ def train(recipe: FinetuneRecipe, context: RunContext) -> None:
     # Make the optimizer, and resume if there is a checkpoint.
     state = LoopState(stream, SickSteps(recipe.training.sick_steps))
     steps = recipe.training.total_steps(len(stream))
-    stage = Finetuning(recipe, context, make_learner(recipe, context, task), state, validation, steps)
+    learner = make_learner(recipe, context, task)
+    stage = Finetuning(recipe, context, learner, state, validation, steps)
     if (checkpoint := find_resume(context)) is not None:
         state.resume(stage.restore(checkpoint))
         if ranks.first:
@@ -93,7 +95,7 @@ def train(recipe: FinetuneRecipe, context: RunContext) -> None:
             f"fine-tuning {task.description} on {recipe.dataset}, {ranks.world} x {context.device.type}",
             flush=True,
         )
-    if ranks.first and (caveat := task.caveat(steps * recipe.training.global_batch / len(stream))):
+    if ranks.first and (caveat := learner.freezing.caveat(steps * recipe.training.global_batch / len(stream))):
         print(f"ligature: {caveat}", file=sys.stderr)
 
     TrainingLoop(context, recipe.training, stage, state).run()
@@ -127,6 +129,8 @@ class Learner:
     """The task under accelerate (DDP, mixed precision); its forward gives the losses."""
     named: dict[str, nn.Parameter]
     """The parameters that learn, by their name in the task."""
+    freezing: Freezing
+    """Which parts of them do not learn yet."""
     optimizer: torch.optim.Optimizer
     prepared: Any
     """The optimizer under accelerate."""
@@ -139,8 +143,13 @@ def make_learner(recipe: FinetuneRecipe, context: RunContext, task: HeadTask) ->
     Raises:
         LigatureError: accelerate sees other ranks than the run has.
     """
+    learning = task.learning(recipe.optimizer)
+    never = {side: math.inf for side, kept in vars(recipe.frozen).items() if kept}
+    freezing = Freezing(task, task.parts(), vars(learning.freeze_until) | never)
     mixed_precision = "bf16" if recipe.training.precision == "bf16" else "no"
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=task.has_idle_parameters)]
+    handlers = [
+        DistributedDataParallelKwargs(find_unused_parameters=task.has_idle_parameters or bool(freezing.waiting))
+    ]
     accelerator = Accelerator(
         mixed_precision=mixed_precision, cpu=context.device.type == "cpu", kwargs_handlers=handlers
     )
@@ -150,11 +159,11 @@ def make_learner(recipe: FinetuneRecipe, context: RunContext, task: HeadTask) ->
         )
     named = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(
-        parameter_groups(task, named, recipe.optimizer.weight_decay),
+        parameter_groups(named, task.parts(), learning),
         betas=(recipe.optimizer.betas[0], recipe.optimizer.betas[1]),
     )
     wrapped, prepared = accelerator.prepare(task, optimizer)
-    return Learner(task, wrapped, named, optimizer, prepared, accelerator)
+    return Learner(task, wrapped, named, freezing, optimizer, prepared, accelerator)
 
 
 @dataclass
@@ -178,6 +187,7 @@ class Finetuning(Stage):
         recipe, context, learner = self.recipe, self.context, self.learner
         for group in learner.optimizer.param_groups:
             group["lr"] = group["lr_share"] * recipe.optimizer.lr_at(step, self.steps)
+        self.state.sick.begin_step(learner.freezing.apply(epoch))
         learner.task.begin_step(epoch)
         context.watchdog.enter_collective()
         figures = self._add_gradients(retrieval_batch(batch, recipe.training.seed, context.device), step)
@@ -286,20 +296,6 @@ def retrieval_batch(batch: dict[str, Any], seed: int, device: torch.device) -> M
         distill_weight=0.0,
         positions=batch["positions"],
     )
-
-
-def parameter_groups(task: HeadTask, named: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW's groups, one for each share of the learning rate, with and without weight decay.
-
-    Vectors (norms, biases, the temperature) do not decay.
-    """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in named.items():
-        groups.setdefault((task.lr_share(name), parameter.ndim > 1), []).append(parameter)
-    return [
-        {"params": parameters, "lr_share": share, "weight_decay": weight_decay if decays else 0.0}
-        for (share, decays), parameters in groups.items()
-    ]
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")

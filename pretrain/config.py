@@ -272,9 +272,15 @@ class PretrainRecipe:
     def __post_init__(self) -> None:
         for side in ("image", "text"):
             encoder = getattr(self.model, side)
-            if encoder.frozen and encoder.weights == "none" and not self.checkpoint:
+            waits = self.optimizer.freeze_until.of(side)
+            if (encoder.frozen or waits) and encoder.weights == "none" and not self.checkpoint:
+                key = (
+                    f"model.{side}.frozen is true" if encoder.frozen else f"optimizer.freeze_until.{side} is {waits:g}"
+                )
+                raise RecipeError(f"{key}, but model.{side}.weights is none; random weights must learn")
+            if encoder.frozen and waits:
                 raise RecipeError(
-                    f"model.{side}.frozen is true, but model.{side}.weights is none; random weights must learn"
+                    f"optimizer.freeze_until.{side} is {waits:g}, but model.{side}.frozen is true for the whole run; set one of them"
                 )
         if self.checkpoint and self.model.text.stretch_positions:
             raise RecipeError(

@@ -20,8 +20,9 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from pretrain.budget import BUCKET
 from pretrain.config import TrainingConfig
+from pretrain.model.parts import parameter_groups
 from pretrain.task import Student
 from runtime.errors import CheckpointError
 from runtime.ranks import all_gather_into, ranks_from_environment
@@ -61,14 +63,6 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def has_weight_decay(name: str, parameter: Tensor) -> bool:
-    """Return whether a parameter takes weight decay: matrices do; biases, norms and the temperature do not.
-
-    This is ALBEF's rule, except that its 0-d temperature takes decay.
-    """
-    return parameter.ndim > 1 and not name.endswith(".bias")
-
-
 class GuardedAdamW(torch.optim.AdamW):
     """AdamW with a step that can be refused.
 
@@ -77,10 +71,19 @@ class GuardedAdamW(torch.optim.AdamW):
     """
 
     allowed: Callable[[], bool] = staticmethod(lambda: True)
+    frozen: frozenset[str] = frozenset()
+    """Parts whose groups take no step. DeepSpeed gives them gradients of zero, by which AdamW would still count and decay."""
 
     def step(self, closure: Any = None) -> Any:
         """Step if `allowed()`; otherwise change nothing."""
-        return super().step(closure) if self.allowed() else None
+        if not self.allowed():
+            return None
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if group["part"] not in self.frozen]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
 
 
 class Engine:
@@ -91,6 +94,7 @@ class Engine:
         applied: whether the last complete step was applied.
         names: the trained parameters, in the model's order.
         device: where the student runs.
+        part_steps: Adam's step count of each part that learns from a later epoch on.
     """
 
     def __init__(
@@ -109,12 +113,8 @@ class Engine:
         self.stage, self.bf16 = training.zero_stage, training.precision == "bf16"
         self.clip_norm = optimizer.clip_norm
         named = [(name, parameter) for name, parameter in student.model.named_parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for n, p in named if has_weight_decay(n, p)], "weight_decay": optimizer.weight_decay},
-            {"params": [p for n, p in named if not has_weight_decay(n, p)], "weight_decay": 0.0},
-        ]
         adamw = GuardedAdamW(
-            groups,
+            parameter_groups(dict(named), student.model.parts(), optimizer),
             lr=optimizer.lr,
             betas=(optimizer.betas[0], optimizer.betas[1]),
             fused=True,  # one pass over the memory: on a CPU it takes a quarter of the time of `foreach`, and no temporaries
@@ -152,6 +152,7 @@ class Engine:
         self.shapes = shapes
         self.parameters = dict(student.model.named_parameters())
         self.adamw, self.applied = adamw, False
+        self.part_steps = {part: 0 for group in adamw.param_groups if (part := group["part"])}
         self._make_states()
         for name, weight in start.items():
             self._load_master(name, weight)
@@ -190,6 +191,8 @@ class Engine:
             self.module.step()
         # Where a gradient is not finite, DeepSpeed skips the step itself and never calls `allowed`.
         self.applied = verdicts[0] if verdicts else admits(norm()) and self.module.was_step_applied()
+        for part in self.part_steps.keys() - self.adamw.frozen if self.applied else ():
+            self.part_steps[part] += 1
         return norm()
 
     def _plain_norm(self) -> float:
@@ -198,9 +201,13 @@ class Engine:
         return float(nn.utils.get_total_norm(gradients))
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of all parameters."""
+        """Set the learning rate; each group of parameters takes its share of it."""
         for group in self.module.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_share"]
+
+    def freeze(self, parts: frozenset[str]) -> None:
+        """Let these parts take no step, until the next call. Their parameters have no gradient (`Freezing`)."""
+        self.adamw.frozen = parts
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and the whole float32 weight of every trained parameter. A collective: every rank must iterate to the end."""
@@ -228,13 +235,20 @@ class Engine:
                         self._fragments.safe_get_full_optimizer_state(self.parameters[name], moment),
                     )
 
-    def load(self, masters: dict[str, Tensor], moments: dict[str, Tensor], steps: int) -> None:
+    def load(
+        self,
+        masters: dict[str, Tensor],
+        moments: dict[str, Tensor],
+        steps: int,
+        part_steps: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         """Restore the optimizer's state from whole tensors, at any world size and ZeRO stage.
 
         Args:
             masters: float32 weights by parameter name.
             moments: Adam's moments, named as `moments` names them.
             steps: Adam's step count.
+            part_steps: the step count of each part that learns from a later epoch on.
 
         Raises:
             CheckpointError: names or shapes are not those of the recipe's model.
@@ -243,8 +257,9 @@ class Engine:
             raise CheckpointError(
                 f"the checkpoint and the recipe's model have different parameters, first {missing[0]}; use the checkpoint's recipe"
             )
-        for state in self.adamw.state.values():
-            state["step"].fill_(steps)
+        self.part_steps = {part: part_steps[part] for part in self.part_steps}
+        for group, tensor in self._optimized():
+            self.adamw.state[tensor]["step"].fill_(self.part_steps.get(group["part"], steps))
         for name in self.names:
             if masters[name].shape != self.shapes[name]:
                 raise CheckpointError(
@@ -326,20 +341,24 @@ class Engine:
         parameter = self.parameters[name]
         return self.adamw.state[self._unfused_masters()[id(parameter)] if self.bf16 else parameter]
 
+    def _optimized(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """Yield every tensor that AdamW steps on, with its group."""
+        groups, optimizer = self.adamw.param_groups, self.module.optimizer
+        if self.stage == 3:  # the groups are filled only for the step
+            for number, tensor in enumerate(optimizer.fp32_partitioned_groups_flat):
+                yield groups[optimizer.sub_group_to_group_id[number]], tensor
+        else:
+            yield from ((group, tensor) for group in groups for tensor in group["params"])
+
     def _make_states(self) -> None:
         """Make Adam's state now; AdamW itself would make it in the first step.
 
         A checkpoint can then be loaded into it. Besides, DeepSpeed 0.19 links only the first parameter group's moments if those
         of the other groups do not exist yet.
         """
-        if self.stage == 3:  # the optimizer's own groups are filled only for the step
-            groups = [(self.adamw.defaults["fused"], self.module.optimizer.fp32_partitioned_groups_flat)]
-        else:
-            groups = [(group["fused"], group["params"]) for group in self.adamw.param_groups]
-        for fused, tensors in groups:
-            for tensor in tensors:
-                count = torch.tensor(0.0, device=tensor.device if fused else "cpu")
-                moments = {moment: torch.zeros_like(tensor, dtype=torch.float32) for moment in MOMENTS}
-                self.adamw.state[tensor] = {"step": count, **moments}
+        for group, tensor in self._optimized():
+            count = torch.tensor(0.0, device=tensor.device if group["fused"] else "cpu")
+            moments = {moment: torch.zeros_like(tensor, dtype=torch.float32) for moment in MOMENTS}
+            self.adamw.state[tensor] = {"step": count, **moments}
         if self.stage in (1, 2):
             self.module.optimizer._lazy_init_hp_params_optimizer_state()

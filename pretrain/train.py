@@ -6,6 +6,7 @@ Tested in tests/end_to_end/test_killed.py.
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -28,6 +29,7 @@ from pretrain.encode import encode_collection
 from pretrain.engine import Engine
 from pretrain.feature_cache import training_features, validation_features
 from pretrain.model.alignment_model import AlignmentModel
+from pretrain.model.parts import Freezing
 from pretrain.step_profile import StepProfile
 from pretrain.task import PretrainTask
 from pretrain.weights.architecture import adopt_architecture
@@ -139,6 +141,9 @@ def train(recipe: PretrainRecipe, context: RunContext) -> None:
         if ranks.first:
             print(f"going on from {checkpoint} at step {state.step}", flush=True)
 
+    if ranks.first and (caveat := stage.freezing.caveat(stage.epochs)):
+        print(f"ligature: {caveat}", file=sys.stderr)
+
     TrainingLoop(context, recipe.training, stage, state).run()
     profile.finish()
 
@@ -161,6 +166,8 @@ class Pretraining(Stage):
 
     def __post_init__(self) -> None:
         self.validates = self.validation is not None
+        model = self.task.student.model
+        self.freezing = Freezing(self.task.student, model.parts(), vars(self.recipe.optimizer.freeze_until))
         self.epochs = self.steps * self.recipe.training.global_batch / len(self.state.stream)
 
     def take_step(self, batch: dict[str, Any], epoch: float, step: int) -> dict[str, Tensor]:
@@ -168,6 +175,8 @@ class Pretraining(Stage):
         task, engine, training = self.task, self.engine, self.recipe.training
         lr = self.recipe.optimizer.lr_at(step, self.steps, epoch, self.epochs)
         engine.set_lr(lr)
+        engine.freeze(frozen := self.freezing.apply(epoch))
+        self.state.sick.begin_step(frozen)
         micro_batches, figures = task.prepare(batch, epoch, self.micro_batch)
         losses: list[dict[str, Tensor]] = []
         for number, inputs in enumerate(micro_batches):
@@ -220,7 +229,8 @@ class Pretraining(Stage):
             return None
         description = describe_model(recipe.model, recipe.data.caption_tokens, "pretrained")
         # A copy: training goes on and changes the state while a thread writes it.
-        values = copy.deepcopy({"state": self.state.state_dict(), "model": description})
+        state = self.state.state_dict() | {"part_steps": engine.part_steps}
+        values = copy.deepcopy({"state": state, "model": description})
         step, checkpoints = self.state.step, self.context.folder.checkpoints
 
         def write_texts(folder: Path) -> None:
@@ -241,7 +251,7 @@ class Pretraining(Stage):
         applied = saved["step"] - sick.skipped  # Adam counts the steps that were applied
         weights = read_tensors(checkpoint, "model")
         masters = {name: weight for name, weight in weights.items() if name not in task.constants}
-        self.engine.load(masters, read_tensors(checkpoint, "optimizer"), applied)
+        self.engine.load(masters, read_tensors(checkpoint, "optimizer"), applied, saved.get("part_steps", {}))
         task.teacher.load(read_tensors(checkpoint, "teacher"))
         task.queue.load_state_dict(read_tensors(checkpoint, "queue"))
         task.potentials = None

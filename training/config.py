@@ -15,6 +15,48 @@ from runtime.recipe import free
 
 
 @dataclass
+class RatesConfig:
+    """Learning rates by part of the model, as shares of `optimizer.lr`."""
+
+    image: float = 1.0
+    """Share of the image encoder."""
+    text: float = 1.0
+    """Share of the text encoder."""
+    fusion: float = 1.0
+    """Share of the fusion encoder."""
+    new: float = 1.0
+    """Share of all other weights: projections, heads, codebook, temperature, a learned query."""
+
+    def __post_init__(self) -> None:
+        for name, share in vars(self).items():
+            if not 0 <= share < math.inf:
+                raise RecipeError(f"optimizer.rates.{name} is {share:g}; it must be a share of optimizer.lr, 0 or more")
+
+
+@dataclass
+class FreezeConfig:
+    """Epochs at the start in which an encoder keeps its weights, without dropout. 0 lets it learn from the first step."""
+
+    image: float = 0.0
+    """Epoch from which the image encoder learns; a share of an epoch is allowed."""
+    text: float = 0.0
+    """Epoch from which the text encoder learns."""
+    fusion: float = 0.0
+    """Epoch from which the fusion encoder learns."""
+
+    def __post_init__(self) -> None:
+        for name, epoch in vars(self).items():
+            if not 0 <= epoch < math.inf:
+                raise RecipeError(
+                    f"optimizer.freeze_until.{name} is {epoch:g}; it must be a number of epochs, 0 or more"
+                )
+
+    def of(self, part: str) -> float:
+        """Return the epoch from which a part learns; `new` always does."""
+        return vars(self).get(part, 0.0)
+
+
+@dataclass
 class OptimizerConfig:
     """AdamW with a linear warm-up and half a cosine after it."""
 
@@ -35,10 +77,19 @@ class OptimizerConfig:
     """AdamW's decay rates of the first and the second moment."""
     clip_norm: float = 0.0
     """Gradients with a larger norm are scaled down to this one. 0 leaves them as they are."""
+    rates: RatesConfig = field(default_factory=RatesConfig)
+    """Learning rates by part of the model."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate for each layer below the top of the image and the text encoder; embeddings lie below the lowest
+    layer. 1: all layers learn alike."""
+    freeze_until: FreezeConfig = field(default_factory=FreezeConfig)
+    """Epoch from which each encoder learns."""
 
     def __post_init__(self) -> None:
         names = ("lr", "min_lr", "warmup_lr", "warmup_steps", "weight_decay", "clip_norm")
         check_range(self, "optimizer.", 0, None, *names)
+        if not 0 < self.layer_decay <= 1:
+            raise RecipeError(f"optimizer.layer_decay is {self.layer_decay:g}; it must be above 0 and at most 1")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise RecipeError(f"optimizer.betas is {self.betas}; give two numbers, each at least 0 and below 1")
 

@@ -48,6 +48,19 @@ class SickSteps:
         """Why the last step was applied in spite of its large gradient; empty otherwise."""
         self.judged: tuple[float, float] = (0.0, 0.0)
         """(loss, gradient norm) of the last step."""
+        self.frozen: frozenset[str] = frozenset()
+        """The parts of the model that did not learn in the steps of the history."""
+
+    def begin_step(self, frozen: frozenset[str]) -> None:
+        """Begin the history anew when other parts of the model learn than before: their gradients have another norm.
+
+        Args:
+            frozen: the parts that do not learn in the coming step.
+        """
+        if frozen != self.frozen:
+            self.norms.clear()
+            self.losses.clear()
+            self.frozen = frozen
 
     def admits(self, loss: float, norm: float) -> bool:
         """Return whether a step may be applied. Call it once a step.
@@ -169,7 +182,8 @@ class SickSteps:
     def state_dict(self) -> dict[str, Any]:
         """Return the history as JSON values, so that a resumed run judges as the undisturbed one would."""
         streak = [[_number(loss), _number(norm)] for loss, norm in self.streak]
-        return {"norms": list(self.norms), "losses": list(self.losses), "skipped": self.skipped, "streak": streak}
+        history: dict[str, Any] = {"norms": list(self.norms), "losses": list(self.losses)}
+        return history | {"skipped": self.skipped, "streak": streak, "frozen": sorted(self.frozen)}
 
     def load(self, state: dict[str, Any] | None) -> None:
         """Restore the history of a checkpoint. `returns` is kept: it counts how often this very method took the run back.
@@ -184,6 +198,7 @@ class SickSteps:
         # `_number` has stored NaN and infinity as text, which float() reads.
         self.streak = [(float(loss), float(norm)) for loss, norm in state["streak"]]
         self.skipped = state["skipped"]
+        self.frozen = frozenset(state["frozen"])
 
 
 def _number(value: float) -> float | str:

@@ -20,9 +20,11 @@ from data_tools.in_order.collection import Collection
 from data_tools.tokenizer import CaptionTokenizer
 from finetune.gradient_cache import MicroBatches
 from pretrain.model.alignment_model import AlignmentModel
+from pretrain.model.parts import Part
 from pretrain.objectives.state import MicroBatch
 from retrieval.protocols import recalls
 from runtime.ranks import Ranks, gather_rows, sum_over_ranks
+from training.config import OptimizerConfig
 from training.stage import Validation
 
 
@@ -69,7 +71,7 @@ class HeadTask(nn.Module):
     description: str
     """What is trained and where it started, for the first line of a run."""
     has_idle_parameters = False
-    """Whether some training step leaves learning parameters without a gradient (in a frozen phase, say)."""
+    """Whether some training step leaves learning parameters without a gradient, apart from parts that are frozen at first."""
 
     frozen = ""
     """Hash of a second checkpoint that the task reads but does not train; empty: none. A resumed run must find the same one."""
@@ -111,17 +113,17 @@ class HeadTask(nn.Module):
             epoch: epochs consumed before the step.
         """
 
-    def lr_share(self, name: str) -> float:
-        """Return a parameter's share of the learning rate; `name` is as in the task's `named_parameters()`."""
-        return 1.0
+    def parts(self) -> dict[str, Part]:
+        """Return the encoders as parts, for learning rates and freezing; all other parameters are `new`."""
+        raise NotImplementedError
+
+    def learning(self, optimizer: OptimizerConfig) -> OptimizerConfig:
+        """Return the optimizer's settings as this head reads them; a head may have keys of its own for its encoders."""
+        return optimizer
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Return the live tensors of `model.safetensors`; a resumed run copies into them."""
         raise NotImplementedError
-
-    def caveat(self, epochs: float) -> str:
-        """Return a warning about a run of this many epochs, or an empty string."""
-        return ""
 
     def describe(self, training: str) -> dict[str, Any]:
         """Return the checkpoint's `model.json`; `training` is `fine-tuned-on X`."""

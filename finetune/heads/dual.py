@@ -21,6 +21,7 @@ from finetune.heads.vldeformer import score_vldeformer
 from finetune.shortlist import FirstStage, score_first_stage
 from pretrain.encode import Encodings, encode_collection
 from pretrain.model.alignment_model import AlignmentModel
+from pretrain.model.parts import Part
 from pretrain.objectives.contrastive import soft_cross_entropy
 from pretrain.objectives.matching import Matching
 from pretrain.objectives.state import Keys, MicroBatch, StudentState
@@ -71,6 +72,9 @@ class DualTask(RetrievalTask):
             "exchanged": recipe.exchanged.weight,
         }
         self.model = start.network.requires_grad_(True)
+        for side, kept in vars(recipe.frozen).items():
+            if kept is not None:  # the checkpoint says it too, for the runs that begin from it
+                getattr(self.model.config, side).frozen = kept
         self.model.freeze()
         self.model.codebook = None  # retrieval does not read it
         if not recipe.matching_weight:  # no loss reaches these, and DDP would wait for their gradients
@@ -162,6 +166,10 @@ class DualTask(RetrievalTask):
         """Return the weighted sum of the losses among the figures."""
         first, *others = [weight * losses[name] for name, weight in self.weights.items() if name in losses]
         return sum(others, first)
+
+    def parts(self) -> dict[str, Part]:
+        """Return the model's encoders."""
+        return self.model.parts()
 
     def layers(self) -> list[nn.Module]:
         """Return the model's transformer layers."""

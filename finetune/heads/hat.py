@@ -23,11 +23,13 @@ from finetune.heads.hat_scoring import hat_scores
 from finetune.heads.levels import BackboneEncoders, CheckpointEncoders, LevelEncoders
 from finetune.shortlist import make_shortlists, score_first_stage
 from pretrain.model.config import ModelConfig
+from pretrain.model.parts import Part
 from pretrain.objectives.state import MicroBatch
 from pretrain.weights.load import load_model
 from retrieval.protocols import folds_of
 from runtime.errors import RecipeError
 from runtime.ranks import gather_rows
+from training.config import OptimizerConfig
 
 
 def triplet_loss(
@@ -80,25 +82,26 @@ class HatTask(RetrievalTask):
             )
         self.model = HatModel(encoders, config)
         self.image_size = encoders.image_size
-        # The encoders are frozen at first, and nothing reads the layers after the last level.
+        # Nothing reads the layers after the last level.
         self.has_idle_parameters = True
 
     def begin_step(self, epoch: float) -> None:
-        """Freeze or release the encoders, and choose which negatives count."""
-        self.model.frozen = epoch < self.recipe.hat.frozen_epochs
+        """Choose which negatives count."""
         self.hardest = epoch >= self.recipe.hat.hardest_from_epoch
-        self.model.encoders.train(not self.model.frozen)  # frozen encoders use no dropout
 
-    def caveat(self, epochs: float) -> str:
-        """Warn where the run ends within the frozen phase."""
-        frozen = self.recipe.hat.frozen_epochs
-        if epochs > frozen:
-            return ""
-        return f"the run ends after {epochs:.3g} epochs, so the encoders never learn (hat.frozen_epochs: {frozen:g})"
+    def parts(self) -> dict[str, Part]:
+        """Return the encoders."""
+        return self.model.encoders.parts()
 
-    def lr_share(self, name: str) -> float:
-        """Return `hat.encoder_lr_share` for the encoders' parameters, 1 for the others."""
-        return self.recipe.hat.encoder_lr_share if name.startswith("model.encoders.") else 1.0
+    def learning(self, optimizer: OptimizerConfig) -> OptimizerConfig:
+        """Let both encoders learn at `hat.encoder_lr_share`, and from `hat.frozen_epochs` on or later."""
+        share, epochs = self.recipe.hat.encoder_lr_share, self.recipe.hat.frozen_epochs
+        rates, until = optimizer.rates, optimizer.freeze_until
+        return dataclasses.replace(
+            optimizer,
+            rates=dataclasses.replace(rates, image=share * rates.image, text=share * rates.text),
+            freeze_until=dataclasses.replace(until, image=max(epochs, until.image), text=max(epochs, until.text)),
+        )
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the triplet loss of the global batch, and the share of its images that rank their own caption first."""

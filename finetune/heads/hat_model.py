@@ -36,7 +36,7 @@ class HatModel(nn.Module):
         super().__init__()
         self.config, self.pairs = config, config.pairs()
         encoders.check(self.pairs)
-        self.encoders, self.frozen = encoders, False
+        self.encoders = encoders
         widths = [encoders.image_widths[image - 1] for _, image in self.pairs]
         self.image_norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
         self.image_projections = nn.ModuleList(nn.Linear(width, config.width) for width in widths)
@@ -48,8 +48,7 @@ class HatModel(nn.Module):
 
     def image_levels(self, images: Tensor) -> list[Tensor]:
         """Encode images, (batch, 3, size, size) uint8, into one (batch, regions, width) a level."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            encoded = self.encoders.image_levels(images, [image for _, image in self.pairs])
+        encoded = self.encoders.image_levels(images, [image for _, image in self.pairs])
         layers = zip(self.image_norms, self.image_projections, encoded, strict=True)
         return [project(norm(tokens)) for norm, project, tokens in layers]
 
@@ -58,8 +57,7 @@ class HatModel(nn.Module):
 
         [CLS] and [SEP] count as words, as in HAT's code.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            encoded = self.encoders.text_levels(ids, mask, [text for text, _ in self.pairs])
+        encoded = self.encoders.text_levels(ids, mask, [text for text, _ in self.pairs])
         return [project(states) for project, states in zip(self.text_projections, encoded, strict=True)]
 
     def grams(self, images: list[Tensor]) -> list[Tensor] | None:

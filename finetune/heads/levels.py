@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from finetune.heads.config import HatConfig
 from pretrain.model.alignment_model import AlignmentModel
+from pretrain.model.parts import Part, encoder_parts
 from pretrain.model.text_encoder import TextEncoder
 from pretrain.weights.starting import load_bert_encoder
 from runtime.errors import CheckpointError, RecipeError
@@ -35,6 +36,10 @@ class LevelEncoders(nn.Module):
         """Encode captions, ids and mask of shape (batch, words), into one (batch, words, width) for each of `layers`."""
         states = self.text_encoder.layer_states(ids, mask)
         return [states[layer] for layer in layers]
+
+    def parts(self) -> dict[str, Part]:
+        """Return both encoders as parts, for learning rates and freezing."""
+        raise NotImplementedError
 
     def check(self, pairs: list[list[int]]) -> None:
         """Refuse levels that these encoders do not have.
@@ -62,6 +67,10 @@ class CheckpointEncoders(LevelEncoders):
         self.image_encoder, self.text_encoder = network.image_encoder, network.text_encoder
         self.image_widths = self.image_encoder.level_widths
         self.image_size = network.config.image.image_size
+
+    def parts(self) -> dict[str, Part]:
+        """Return the alignment model's encoders."""
+        return encoder_parts(self.image_encoder, self.text_encoder)
 
     def image_levels(self, images: Tensor, levels: list[int]) -> list[Tensor]:
         """Return the tokens after each of the ViT's layers in `levels`."""
@@ -95,6 +104,10 @@ class BackboneEncoders(LevelEncoders):
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
+
+    def parts(self) -> dict[str, Part]:
+        """Return timm's model, which knows its layers itself, and the BERT."""
+        return {"image": Part(self.backbone, []), "text": Part(self.text_encoder, list(self.text_encoder.layers))}
 
     def image_levels(self, images: Tensor, levels: list[int]) -> list[Tensor]:
         """Return the maps of each of the stages in `levels` as tokens."""

@@ -37,6 +37,7 @@ from finetune.heads.decomposed import Decomposed, LoadedVLDeformer, encode_decom
 from finetune.shortlist import FirstStage
 from pretrain.config import PretrainRecipe
 from pretrain.model.alignment_model import AlignmentModel
+from pretrain.model.parts import Part, encoder_parts
 from pretrain.objectives.matching import draw_negatives
 from pretrain.objectives.state import MicroBatch
 from pretrain.weights.load import ImageTextModel, load_model
@@ -202,6 +203,11 @@ class VLDeformerTask(RetrievalTask):
         """Draw (batch, count) uniform numbers that are a function of the samples."""
         assert batch.positions is not None
         return uniforms(derived_seed(self.recipe.training.seed, purpose), batch.positions.cpu().numpy(), count)
+
+    def parts(self) -> dict[str, Part]:
+        """Return the encoders; the joint layers are the fusion encoder."""
+        joint = Part(self.model.joint, list(self.model.joint.layers))
+        return encoder_parts(self.model.image_encoder, self.model.text_encoder) | {"fusion": joint}
 
     def layers(self) -> list[nn.Module]:
         """Return the transformer layers of both encoders and the joint layers."""

@@ -14,6 +14,7 @@ from pretrain.model.bert_layers import PreparedImages, initialize_weights
 from pretrain.model.config import ModelConfig
 from pretrain.model.fusion_encoder import FusionEncoder
 from pretrain.model.image_encoder import ImageEncoder
+from pretrain.model.parts import TOWERS, Part, encoder_parts
 from pretrain.model.single_stream import SingleStreamEncoder
 from pretrain.model.text_encoder import TextEncoder
 from pretrain.model.timm_tower import TimmTower
@@ -135,8 +136,12 @@ class AlignmentModel(nn.Module):
         return self
 
     def _frozen_parts(self) -> list[nn.Module]:
-        parts: list[nn.Module] = [self.image_encoder.vit] if self.config.image.frozen else []
-        return parts + ([self.text_encoder] if self.config.text.frozen else [])
+        return [self.parts()[name].module for name in TOWERS if getattr(self.config, name).frozen]
+
+    def parts(self) -> dict[str, Part]:
+        """Return the encoders as parts, for learning rates and freezing."""
+        fusion = Part(self.fusion_encoder, list(self.fusion_encoder.layers))
+        return encoder_parts(self.image_encoder, self.text_encoder) | {"fusion": fusion}
 
     def constants(self) -> dict[str, Tensor]:
         """Return what a checkpoint must hold beside the trained parameters: frozen weights, and statistics of batch norms."""

@@ -7,6 +7,8 @@ import sys
 import pytest
 import small
 import torch
+from adamw import Formula
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.checkpoint import checkpoint
 
 from finetune.config import EvaluateRecipe, FinetuneRecipe
@@ -203,3 +205,77 @@ def test_the_dual_heads_logits_are_float32_under_bf16(pretrained, monkeypatch):
         ), "autocast is on"
         loss, _ = task(batch)
     assert dtypes == [{torch.float32}] and loss.dtype == torch.float32
+
+
+PARTS = ["--optimizer.rates.text", "0.1", "--optimizer.rates.new", "2", "--optimizer.layer_decay", "0.5"]
+PARTS += ["--optimizer.freeze_until.text", "0.15", "--optimizer.weight_decay", "0.1", "--optimizer.lr", "1e-3"]
+
+
+def test_parts_learn_at_their_rates_from_their_epoch_on_and_resume_to_the_bit(pretrained, drawn, tmp_path, monkeypatch):
+    """Every weight against AdamW's formula, on the gradients that the optimizer got."""
+    followed, start = {}, weights(pretrained)
+
+    def follow(optimizer, *_):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                formula = followed.setdefault(
+                    id(parameter), (parameter, group["lr_share"], Formula(parameter, group["weight_decay"]))
+                )[2]
+                if parameter.grad is not None:
+                    formula.step(parameter.grad, group["lr"])
+
+    hook = register_optimizer_step_pre_hook(follow)
+    try:
+        assert tune(pretrained, drawn, tmp_path / "whole", *PARTS) == 0
+    finally:
+        hook.remove()
+    for parameter, _, formula in followed.values():
+        assert (parameter.double() - formula.weight).abs().max() < 1e-6
+    assert {round(share, 6) for _, share, _ in followed.values()} == {1.0, 0.5, 0.25, 0.1, 0.05, 0.025, 2.0}
+    steps = {share: formula.steps for _, share, formula in followed.values()}
+    assert steps[0.1] < steps[0.5] == 6, "the text encoder took fewer steps"
+
+    import finetune.train as stage
+
+    ordinary, calls = stage.retrieval_batch, []
+
+    def dying(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("killed on purpose")
+        return ordinary(*arguments)
+
+    monkeypatch.setattr(stage, "retrieval_batch", dying)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        tune(pretrained, drawn, tmp_path / "broken", *PARTS)
+    early = weights(tmp_path / "broken" / "finetune")
+    frozen = [torch.equal(early[name], start[name]) for name in early if name.startswith("text_encoder.")]
+    assert all(frozen) and len(frozen) > 20, "the checkpoint of the second step is from before the thaw"
+    monkeypatch.setattr(stage, "retrieval_batch", ordinary)
+    assert tune(pretrained, drawn, tmp_path / "broken", *PARTS) == 0
+    one, other = weights(tmp_path / "whole" / "finetune"), weights(tmp_path / "broken" / "finetune")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.equal(one["text_encoder.words.weight"], start["text_encoder.words.weight"])
+
+
+@pytest.mark.parametrize("head", ["dual", "hat", "vldeformer"])
+def test_an_encoder_is_kept_or_freed_whatever_pretraining_did(head, pretrained, drawn, tmp_path):
+    more = {"dual": [], "hat": [*small.HAT, "--hat.frozen_epochs", "0"], "vldeformer": ["--head", "vldeformer"]}[head]
+    command = small.finetune(pretrained, drawn, tmp_path, *more, "--frozen.text", "true", steps=2)
+    assert main(command) == 0
+    start, after = weights(pretrained), read_tensors(find_checkpoint(tmp_path / "finetune"), "model")
+    prefix = "encoders." if head == "hat" else ""
+    kept = {
+        side: all(
+            torch.equal(after[prefix + name], start[name]) for name in start if name.startswith(f"{side}_encoder")
+        )
+        for side in ("image", "text")
+    }
+    assert kept == {"image": False, "text": True}
+    if head == "dual":
+        assert load_model(tmp_path / "finetune").network.config.text.frozen
+        again = ["--name", "freed", "--frozen.text", "false"]
+        assert tune(tmp_path / "finetune", drawn, tmp_path, *again) == 0
+        freed = load_model(tmp_path / "freed").network
+        assert not freed.config.text.frozen
+        assert not torch.equal(freed.text_encoder.words.weight, start["text_encoder.words.weight"])

@@ -16,6 +16,7 @@ import pretrain.engine
 from pretrain.budget import BUCKET
 from pretrain.config import PretrainRecipe, divide_batch
 from pretrain.engine import Engine
+from pretrain.model.parts import Freezing
 from pretrain.task import PretrainTask
 from runtime.checkpoint import read_tensors, verify_checkpoint, write_checkpoint
 from runtime.errors import CheckpointError
@@ -35,6 +36,7 @@ class State:
     teacher: Tensors
     queue: Tensors
     transport: Tensors = field(default_factory=dict)
+    part_steps: dict[str, int] = field(default_factory=dict)
 
 
 PARTS = ("masters", "moments", "teacher", "queue", "transport")
@@ -54,6 +56,8 @@ class Results:
     gradients: list[Tensors] = field(default_factory=list)
     """Raw gradients of every step, averaged over ranks and micro-batches, before clipping and before Adam."""
     parameters: Tensors = field(default_factory=dict)
+    constants: Tensors = field(default_factory=dict)
+    """Frozen weights and statistics, as a checkpoint holds them."""
     teacher_compute: Tensors = field(default_factory=dict)
 
 
@@ -78,9 +82,10 @@ def train(
     task = tiny.task(recipe, ranks)
     engine = Engine(task.student, recipe.optimizer, recipe.training, micro_batch, accumulation, device)
     task.gathered = engine.gathered
-    results, first = Results(), 0
+    freezing = Freezing(task.student, task.student.model.parts(), vars(recipe.optimizer.freeze_until))
+    results, first = Results(constants=copied(task.constants)), 0
     if start is not None:
-        engine.load(start.masters, start.moments, start.step)
+        engine.load(start.masters, start.moments, start.step, start.part_steps)
         task.teacher.load(start.teacher)
         task.queue.load_state_dict(start.queue)
         task.potentials = start.transport.get("potentials")
@@ -90,6 +95,7 @@ def train(
         rows = slice(ranks.rank * local, (ranks.rank + 1) * local)
         batch = tiny.batch(recipe.training.global_batch, step, rows)
         engine.set_lr(lr)
+        engine.freeze(freezing.apply(step / 2))
         micro_batches, figures = task.prepare(batch, step / 2, micro_batch)
         losses = []
         for number, inputs in enumerate(micro_batches):
@@ -143,7 +149,8 @@ def digests(state: State) -> dict[str, str]:
 
 def gradients(engine: Engine) -> Tensors:
     """What AdamW is about to get, whole, by DeepSpeed's own functions."""
-    return {name: safe_get_full_grad(parameter).float().clone() for name, parameter in engine.parameters.items()}
+    learning = {name: parameter for name, parameter in engine.parameters.items() if parameter.requires_grad}
+    return {name: safe_get_full_grad(parameter).float().clone() for name, parameter in learning.items()}
 
 
 def mean_of(figures: Tensors, losses: list[Tensors], world: int) -> dict[str, float]:
@@ -160,6 +167,7 @@ def read(step: int, engine: Engine, task: PretrainTask) -> State:
         copied(task.teacher.averages),
         copied(task.queue.state_dict()),
         {} if task.potentials is None else copied({"potentials": task.potentials}),
+        dict(engine.part_steps),
     )
 
 

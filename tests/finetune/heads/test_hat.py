@@ -212,7 +212,7 @@ def losses(folder):
 
 def test_the_encoders_are_frozen_first_and_learn_later(pretrained, drawn, runs, tmp_path, capfd):
     assert main(small.finetune(pretrained, drawn, tmp_path, *small.HAT, steps=3)) == 0
-    assert "so the encoders never learn (hat.frozen_epochs: 0.4)" in capfd.readouterr().err
+    assert "so these parts never learn: image (0.4), text (0.4)" in capfd.readouterr().err
     start = dict(load_model(pretrained).network.named_parameters())
     early, late = (LoadedHat(folder / "finetune").model for folder in (tmp_path, runs))
     for name, parameter in early.encoders.named_parameters():
