@@ -55,3 +55,24 @@ def fusion_on_this_rank(model, encodings, lists):
     fusion.PAIRS = 4
     ranks = Ranks(distributed.get_rank(), distributed.get_world_size())
     return fusion.fusion_scores(model, encodings, lists, ranks, torch.device("cpu"))
+
+
+def gradients_while_a_part_thaws(images, targets):
+    """The gradients under DDP of three steps on this rank's share; the tower thaws before the second one."""
+    from torch import distributed, nn
+
+    from pretrain.model.parts import Freezing, Part
+
+    world, rank = (distributed.get_world_size(), distributed.get_rank()) if distributed.is_initialized() else (1, 0)
+    torch.manual_seed(0)
+    tower, head = nn.Linear(8, 4), nn.Linear(4, 2)
+    model = nn.Sequential(tower, nn.Tanh(), head)
+    freezing = Freezing(model, {"image": Part(tower, [])}, {"image": 1.0})
+    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
+    share, gradients = slice(rank * len(images) // world, (rank + 1) * len(images) // world), []
+    for epoch in (0.0, 1.0, 1.5):
+        freezing.apply(epoch)
+        model.zero_grad()
+        nn.functional.mse_loss(wrapped(images[share]), targets[share]).backward()
+        gradients.append([None if weight.grad is None else weight.grad.clone() for weight in model.parameters()])
+    return gradients

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import dual_jobs
 import pytest
 import small
 import torch
@@ -279,3 +280,16 @@ def test_an_encoder_is_kept_or_freed_whatever_pretraining_did(head, pretrained, 
         freed = load_model(tmp_path / "freed").network
         assert not freed.config.text.frozen
         assert not torch.equal(freed.text_encoder.words.weight, start["text_encoder.words.weight"])
+
+
+def test_ranks_share_the_gradients_of_a_part_that_thaws(gloo_pool, lone_process):
+    """DDP was made while the part could learn, and takes it back when it does."""
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randn(6, 8, generator=generator), torch.randn(6, 2, generator=generator)
+    (expected,) = lone_process.run(dual_jobs.gradients_while_a_part_thaws, *batch)
+    for rank in gloo_pool.run(dual_jobs.gradients_while_a_part_thaws, *batch):
+        for mine, alone in zip(rank, expected, strict=True):
+            assert [one is None for one in mine] == [one is None for one in alone]
+            torch.testing.assert_close([one for one in mine if one is not None], [o for o in alone if o is not None])
+    assert [one is None for one in expected[0]] == [True, True, False, False]
+    assert not any(one is None for one in expected[1])
