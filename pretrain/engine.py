@@ -221,7 +221,7 @@ class Engine:
             gathered = self._gathered_masters()
             yield from ((name, gathered[id(self.parameters[name])]) for name in self.names)
         else:
-            yield from ((name, self._fragments.safe_get_full_fp32_param(self.parameters[name])) for name in self.names)
+            yield from ((name, self._fragment("safe_get_full_fp32_param", name)) for name in self.names)
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
         """Yield Adam's moments, whole and in float32, as `exp_avg.<name>` and `exp_avg_sq.<name>`. A collective."""
@@ -230,10 +230,7 @@ class Engine:
                 if self.stage == 0:
                     yield f"{moment}.{name}", self._adam_state(name)[moment]
                 else:
-                    yield (
-                        f"{moment}.{name}",
-                        self._fragments.safe_get_full_optimizer_state(self.parameters[name], moment),
-                    )
+                    yield f"{moment}.{name}", self._fragment("safe_get_full_optimizer_state", name, moment)
 
     def load(
         self,
@@ -282,18 +279,31 @@ class Engine:
             with self.gathered([parameter]):
                 own[name].data = parameter.detach().clone()
 
+    def _fragment(self, function: str, name: str, *arguments: Any) -> Any:
+        """Call one of DeepSpeed's fragment functions for a parameter.
+
+        At stage 3 they do nothing, in silence, for a parameter that takes no gradient at present.
+        """
+        parameter = self.parameters[name]
+        learns = parameter.requires_grad
+        parameter.requires_grad_(True)
+        try:
+            return getattr(self._fragments, function)(parameter, *arguments)
+        finally:
+            parameter.requires_grad_(learns)
+
     def _load_master(self, name: str, master: Tensor) -> None:
         parameter: Any = self.parameters[name]  # Any: DeepSpeed adds attributes of its own
         if self.stage == 3:
             own_slice = self._own_slice(parameter, master)
-            self._fragments.safe_set_local_fp32_param(parameter, own_slice)
+            self._fragment("safe_set_local_fp32_param", name, own_slice)
             parameter.ds_tensor.data.copy_(own_slice)
             if parameter.numel():  # one that stays whole (`KEPT_WHOLE`)
                 parameter.data.copy_(master)
             return
         parameter.data.copy_(master)
         if self.stage > 0:
-            self._fragments.safe_set_full_fp32_param(parameter, master.to(self.device))
+            self._fragment("safe_set_full_fp32_param", name, master.to(self.device))
         elif self.bf16:
             self._unfused_masters()[id(parameter)].data.copy_(master)
 
@@ -302,9 +312,9 @@ class Engine:
         if self.stage == 0:
             self._adam_state(name)[moment].copy_(value)
         elif self.stage == 3:
-            self._fragments.safe_set_local_optimizer_state(parameter, self._own_slice(parameter, value), moment)
+            self._fragment("safe_set_local_optimizer_state", name, self._own_slice(parameter, value), moment)
         else:
-            self._fragments.safe_set_full_optimizer_state(parameter, value.to(self.device), moment)
+            self._fragment("safe_set_full_optimizer_state", name, value.to(self.device), moment)
 
     def _own_slice(self, parameter: Any, whole: Tensor) -> Tensor:
         """Return this rank's slice of a parameter at stage 3, flat and padded with zeros."""
