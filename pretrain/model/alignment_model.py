@@ -216,7 +216,7 @@ class AlignmentModel(nn.Module):
             (images, feature_dim) float32.
         """
         pooled = image_tokens if image_tokens.ndim == 2 else self.image_encoder.global_state(image_tokens)
-        return _unit(self.image_projection(pooled))
+        return _unit(self.image_projection(self._dropped(pooled)))
 
     def text_features(self, text_states: Tensor, mask: Tensor) -> Tensor:
         """Pool and project (texts, words, width) to unit-norm features (texts, feature_dim), float32.
@@ -225,7 +225,10 @@ class AlignmentModel(nn.Module):
             text_states: (texts, words, width).
             mask: (texts, words) bool, True where a word is.
         """
-        return _unit(self.text_projection(self.text_encoder.global_state(text_states, mask)))
+        return _unit(self.text_projection(self._dropped(self.text_encoder.global_state(text_states, mask))))
+
+    def _dropped(self, pooled: Tensor) -> Tensor:
+        return functional.dropout(pooled, self.config.feature_dropout, self.training)
 
     def match(
         self, states: Tensor, mask: Tensor, images: PreparedImages, image_of_text: Tensor | None = None

@@ -169,7 +169,12 @@ class ModelConfig:
     levels: list[list[int]] = field(default_factory=list)
     """Pairs of [text layer, image layer], counted from 1, that `objectives.levels` aligns in addition to the last layers."""
 
+    feature_dropout: float = 0.0
+    """Share of the pooled image and text states that training sets to 0 before the projections. It keeps projections of strong frozen
+    encoders from learning a small dataset by heart."""
+
     def __post_init__(self) -> None:
+        check_range(self, "model.", 0, 1, "feature_dropout")
         if not 0.001 < self.temperature < 0.5:
             raise RecipeError(f"model.temperature is {self.temperature}; it must lie between 0.001 and 0.5")
         if self.codewords < 0:
