@@ -177,3 +177,20 @@ def test_dropout_works_in_training_and_not_in_evaluation():
     assert not functional.cosine_similarity(
         network.text_encoder(ids, mask).flatten(), network.text_encoder(ids, mask).flatten(), 0
     ).isclose(torch.tensor(1.0))
+
+
+def test_pooled_states_are_dropped_out_in_training_alone():
+    network = tiny.model(tiny.recipe(model__feature_dropout=0.5))
+    tokens, states = torch.randn(64, 5, 32), torch.randn(64, 7, 32)
+    mask = torch.ones(64, 7, dtype=torch.bool)
+    plain = network.eval().image_features(tokens), network.text_features(states, mask)
+    with torch.no_grad():
+        pooled = functional.dropout(network.image_encoder.global_state(tokens), 0.5, True)
+    assert 0.4 < (pooled == 0).float().mean() < 0.6
+    network.train()
+    torch.manual_seed(3)
+    found = network.image_features(tokens)
+    torch.manual_seed(3)
+    expected = network.image_projection(functional.dropout(network.image_encoder.global_state(tokens), 0.5, True))
+    torch.testing.assert_close(found, functional.normalize(expected, dim=-1))
+    assert not torch.allclose(network.text_features(states, mask), plain[1]) and not torch.allclose(found, plain[0])
