@@ -137,6 +137,10 @@ class Budget:
         self.single_stream = self.model.fusion.kind == "single_stream"
         self.micro_batch = micro_batch or recipe.training.micro_batch
         self.image, self.text = ImageSizes.of(recipe.model.image), recipe.model.text
+        if self.text.kind != "bert":
+            raise RecipeError(
+                f"model.text.kind is {self.text.kind}, and the plan counts text encoders of kind bert only; plan with a bert of its sizes"
+            )
         self.caption_tokens = recipe.data.caption_tokens
         self.vocabulary = vocabulary_size(recipe.data.tokenizer) or recipe.data.vocabulary
         self.masked_words = recipe.objectives.masked_language.share * (self.caption_tokens - 2)

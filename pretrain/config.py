@@ -290,6 +290,15 @@ class PretrainRecipe:
         if self.checkpoint:  # so that the run's config.yaml says what the run began from
             self.model.image.weights = self.model.text.weights = "none"
             self.data.tokenizer = self.checkpoint
+        text = self.model.text
+        if not text.is_described and text.weights == "none" and not self.checkpoint:
+            raise RecipeError(
+                "model.text.kind is transformers, but neither model.text.weights nor model.text.arguments says which; name its weights"
+            )
+        if text.kind == "transformers" and text.weights != "none" and self.data.tokenizer == "train":
+            raise RecipeError(
+                f"data.tokenizer is train, but the words of model.text.weights are known; set it to {text.weights}"
+            )
         if self.profile < 0:
             raise RecipeError(f"profile is {self.profile}; it must be a number of steps, or 0 for none")
         self._check_objectives()
@@ -297,7 +306,7 @@ class PretrainRecipe:
             self._check_features()
         if not self.model.text.layers:
             self._check_without_text_layers()
-        if self.data.caption_tokens > self.model.text.positions:
+        if self.model.text.is_described and self.data.caption_tokens > self.model.text.positions:
             raise RecipeError(
                 f"data.caption_tokens {self.data.caption_tokens} is more than model.text.positions {self.model.text.positions}; lower it"
             )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,12 +23,13 @@ from data_tools.stream.examples import Preparation
 from data_tools.stream.order import derived_seed
 from data_tools.stream.shard_stream import open_stream
 from data_tools.stream.training_set import TrainingSet, open_training_set
-from data_tools.tokenizer import CaptionTokenizer, load_tokenizer, train_tokenizer
+from data_tools.tokenizer import ABSENT, CaptionTokenizer, load_tokenizer, train_tokenizer
 from pretrain.config import PretrainRecipe, divide_batch
 from pretrain.encode import encode_collection
 from pretrain.engine import Engine
 from pretrain.feature_cache import training_features, validation_features
 from pretrain.model.alignment_model import AlignmentModel
+from pretrain.model.config import TextEncoderConfig
 from pretrain.model.parts import Freezing
 from pretrain.step_profile import StepProfile
 from pretrain.task import PretrainTask
@@ -37,9 +38,11 @@ from pretrain.weights.begin_from import begin_from
 from pretrain.weights.load import copy_weights, describe_model, find_checkpoint
 from pretrain.weights.packages import model_folder
 from pretrain.weights.starting import load_starting_weights
+from pretrain.weights.text_tower import describe_encoder, described_by, fit_tokenizer
 from retrieval.protocols import recalls
 from runtime.checkpoint import checkpoint_hash, read_tensors, verify_checkpoint, write_checkpoint
 from runtime.checkpoint_writer import Write, host_copies
+from runtime.errors import RecipeError
 from runtime.files import read_json
 from runtime.ranks import barrier, run_on_first, sum_over_ranks
 from runtime.recipe import write_recipe
@@ -76,15 +79,23 @@ def train(recipe: PretrainRecipe, context: RunContext) -> None:
     folder = recipe.data.validation
     validation = validation_collection(folder, recipe.data.select_on_test) if folder else None
 
+    # A text encoder of `transformers` is described by its weights, or by the model that the run goes on or begins from.
+    known = recipe.checkpoint or context.folder.checkpoints.steps()
+    text = recipe.model.text if known else describe_encoder(recipe.model.text)
+
     # Hold the run's folder and decide what to start from.
     watchdog.enter_phase("taking the run", 0)
     context.folder.open(recipe, ranks)
     watchdog.enter_phase("looking for checkpoints", 0)
     checkpoint = find_resume(context)
     source = find_source(recipe, context) if checkpoint is None else None
+    if known_model := checkpoint or source:
+        text = described_by(known_model, text)
 
     watchdog.enter_phase("making the tokenizer", 0)
-    tokenizer = prepare_tokenizer(recipe, context, data, source)
+    tokenizer = prepare_tokenizer(with_text(recipe, text), context, data, source)
+    recipe = with_text(recipe, fit_tokenizer(text, tokenizer))
+    check_mask(recipe, tokenizer)
 
     # The model, on the CPU until its first weights are loaded.
     adopt_architecture(recipe.model, checkpoint or source)
@@ -311,9 +322,24 @@ def prepare_tokenizer(
             )
             if not config.punctuation:
                 tokenizer.drop_punctuation()
+        fit_tokenizer(recipe.model.text, tokenizer)
         tokenizer.save(folder.path)
     barrier()
     return load_tokenizer(folder.path, config.caption_tokens)
+
+
+def with_text(recipe: PretrainRecipe, text: TextEncoderConfig) -> PretrainRecipe:
+    """Return the recipe with another `model.text`. The run's config.yaml keeps what the user wrote; checkpoints hold all of it."""
+    return replace(recipe, model=replace(recipe.model, text=text))
+
+
+def check_mask(recipe: PretrainRecipe, tokenizer: CaptionTokenizer) -> None:
+    """Raise RecipeError if words are to be masked with a tokenizer that has no token for it, as CLIP's."""
+    if recipe.objectives.masked_language.weight and tokenizer.mask == ABSENT:
+        raise RecipeError(
+            f"the tokenizer of {recipe.data.tokenizer} has no mask token, as CLIP's, so words cannot be masked; set "
+            "objectives.masked_language.weight to 0"
+        )
 
 
 def describe(model: AlignmentModel, recipe: PretrainRecipe, context: RunContext, batch: tuple[int, int]) -> str:

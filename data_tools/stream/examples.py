@@ -134,8 +134,13 @@ class ExampleReader(Dataset):
         return captions[seed % len(captions)]
 
 
-def collate_examples(results: list[Example | DataError]) -> dict[str, Any] | DataError:
-    """Join examples into a batch (see `ShardStream` for its parts), or return the first error among them."""
+def collate_examples(results: list[Example | DataError], length: int | None = None) -> dict[str, Any] | DataError:
+    """Join examples into a batch (see `ShardStream` for its parts), or return the first error among them.
+
+    Args:
+        results: The examples of the batch.
+        length: Words that captions are padded to; None for the longest caption's.
+    """
     examples: list[Example] = []
     for result in results:
         if isinstance(result, DataError):
@@ -150,5 +155,5 @@ def collate_examples(results: list[Example | DataError]) -> dict[str, Any] | Dat
         "failures": [failure for example in examples for failure in example.failures],
     }
     if examples[0].tokens is not None:
-        batch["ids"], batch["mask"] = pad_tokens([example.tokens or [] for example in examples])
+        batch["ids"], batch["mask"] = pad_tokens([example.tokens or [] for example in examples], length)
     return batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ class ShardStream:
         self.examples.walk.at(np.arange(starts[0], starts[0] + self.batch_size))
         loader = open_loader(
             self.examples,
-            collate_examples,
+            partial(collate_examples, length=tokenizer.length if (tokenizer := self.examples.tokenizer) else None),
             self.workers,
             batch_sampler=(list(range(start, start + self.batch_size)) for start in starts),
             # torch refuses this option where there are no workers.

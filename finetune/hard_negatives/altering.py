@@ -125,7 +125,8 @@ class AlteredCaptions:
         rows = [row[:length].tolist() for row, length in zip(ids.cpu(), mask.sum(1).tolist(), strict=True)]
         altered = [self.alter(row, own) for row, own in zip(rows, numbers, strict=True)]
         changed = torch.tensor([row is not None for row in altered], device=ids.device)
-        new_ids, new_mask = pad_tokens([row if new is None else new for row, new in zip(rows, altered, strict=True)])
+        new_rows = [row if new is None else new for row, new in zip(rows, altered, strict=True)]
+        new_ids, new_mask = pad_tokens(new_rows, self.tokenizer.length)
         return new_ids.to(ids.device), new_mask.to(ids.device), changed
 
     def nouns(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -79,6 +79,10 @@ class HatConfig:
                 f"hat.levels is {self.levels}; it must be a list of pairs [text layer, image level], counted from 1"
             )
         if self.encoders == "backbones":
+            if self.text.kind != "bert":
+                raise RecipeError(
+                    "hat.text.kind is transformers, but the backbones' text encoder is a bert; pretrain with that encoder and use its checkpoint"
+                )
             for name in ("image", "text"):
                 if self.frozen_epochs and getattr(self, name).weights == "none":
                     raise RecipeError(

@@ -76,7 +76,7 @@ def encode_captions(model: HatModel, tokenizer: CaptionTokenizer, captions: list
     own = rank_share(len(ids), work.batch_size, work.ranks)
     for start in range(own.start, own.stop, work.batch_size):
         end = min(start + work.batch_size, own.stop)
-        block, mask = (part.to(work.device) for part in pad_tokens(ids[start:end]))
+        block, mask = (part.to(work.device) for part in pad_tokens(ids[start:end], tokenizer.length))
         first, last = int(ends[start] - lengths[start]), int(ends[end - 1])
         for level, words in zip(levels, model.text_levels(block, mask), strict=True):
             level[first:last] = words[mask]

@@ -15,6 +15,7 @@ from finetune.heads.config import HatConfig
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.model.parts import Part, encoder_parts
 from pretrain.model.text_encoder import TextEncoder
+from pretrain.model.transformers_text import TransformersText
 from pretrain.weights.starting import load_bert_encoder
 from runtime.errors import CheckpointError, RecipeError
 
@@ -26,7 +27,7 @@ class LevelEncoders(nn.Module):
     """Width of each image level's tokens."""
     image_size: int
     """Pixels a side."""
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | TransformersText
 
     def image_levels(self, images: Tensor, levels: list[int]) -> list[Tensor]:
         """Encode images, (batch, 3, size, size) uint8, into one (batch, regions, width) for each of `levels`, regions row by row."""

@@ -18,6 +18,7 @@ from pretrain.model.parts import TOWERS, Part, encoder_parts
 from pretrain.model.single_stream import SingleStreamEncoder
 from pretrain.model.text_encoder import TextEncoder
 from pretrain.model.timm_tower import TimmTower
+from pretrain.model.transformers_text import TransformersText
 from pretrain.model.transformers_tower import TransformersTower
 from runtime.errors import RecipeError
 
@@ -28,6 +29,9 @@ IMAGE_ENCODERS: dict[str, type[AnyImageEncoder]] = {
     "transformers": TransformersTower,
 }
 """The class of each `model.image.kind`."""
+AnyTextEncoder = TextEncoder | TransformersText
+TEXT_ENCODERS: dict[str, type[AnyTextEncoder]] = {"bert": TextEncoder, "transformers": TransformersText}
+"""The class of each `model.text.kind`."""
 FROZEN_CHUNK = 8
 """Images that a frozen encoder takes at once on a CPU."""
 
@@ -89,14 +93,14 @@ class AlignmentModel(nn.Module):
         width = config.text.width
         self.config = config
         self.image_encoder: AnyImageEncoder = IMAGE_ENCODERS[config.image.kind](config.image)
-        self.text_encoder = TextEncoder(config.text, vocabulary)
+        self.text_encoder: AnyTextEncoder = TEXT_ENCODERS[config.text.kind](config.text, vocabulary)
         fusion = SingleStreamEncoder if config.fusion.kind == "single_stream" else FusionEncoder
         self.fusion_encoder: FusionEncoder | SingleStreamEncoder = fusion(
             config.fusion, config.text, self.image_encoder.width
         )
         self.image_projection = nn.Linear(self.image_encoder.pooled_width, config.feature_dim)
-        self.text_projection = nn.Linear(width, config.feature_dim)
-        self.masked_language_head = MaskedLanguageHead(width, vocabulary)
+        self.text_projection = nn.Linear(self.text_encoder.pooled_width, config.feature_dim)
+        self.masked_language_head = MaskedLanguageHead(width, self.text_encoder.words.num_embeddings)
         level_widths = self.image_encoder.level_widths
         layers = len(level_widths)
         for pair in config.levels:
@@ -104,12 +108,16 @@ class AlignmentModel(nn.Module):
                 raise RecipeError(
                     f"model.levels holds {pair}, but the image encoder has {layers} layers; name one of them"
                 )
+            if pair[0] > config.text.layers:  # known here at the latest, where the text encoder has its own sizes
+                raise RecipeError(
+                    f"model.levels holds {pair}, but the text encoder has {config.text.layers} layers; name one of them"
+                )
         self.level_projections = nn.ModuleList(
             nn.ModuleDict(
                 {
                     "image_norm": nn.LayerNorm(level_widths[layer - 1]),  # a ViT's inner layers are not normalised
                     "image": nn.Linear(level_widths[layer - 1], config.feature_dim),
-                    "text": nn.Linear(width, config.feature_dim),
+                    "text": nn.Linear(self.text_encoder.pooled_width, config.feature_dim),
                 }
             )
             for _, layer in config.levels

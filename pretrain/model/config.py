@@ -97,7 +97,7 @@ class ImageEncoderConfig:
 
 @dataclass
 class TextEncoderConfig:
-    """BERT layers that read words alone. The fusion encoder continues from their states."""
+    """The encoder that reads words alone. The fusion encoder continues from its states."""
 
     width: int = 768
     """Width of the word states."""
@@ -108,19 +108,30 @@ class TextEncoderConfig:
     feed_forward: int = 3072
     """Width of the feed-forward parts."""
     dropout: float = 0.1
-    """Share of values that training sets to 0, in the fusion encoder too."""
+    """Share of values that training sets to 0, in the fusion encoder too. Kind `transformers` keeps its own in the text encoder."""
     positions: int = 512
     """Position embeddings: tokens in the longest caption the model can read."""
     weights: str = "none"
-    """Starting weights: `none` (random), a BERT's folder or name on the hub, or `package:NAME`, an installed Python package that holds a
-    folder. The BERT's layers after `layers` start the fusion encoder."""
-    pooling: Literal["class", "mean"] = "class"
-    """What becomes a caption's global feature: the state of [CLS], or the mean of all states (sentence encoders such as MiniLM)."""
+    """Starting weights: `none` (random), a model's folder or name on the hub, or `package:NAME`, an installed Python package that holds a
+    folder. With kind `bert`, the BERT's layers after `layers` start the fusion encoder."""
+    pooling: Literal["class", "mean", "last", "own"] = "own"
+    """What becomes a caption's global feature: the state of its first token ([CLS]), the mean of all states, the state of its last token,
+    or `own`, the model's own way: a BERT's [CLS], a sentence encoder's pooling, CLIP's and SigLIP's last token."""
     frozen: bool = False
     """Keep the starting weights."""
     stretch_positions: bool = False
     """Stretch the starting weights' position embeddings to `positions`, where that is more (Long-CLIP): the first 20 stay, the others are
     interpolated."""
+    kind: Literal["bert", "transformers"] = "bert"
+    """`bert`: our own BERT, of any size. `transformers`: any text encoder of the `transformers` library, such as RoBERTa, XLM-R, MPNet,
+    ModernBERT or CLIP's text model, in its own sizes."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """The configuration of kind `transformers`, by the names of its config.json. Empty: that of `weights`. What is set here goes before it."""
+
+    @property
+    def is_described(self) -> bool:
+        """Whether the sizes are known: always those of a BERT, those of another encoder once `arguments` are complete."""
+        return self.kind == "bert" or "model_type" in self.arguments
 
     def __post_init__(self) -> None:
         if self.stretch_positions and self.weights == "none":
@@ -130,10 +141,27 @@ class TextEncoderConfig:
         check_range(self, "model.text.", 1, None, "width", "heads", "feed_forward", "positions")
         check_range(self, "model.text.", 0, None, "layers")
         check_range(self, "model.text.", 0, 1, "dropout")
+        if self.kind != "bert" and self.stretch_positions:
+            raise RecipeError(
+                "model.text.stretch_positions is for model.text.kind bert; a transformers encoder keeps its positions: set it to false"
+            )
+        if not self.is_described:
+            sizes = ("width", "layers", "heads", "feed_forward", "positions")
+            if changed := [name for name in sizes if getattr(self, name) != getattr(TextEncoderConfig, name)]:
+                raise RecipeError(
+                    f"model.text.{changed[0]} is set, but an encoder of kind transformers has its own sizes; use model.text.arguments"
+                )
         if self.width % self.heads:
             raise RecipeError(
                 f"model.text.width {self.width} is not a multiple of model.text.heads {self.heads}; change one of them"
             )
+        if self.kind == "bert":
+            if self.arguments:
+                raise RecipeError(
+                    "model.text.arguments is for model.text.kind transformers; a bert has width, layers, heads, feed_forward and positions"
+                )
+            if self.pooling == "own":
+                self.pooling = "class"
 
 
 @dataclass
@@ -182,7 +210,7 @@ class ModelConfig:
         if self.feature_dim < 1:
             raise RecipeError(f"model.feature_dim is {self.feature_dim}; it must be 1 or more")
         for pair in self.levels:
-            if len(pair) != 2 or min(pair) < 1 or pair[0] > self.text.layers:
+            if len(pair) != 2 or min(pair) < 1 or (self.text.is_described and pair[0] > self.text.layers):
                 raise RecipeError(
                     f"model.levels holds {pair}; a level is a pair [text layer, image layer] of existing layers, counted from 1"
                 )

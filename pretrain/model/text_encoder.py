@@ -1,11 +1,12 @@
-"""The text encoder: BERT's embeddings and its first layers, which read words alone.
+"""The text encoder of kind `bert`: BERT's embeddings and its first layers, which read words alone.
 
-The interface that the rest of the model uses:
+The interface that the rest of the model uses, of `transformers_text.py` too:
 
 - `forward(ids, mask)` returns the word states (texts, words, width), [CLS] first.
 - `global_state(states, mask)` pools them, and `AlignmentModel.text_features` projects the result.
 - `layer_states(ids, mask)` returns the states after every layer, for levels.
-- `width`, and `layers`, the transformer layers, for compiling and activation checkpointing.
+- `width`, of the states, and `pooled_width`, of the global state.
+- `layers`, the transformer layers, for compiling and activation checkpointing.
 - `words`, the word embeddings, which the masked-language head shares.
 
 Tested in tests/pretrain/model/test_alignment_model.py.
@@ -27,6 +28,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextEncoderConfig, vocabulary: int) -> None:
         super().__init__()
         self.width, self.dropout, self.pooling = config.width, config.dropout, config.pooling
+        self.pooled_width = config.width
         self.words = nn.Embedding(vocabulary, config.width, padding_idx=0)
         self.positions = nn.Embedding(config.positions, config.width)
         # BERT's segments. Captions use only the first.
@@ -51,10 +53,7 @@ class TextEncoder(nn.Module):
 
     def global_state(self, states: Tensor, mask: Tensor) -> Tensor:
         """Pool states (texts, words, width) as `model.text.pooling` says, to (texts, width). Padding does not count."""
-        if self.pooling == "class":
-            return states[:, 0]
-        words = mask[..., None].to(states.dtype)
-        return (states * words).sum(1) / words.sum(1)
+        return pool(states, mask, self.pooling)
 
     def layer_states(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
         """Return the embeddings, then the states after each layer, (texts, words, width) each; arguments as in `forward`."""
@@ -64,3 +63,13 @@ class TextEncoder(nn.Module):
         for layer in self.layers:
             states.append(layer(states[-1], mask))
         return states
+
+
+def pool(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """Pool states (texts, words, width) to (texts, width): the first, the last, or the mean of the words that `mask` (texts, words) counts."""
+    if pooling == "class":
+        return states[:, 0]
+    if pooling == "last":
+        return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
+    words = mask[..., None].to(states.dtype)
+    return (states * words).sum(1) / words.sum(1)

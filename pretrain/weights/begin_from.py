@@ -80,6 +80,7 @@ def _properties(model: AlignmentModel) -> dict[str, object]:
     image_heads = model.image_encoder.vit.blocks[0].attn.num_heads if vit else 0
     properties["attention heads of image and text"] = [image_heads, config.text.heads]
     properties["kind and poolings"] = [config.image.kind, config.image.pooling, config.text.pooling]
+    properties["kind of the text encoder"] = config.text.arguments.get("model_type", config.text.kind)
     if not vit:
         properties["model.image.architecture"] = config.image.architecture
     if isinstance(model.image_encoder, TransformersTower):

@@ -18,10 +18,12 @@ from pretrain.model.alignment_model import AlignmentModel
 from pretrain.model.config import ImageEncoderConfig, TextEncoderConfig
 from pretrain.model.text_encoder import TextEncoder
 from pretrain.model.timm_tower import TimmTower
+from pretrain.model.transformers_text import TransformersText
 from pretrain.model.transformers_tower import TransformersTower
 from pretrain.weights.begin_from import count_by_part
 from pretrain.weights.packages import model_folder
 from pretrain.weights.stretched import KEPT, stretch_positions
+from pretrain.weights.text_tower import load_text_tower
 from pretrain.weights.tower import load_tower_weights, load_transformers_weights
 from runtime.errors import CheckpointError
 
@@ -35,7 +37,9 @@ def load_starting_weights(model: AlignmentModel) -> list[str]:
         names = ", ".join(unused) if len(unused) < 9 else count_by_part(set(unused))
         report.append(f"image encoder: started from {config.image.weights}; not used of it: {names or 'nothing'}")
     if config.text.weights != "none":
-        report += _load_bert(model, config.text)
+        report += (
+            _load_text(model, config.text) if config.text.kind == "transformers" else _load_bert(model, config.text)
+        )
     return report
 
 
@@ -146,7 +150,7 @@ def _read_bert(config: TextEncoderConfig, key: str) -> dict[str, Tensor]:
         kind = AutoConfig.from_pretrained(source).model_type
         if kind != "bert":  # its tensors have other names, and transformers would start a random BERT in their place
             raise CheckpointError(
-                f"{key}.weights: {config.weights} is a {kind}, but the text encoder is a BERT; name a BERT"
+                f"{key}.weights: {config.weights} is a {kind}, but the text encoder is a BERT; name a BERT, or set {key}.kind to transformers"
             )
         loaded: Any = BertForMaskedLM.from_pretrained(source, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -199,6 +203,19 @@ def load_bert_encoder(encoder: TextEncoder, config: TextEncoderConfig, key: str)
         raise CheckpointError(
             f"{key}.weights: {config.weights} lacks {missing[0]}; is {key}.layers {config.layers} right?"
         )
+
+
+def _load_text(model: AlignmentModel, config: TextEncoderConfig) -> list[str]:
+    """Load a text encoder of `transformers`, and return lines that report on it."""
+    assert isinstance(model.text_encoder, TransformersText)
+    unused = load_text_tower(model.text_encoder, config)
+    fresh = {
+        name for name, _ in model.named_parameters() if name.startswith(("fusion_encoder", "masked_language_head"))
+    }
+    return [
+        f"text encoder: started whole from {config.weights}, pooled by {model.text_encoder.pooling}; not used of it: {count_by_part(set(unused))}",
+        f"random: {count_by_part(fresh)}; only model.text.kind bert starts the fusion encoder from a BERT's upper layers",
+    ]
 
 
 def _load_bert(model: AlignmentModel, config: TextEncoderConfig) -> list[str]:

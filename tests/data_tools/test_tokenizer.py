@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data_tools.tokenizer import SPECIAL, CaptionTokenizer, load_tokenizer, pad_tokens, train_tokenizer
+from data_tools.tokenizer import (
+    ABSENT,
+    SPECIAL,
+    CaptionTokenizer,
+    SpecialTokens,
+    load_tokenizer,
+    pad_tokens,
+    train_tokenizer,
+)
 from runtime.errors import CheckpointError, DataError
 
 CAPTIONS = ["A red circle left of a blue square.", "two green stars above a café", "a dog's bowl"] * 3
@@ -147,7 +155,24 @@ def test_a_tokenizer_is_refused_by_the_special_tokens_it_lacks():
 def test_a_tokenizer_that_pads_with_another_id_is_refused():
     vocabulary = {token: number for number, token in enumerate(["a", *SPECIAL])}
     with pytest.raises(DataError, match=r"\[PAD\] is 1; it must be 0"):
-        CaptionTokenizer(Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]")), 12)
+        CaptionTokenizer(Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]")), 12).require_bert()
+
+
+def test_another_models_tokenizer_is_saved_with_its_special_tokens_and_length(tmp_path):
+    vocabulary = {token: number for number, token in enumerate(["<unk>", "</s>", "a", "dog"])}
+    pipeline = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    pipeline.pre_tokenizer = pre_tokenizers.Whitespace()
+    pipeline.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    special = SpecialTokens(pad="</s>", unknown="<unk>", cls=None, sep="</s>", mask=None)
+    CaptionTokenizer(pipeline, 6, special, length=6).save(tmp_path)
+    loaded = load_tokenizer(tmp_path, 6)
+    assert (loaded.pad, loaded.unknown, loaded.cls, loaded.sep, loaded.mask) == (1, 0, ABSENT, 1, ABSENT)
+    ids, mask = loaded(["a dog", "dog"])
+    assert ids.shape == (2, 6) and mask.sum(1).tolist() == [3, 2] and ids[0].tolist() == [2, 3, 1, 0, 0, 0]
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert theirs("a dog")["input_ids"] == [2, 3, 1] and theirs.pad_token_id == 1 and theirs.mask_token is None
+    with pytest.raises(DataError, match=r"lacks \[PAD\] \[UNK\] \[CLS\] \[SEP\] \[MASK\]; use a BERT"):
+        loaded.require_bert()
 
 
 def one_line(source) -> str:
@@ -160,7 +185,7 @@ def one_line(source) -> str:
 def test_a_missing_folder_is_named_at_once(tmp_path, monkeypatch):
     """Asked for a path, the hub would be tried for most of a minute."""
     monkeypatch.setattr(
-        "transformers.AutoTokenizer.from_pretrained", lambda name: pytest.fail(f"asked the hub for {name}")
+        "transformers.AutoTokenizer.from_pretrained", lambda name, **_: pytest.fail(f"asked the hub for {name}")
     )
     assert str(tmp_path / "none") in one_line(tmp_path / "none")
     monkeypatch.chdir(tmp_path)
@@ -178,7 +203,7 @@ def test_a_damaged_tokenizer_is_named(tmp_path):
 
 
 def test_a_name_missing_from_the_hub_gives_a_one_line_error(monkeypatch):
-    def offline(name):
+    def offline(name, **_):
         raise OSError("We couldn't connect to the hub\nto load this file")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", offline)
