@@ -10,6 +10,7 @@ import transformers
 from tiny_text_models import CAPTIONS, FAMILIES, POSITIONS, write_family
 
 from data_tools.tokenizer import CaptionTokenizer, load_tokenizer
+from pretrain.model.activations import checkpoint_activations
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.model.config import FusionEncoderConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from pretrain.model.transformers_text import TransformersText, make_encoder
@@ -175,3 +176,22 @@ def test_what_is_no_text_encoder_is_refused_in_one_line(arguments, message):
     with pytest.raises(RecipeError, match=message) as error:
         make_encoder(arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["MPNet", "ModernBERT", "CLIP"])
+def test_compiled_and_computed_again_the_gradients_are_the_same(folders, name, monkeypatch):
+    _, tokenizer, config = tower(folders(name))
+    ids, mask = tokenizer(CAPTIONS)
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: whole(function, backend="eager"))
+    gradients = []
+    for changed in (False, True):
+        network = model(config, tokenizer.vocabulary).eval()
+        if changed:
+            network.compile_layers()
+            checkpoint_activations(network.layers())
+        states = network.text_encoder.layer_states(ids, mask)
+        (states[1][mask].pow(2).sum() + network.text_features(states[-1], mask)[:, 0].sum()).backward()
+        gradients.append({key: p.grad for key, p in network.text_encoder.named_parameters()})
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, atol=1e-5, rtol=1e-4)

@@ -11,6 +11,7 @@ from tiny_shards import make
 from tiny_text_models import CAPTIONS, POSITIONS, write_family
 
 from data_tools.tokenizer import load_tokenizer
+from pretrain.budget import Budget
 from pretrain.config import PretrainRecipe
 from pretrain.model.config import TextEncoderConfig
 from pretrain.model.transformers_text import TransformersText
@@ -122,6 +123,12 @@ def test_recipes_that_cannot_be(changes, message):
     assert message in one_line(RecipeError, build_config, PretrainRecipe, {"data": {"train": "none"}} | changes)
 
 
+def test_the_plan_refuses_what_it_cannot_count(shards, roberta, tmp_path):
+    assert "plan counts text encoders of kind bert only" in one_line(
+        RecipeError, Budget, recipe(shards, roberta, tmp_path)
+    )
+
+
 def recipe(shards, folder, runs, **changes) -> PretrainRecipe:
     objectives = {"masked_language": {"share": 0.3}, "matching": {"pool": 4}, "levels": {"weight": 0.1}}
     image = {"architecture": "vit_tiny_patch16_224", "image_size": 32, "patch": 16, "width": 32, "depth": 2, "heads": 2}
@@ -171,3 +178,37 @@ def test_words_are_not_masked_without_a_mask_token(shards, tmp_path):
     folder = write_family("CLIP", tmp_path / "clip")
     message = one_line(LigatureError, pretrain, recipe(shards, folder, tmp_path / "runs"))
     assert "has no mask token" in message and "objectives.masked_language.weight to 0" in message
+
+
+@pytest.mark.parametrize(
+    ("family", "training"),
+    [
+        ("ModernBERT", {"precision": "bf16", "zero_stage": 0, "checkpoint_activations": True}),
+        ("RoBERTa", {"precision": "bf16", "zero_stage": 2}),
+        ("MPNet", {"precision": "bf16", "zero_stage": 3}),
+        ("SigLIP", {"precision": "bf16", "zero_stage": 3, "checkpoint_activations": True}),
+    ],
+)
+def test_it_trains_at_every_zero_stage(shards, tmp_path, family, training):
+    folder = write_family(family, tmp_path / "model")
+    objectives = {"masked_language": {"weight": 0.0}} if family == "SigLIP" else {}
+    run = pretrain(recipe(shards, folder, tmp_path / "runs", training=training, objectives=objectives))
+    trained, started = load_model(run), describe_encoder(config(folder))
+    encoder = TransformersText(started, 1)
+    load_text_tower(encoder, started)
+    moved = {
+        name: float((weight - encoder.state_dict()[name]).abs().max())
+        for name, weight in trained.network.text_encoder.state_dict().items()
+        if weight.ndim > 1
+    }
+    assert 0 < max(moved.values()) < 0.01, "it learns from where it started"
+    assert trained.encode_text(CAPTIONS).isfinite().all()
+
+
+def test_a_frozen_one_stays_as_it_was(shards, roberta, tmp_path):
+    run = pretrain(recipe(shards, roberta, tmp_path / "runs", text={"frozen": True}))
+    described = describe_encoder(config(roberta))
+    encoder = TransformersText(described, 1)
+    load_text_tower(encoder, described)
+    trained = load_model(run).network.text_encoder.state_dict()
+    assert all(torch.equal(trained[name], weight) for name, weight in encoder.state_dict().items())
