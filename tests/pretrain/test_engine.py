@@ -50,7 +50,9 @@ def assert_same_gradients(one, other, relative: float) -> None:
         for name, tensor in mine.items():
             expected = theirs[name]
             noise = 1e-7 if "bias" in name else 0.0  # of biases of keys, whose gradient is zero
-            assert (tensor - expected).abs().max() <= relative * expected.abs().max() + noise, name
+            # A square doubles the relative error, as seen with torch 2.9.
+            squares = 2 if name.startswith("exp_avg_sq") else 1
+            assert (tensor - expected).abs().max() <= squares * relative * expected.abs().max() + noise, name
 
 
 def test_raw_gradients_are_those_of_every_weight_and_step(runs):

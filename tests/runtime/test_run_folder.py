@@ -85,16 +85,17 @@ FREE_IN_BOTH = {
     "data.cache.folder",
     "data.cache.gigabytes",
     "data.cache.stage",
+    "data.features.folder",
     "training.device",
     "training.log_every",
     "training.keep_last",
     "training.milestone_every",
     "training.checkpoint_activations",
+    "training.micro_batch",
     "training.rank_timeout",
 }
 FREE_IN_PRETRAINING = {
     "profile",
-    "training.micro_batch",
     "training.zero_stage",
     "training.offload_optimizer",
     "training.compile",
