@@ -26,6 +26,7 @@ from pretrain.model.bert_layers import BertLayer
 from pretrain.model.config import ModelConfig
 from pretrain.model.fusion_encoder import FusionEncoder
 from pretrain.model.single_stream import IMAGE, TEXT, SingleStreamEncoder
+from pretrain.weights.inputs import read_images, read_texts
 from pretrain.weights.load import Images, Texts, find_checkpoint, load_model, load_weights
 from runtime.checkpoint import checkpoint_hash, read_tensors, verify_checkpoint
 from runtime.errors import CheckpointError
@@ -177,14 +178,12 @@ class LoadedVLDeformer:
         return self.model.name if self.tuned else f"{self.model.name}, not tuned"
 
     def encode_image(self, images: Images) -> Tensor:
-        """Return unit-norm embeddings, (batch, width); images: (batch, 3, size, size) uint8, or PIL images."""
-        if not isinstance(images, Tensor):
-            images = torch.stack([self.transform(image) for image in images])
-        return self.model.encode_image(images.to(self.device))
+        """Return unit-norm embeddings, (batch, width); images as for `ImageTextModel.encode_image`."""
+        return self.model.encode_image(read_images(images, self.transform).to(self.device))
 
     def encode_text(self, texts: Texts) -> Tensor:
         """Return unit-norm embeddings of strings, (batch, width)."""
-        ids, mask = self.tokenizer(list(texts))
+        ids, mask = self.tokenizer(read_texts(texts))
         return self.model.encode_text(ids.to(self.device), mask.to(self.device))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 from data_tools.tokenizer import CaptionTokenizer, load_tokenizer
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.model.config import ModelConfig
+from pretrain.weights.inputs import read_images, read_texts
 from runtime.checkpoint import checkpoint_hash, read_tensors, resolve_pointer, verify_checkpoint
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, DataError
 from runtime.files import read_json
 from runtime.recipe import build_config
 
-Images = Tensor | Sequence[Image.Image]
-Texts = Sequence[str]
+ImageInput = Image.Image | np.ndarray | str | Path | Tensor
+Images = ImageInput | Sequence[ImageInput]
+Texts = str | Sequence[str]
 
 
 class ImageTextModel:
@@ -48,18 +51,23 @@ class ImageTextModel:
         """Return the images' unit-norm features.
 
         Args:
-            images: (batch, 3, size, size) uint8, or PIL images.
+            images: one or many of PIL images, paths and (height, width, 3) uint8 arrays, or a uint8 tensor
+                (batch, 3, size, size) that is transformed already.
 
         Returns:
-            (batch, feature_dim)
+            (batch, feature_dim); one image gives one row.
+
+        Raises:
+            DataError: an image is of another kind, shape or type.
+            CheckpointError: the model has no text layers.
         """
         self._need_features()
         return self.network.image_features(self.network.image_encoder(self._pixels(images)))
 
     def encode_text(self, texts: Texts) -> Tensor:
-        """Return the texts' unit-norm features, (batch, feature_dim)."""
+        """Return the unit-norm features of one string or many, (batch, feature_dim); one string gives one row."""
         self._need_features()
-        ids, mask = self.tokenizer(list(texts))
+        ids, mask = self.tokenizer(read_texts(texts))
         ids, mask = ids.to(self.device), mask.to(self.device)
         return self.network.text_features(self.network.text_encoder(ids, mask), mask)
 
@@ -67,7 +75,7 @@ class ImageTextModel:
         """Return the probability that image i and text i belong together, by the fusion encoder.
 
         Args:
-            images: (batch, 3, size, size) uint8, or PIL images.
+            images: one or many, as for `encode_image`.
             texts: as many strings.
 
         Returns:
@@ -75,13 +83,17 @@ class ImageTextModel:
 
         Raises:
             CheckpointError: the model has no fusion encoder.
+            DataError: there are not as many texts as images, or one is of another kind.
         """
         if not self.network.config.fusion.layers:
             raise CheckpointError(
                 f"{self.folder} has no fusion encoder, so no matching probability; use encode_image and encode_text"
             )
-        ids, mask = (part.to(self.device) for part in self.tokenizer(list(texts)))
-        prepared = self.network.fusion_encoder.prepare_images(self.network.image_encoder(self._pixels(images)))
+        words, pixels = read_texts(texts), self._pixels(images)
+        if len(words) != len(pixels):
+            raise DataError(f"match scores pairs: {len(pixels)} images need as many texts, not {len(words)}")
+        ids, mask = (part.to(self.device) for part in self.tokenizer(words))
+        prepared = self.network.fusion_encoder.prepare_images(self.network.image_encoder(pixels))
         logits = self.network.match(self.network.text_encoder(ids, mask), mask, prepared)
         return torch.softmax(logits, -1)[:, 1]
 
@@ -92,9 +104,7 @@ class ImageTextModel:
             )
 
     def _pixels(self, images: Images) -> Tensor:
-        if not isinstance(images, Tensor):
-            images = torch.stack([self.transform(image) for image in images])
-        return images.to(self.device)
+        return read_images(images, self.transform).to(self.device)
 
 
 def find_checkpoint(source: str | Path) -> Path:
