@@ -36,7 +36,7 @@ COMMANDS = {
     "finetune": Command("launch.commands.finetune", "--config RECIPE: fine-tune a checkpoint for retrieval"),
     "evaluate": Command("launch.commands.evaluate", "--config RECIPE: score a checkpoint; a table and a JSON record"),
     "compare": Command("launch.commands.compare", "A B: compare two score records by a paired test"),
-    "import": Command("launch.commands.import_weights", "albef FILE OUT: convert a published checkpoint into one of ours"),
+    "import": Command("launch.commands.import_weights", "hf|clip|siglip|open_clip|albef SOURCE OUT: convert a published model into a checkpoint of ours"),
     "index": Command("launch.commands.index", "--checkpoint RUN --data IMAGES: embed shards or a folder of images for search"),
     "search": Command("launch.commands.search", '"WORDS" or IMAGE: list the images of an index most like it'),
     "export": Command("launch.commands.export", "CHECKPOINT OUT --format F: write the model alone, for Ligature or other libraries"),

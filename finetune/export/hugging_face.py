@@ -59,6 +59,7 @@ def write_model(source: Source, folder: Path) -> None:
 def config_of(source: Source) -> dict[str, Any]:
     """Return the content of config.json."""
     config, encoder = source.config, source.network.image_encoder
+    pooling = "class" if config.text.pooling == "own" else config.text.pooling  # of a BERT
     config_json = {
         "model_type": "ligature",
         "architectures": ["LigatureModel"],
@@ -71,7 +72,8 @@ def config_of(source: Source) -> dict[str, Any]:
         "head": source.head,
         "image": dataclasses.asdict(config.image)
         | {"token_width": encoder.width, "pooled_width": encoder.pooled_width, "weights": "none"},
-        "text": dataclasses.asdict(config.text) | {"vocabulary": source.tokenizer.vocabulary, "weights": "none"},
+        "text": dataclasses.asdict(config.text)
+        | {"vocabulary": source.tokenizer.vocabulary, "weights": "none", "pooling": pooling},
         "fusion": dataclasses.asdict(config.fusion),
         "projection_dim": config.feature_dim if source.head == "dual" else config.text.width,
     }

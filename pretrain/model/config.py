@@ -160,8 +160,6 @@ class TextEncoderConfig:
                 raise RecipeError(
                     "model.text.arguments is for model.text.kind transformers; a bert has width, layers, heads, feed_forward and positions"
                 )
-            if self.pooling == "own":
-                self.pooling = "class"
 
 
 @dataclass

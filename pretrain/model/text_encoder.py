@@ -27,7 +27,8 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: TextEncoderConfig, vocabulary: int) -> None:
         super().__init__()
-        self.width, self.dropout, self.pooling = config.width, config.dropout, config.pooling
+        self.width, self.dropout = config.width, config.dropout
+        self.pooling = "class" if config.pooling == "own" else config.pooling
         self.pooled_width = config.width
         self.words = nn.Embedding(vocabulary, config.width, padding_idx=0)
         self.positions = nn.Embedding(config.positions, config.width)

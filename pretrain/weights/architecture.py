@@ -38,7 +38,7 @@ def read_architecture(config: ImageEncoderConfig) -> None:
     if not config.arguments:
         from transformers import AutoConfig
 
-        found = _read(source, AutoConfig, "configuration")
+        found = read_part(source, AutoConfig, "configuration", "model.image.weights")
         found = getattr(found, "vision_config", found)
         if config.architecture not in (ImageEncoderConfig.architecture, found.model_type):
             raise RecipeError(
@@ -48,7 +48,9 @@ def read_architecture(config: ImageEncoderConfig) -> None:
     if not whole:
         from transformers import AutoImageProcessor
 
-        own = read_preprocessing(_read(source, AutoImageProcessor, "image processor"), config.weights)
+        own = read_preprocessing(
+            read_part(source, AutoImageProcessor, "image processor", "model.image.weights"), config.weights
+        )
         config.preprocessing = PreprocessingConfig(
             stated.mean or own.mean,
             stated.std or own.std,
@@ -142,12 +144,21 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _read(source: str, kind: Any, what: str) -> Any:
+def read_part(source: str, kind: Any, what: str, key: str) -> Any:
+    """Read the configuration or another part of a published model.
+
+    Args:
+        source: A folder or a name on the hub.
+        kind: The library's class that reads it, such as `AutoConfig`.
+        what: What it reads, for errors.
+        key: Where `source` was named, for errors.
+
+    Raises:
+        CheckpointError: There is none.
+    """
     try:
         with quiet():
             return kind.from_pretrained(source)
     except Exception as error:  # files of other kinds and the hub fail in many ways
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"model.image.weights: no {what} in `{source}` ({reason}); without network, give a folder"
-        ) from error
+        raise CheckpointError(f"{key}: no {what} in `{source}` ({reason}); without network, give a folder") from error

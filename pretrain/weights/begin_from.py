@@ -1,4 +1,4 @@
-"""Begin a new run from another model: one of our runs, an export, or an imported ALBEF checkpoint."""
+"""Begin a new run from another model: one of our runs, an export, or an imported model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pretrain.weights.architecture import architecture_of
 from pretrain.weights.load import at_resolution, load_model
 from runtime.checkpoint import read_tensors
 from runtime.errors import CheckpointError
+from runtime.files import read_json
 
 ENCODERS = ("image_encoder.", "text_encoder.")
 """Parts that both models must have whole. Heads, fusion layers and codebook may be new, or be left behind."""
@@ -49,7 +50,10 @@ def begin_from(source: Path, model: AlignmentModel) -> tuple[list[str], dict[str
         teacher = {name: weight.data for name, weight in averaged.named_parameters() if name in averages}
     network = at_resolution(start.network, model.config.image.image_size)
     _check(model, network, start.folder)
+    # An imported dual encoder has random parts where our model needs some; they count as missing.
+    untrained = tuple(f"{part}." for part in read_json(start.folder / "model.json").get("untrained", []))
     mine, theirs = model.state_dict(), network.state_dict()
+    theirs = {name: weight for name, weight in theirs.items() if not name.startswith(untrained)}
     shared = mine.keys() & theirs.keys()
     for name in shared:
         mine[name].data.copy_(theirs[name])
@@ -79,7 +83,7 @@ def _properties(model: AlignmentModel) -> dict[str, object]:
     vit = config.image.kind == "vit"
     image_heads = model.image_encoder.vit.blocks[0].attn.num_heads if vit else 0
     properties["attention heads of image and text"] = [image_heads, config.text.heads]
-    properties["kind and poolings"] = [config.image.kind, config.image.pooling, config.text.pooling]
+    properties["kind and poolings"] = [config.image.kind, config.image.pooling, model.text_encoder.pooling]
     properties["kind of the text encoder"] = config.text.arguments.get("model_type", config.text.kind)
     if not vit:
         properties["model.image.architecture"] = config.image.architecture
