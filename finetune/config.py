@@ -82,6 +82,7 @@ class FinetuneRecipe:
     """Which encoders keep the checkpoint's weights."""
 
     def __post_init__(self) -> None:
+        self.hat.text.settle_pooling()
         for side, kept in vars(self.frozen).items():
             if kept and (epoch := self.optimizer.freeze_until.of(side)):
                 raise RecipeError(

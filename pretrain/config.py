@@ -270,6 +270,7 @@ class PretrainRecipe:
     """Steps to profile, after the first ones. The first rank prints where their time went, part by part. 0: no profile."""
 
     def __post_init__(self) -> None:
+        self.model.text.settle_pooling()
         for side in ("image", "text"):
             encoder = getattr(self.model, side)
             waits = self.optimizer.freeze_until.of(side)

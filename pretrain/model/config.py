@@ -155,11 +155,18 @@ class TextEncoderConfig:
             raise RecipeError(
                 f"model.text.width {self.width} is not a multiple of model.text.heads {self.heads}; change one of them"
             )
-        if self.kind == "bert":
-            if self.arguments:
-                raise RecipeError(
-                    "model.text.arguments is for model.text.kind transformers; a bert has width, layers, heads, feed_forward and positions"
-                )
+        if self.kind == "bert" and self.arguments:
+            raise RecipeError(
+                "model.text.arguments is for model.text.kind transformers; a bert has width, layers, heads, feed_forward and positions"
+            )
+
+    def settle_pooling(self) -> None:
+        """Name a BERT's own pooling, so that a recipe's file says it.
+
+        Recipes do this, not `__post_init__`: defaults are made without knowing the kind, and another encoder's own is not the first token.
+        """
+        if self.kind == "bert" and self.pooling == "own":
+            self.pooling = "class"
 
 
 @dataclass

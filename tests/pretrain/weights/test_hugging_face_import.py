@@ -181,6 +181,8 @@ training: {global_batch: 8, micro_batch: 8, steps: 1, precision: fp32, device: c
 def test_an_imported_model_is_scored_indexed_searched_fine_tuned_and_pretrained_from(imported, drawn, tmp_path, capsys):
     model = imported("CLIP")
     common = ["--checkpoint", str(model), "--device", "cpu"]
+    assert main(["export", str(model), str(tmp_path / "exported")]) == 0
+    assert read_json(tmp_path / "exported" / "model.json")["untrained"] == ["masked_language_head", "matching_head"]
     scored = ["--data", str(drawn / "test"), "--dataset", "shapes", "--split", "test", "--workers", "0"]
     assert main(["evaluate", *common, *scored, "--heads", "[dual]", "--out", str(tmp_path / "scores.json")]) == 0
     assert read_json(tmp_path / "scores.json")["training"] == "pretrained"

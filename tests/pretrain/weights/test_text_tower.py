@@ -20,7 +20,7 @@ from pretrain.weights.load import load_model
 from pretrain.weights.text_tower import describe_encoder, fit_tokenizer, load_text_tower
 from runtime.checkpoint import read_tensors
 from runtime.errors import CheckpointError, DataError, LigatureError, RecipeError
-from runtime.recipe import build_config
+from runtime.recipe import build_config, read_recipe
 
 
 def config(folder, **changes) -> TextEncoderConfig:
@@ -212,3 +212,18 @@ def test_a_frozen_one_stays_as_it_was(shards, roberta, tmp_path):
     load_text_tower(encoder, described)
     trained = load_model(run).network.text_encoder.state_dict()
     assert all(torch.equal(trained[name], weight) for name, weight in encoder.state_dict().items())
+
+
+def test_own_pooling_survives_the_command_line_and_a_berts_is_named():
+    for kind, pooling in (("transformers", "own"), ("bert", "class")):
+        weights = [
+            "--model.text.kind",
+            kind,
+            "--model.text.weights",
+            "name",
+            "--data.tokenizer",
+            "name",
+            "--data.train",
+            "shards",
+        ]
+        assert read_recipe(PretrainRecipe, weights, "ligature pretrain").model.text.pooling == pooling
