@@ -261,7 +261,7 @@ def test_files_that_are_not_albefs_are_refused_in_one_line(tmp_path, capsys):
         assert main(["import", "albef", str(tmp_path / name), str(tmp_path / "out")]) == 1
         said = capsys.readouterr()
         assert said.err.startswith("ligature: ") and said.err.count("\n") == 1 and "executed" not in said.out
-    assert main(["import", "clip", "a", "b"]) == 2
+    assert main(["import", "lxmert", "a", "b"]) == 2
 
 
 def test_export_holds_the_model_alone_and_loads_back(imported, tmp_path, capsys):

@@ -137,6 +137,7 @@ def test_another_image_size_interpolates_as_the_library_does(folders, tmp_path):
 
 
 def refusal(capsys, *arguments: object) -> str:
+    capsys.readouterr()  # what writing the published folders printed
     assert main(["import", *map(str, arguments)]) != 0
     message = capsys.readouterr().err.strip()
     assert message.count("\n") == 0
@@ -151,6 +152,12 @@ def test_refusals_are_one_line(folders, tmp_path, capsys):
     assert "--bert-config is for albef" in refusal(capsys, "hf", clip, out, "--bert-config", tmp_path / "x.json")
     assert "no multiple of the patch of 16 pixels" in refusal(capsys, "hf", clip, out, "--image-size", "40")
     assert "more than the 16 that a clip_text_model reads" in refusal(capsys, "hf", clip, out, "--caption-tokens", "17")
+    pair = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
+        transformers.ViTConfig(), transformers.BertConfig()
+    )
+    pair.save_pretrained(str(tmp_path / "pair"))
+    message = refusal(capsys, "hf", tmp_path / "pair", out)
+    assert "is a vision-text-dual-encoder; `ligature import hf` reads CLIP, SigLIP, SigLIP 2" in message
     bare = tmp_path / "bare"
     shutil.copytree(clip, bare, ignore=shutil.ignore_patterns("model.safetensors"))
     assert "cannot load" in refusal(capsys, "hf", bare, out)
