@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from runtime.checks import output_folder
 from runtime.errors import CheckpointError, RecipeError
 from runtime.recipe import OptionParser
 
@@ -29,7 +30,7 @@ def run(arguments: list[str]) -> None:
         "open_clip: a folder with open_clip_config.json",
     )
     parser.add_argument("checkpoint", type=Path, help="the published file or folder; with hf also a name on the hub")
-    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("out", type=output_folder, help="folder to make")
     parser.add_argument(
         "--tokenizer", help="folder or name of the tokenizer (default: CHECKPOINT; of albef bert-base-uncased)"
     )
