@@ -13,7 +13,7 @@ def stretch_positions(embeddings: Tensor, positions: int) -> Tensor:
     """Stretch position embeddings to more positions.
 
     The first `KEPT` stay. The others are spread evenly over the new ones and interpolated linearly; the last step is continued beyond
-    the last of them. 77 positions become 248, four for one, exactly as Long-CLIP's.
+    the last of them. 77 positions become 248, four for one, by Long-CLIP's rule.
 
     Args:
         embeddings: (trained positions, width), more than `KEPT` of them.
