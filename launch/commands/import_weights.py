@@ -12,8 +12,13 @@ from runtime.checks import output_folder
 from runtime.errors import CheckpointError, RecipeError
 from runtime.recipe import OptionParser
 
-OF_ALBEF = ("bert_config", "image_heads")
+OF_ALBEF = ("bert_config", "image_heads", "text_heads")
 """Options that only ALBEF's files need."""
+REFUSED = {
+    "meter": "its two streams that attend to each other are not supported",
+    "blip": "its text encoder, which also fuses all of its layers with the image, is not supported yet",
+}
+"""Families that are asked for and cannot be imported, and why."""
 
 
 def run(arguments: list[str]) -> None:
@@ -25,6 +30,7 @@ def run(arguments: list[str]) -> None:
     )
     parser.add_argument(
         "kind",
+        type=_family,
         choices=["albef", "hf", "clip", "siglip", "open_clip"],
         help="albef: its .pth file. hf: CLIP, SigLIP or SigLIP 2 as transformers saves them; clip and siglip: that family alone. "
         "open_clip: a folder with open_clip_config.json",
@@ -46,7 +52,13 @@ def run(arguments: list[str]) -> None:
     parser.add_argument(
         "--image-heads",
         type=int,
-        help="attention heads of ALBEF's image encoder (default: the number that makes a head as wide as the text encoder's)",
+        help="attention heads of ALBEF's image encoder (default: 12 of a ViT-B, else you must say)",
+    )
+    parser.add_argument(
+        "--text-heads",
+        type=int,
+        help="attention heads of ALBEF's text and fusion encoders (default: config_bert.json's; without one 12 of a BERT-base, "
+        "else you must say)",
     )
     parser.add_argument(
         "--fine-tuned-on", metavar="DATASET", help="dataset that a fine-tuned checkpoint was fine-tuned on"
@@ -58,7 +70,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _import_albef(options: argparse.Namespace, training: str) -> list[str]:
-    from pretrain.weights.albef import import_albef
+    from pretrain.weights.albef import Heads, import_albef
 
     return import_albef(
         options.checkpoint,
@@ -68,7 +80,7 @@ def _import_albef(options: argparse.Namespace, training: str) -> list[str]:
         options.image_size,
         options.caption_tokens or 30,
         training,
-        options.image_heads,
+        Heads(options.image_heads, options.text_heads),
     )
 
 
@@ -97,3 +109,13 @@ def _import_dual(options: argparse.Namespace, training: str) -> list[str]:
         options.caption_tokens,
         training,
     )
+
+
+def _family(text: str) -> str:
+    """Return the name of a family, for argparse, or refuse one that is known not to be supported, saying why."""
+    if text in REFUSED:
+        raise argparse.ArgumentTypeError(
+            f"{text}: {REFUSED[text]}; of the fusion models import an ALBEF, or start a new one from a ViT and a BERT "
+            "(model.image.weights, model.text.weights)"
+        )
+    return text

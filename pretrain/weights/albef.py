@@ -38,6 +38,20 @@ CROSS_ATTENTION = {"self.query": "query", "output.dense": "output", "output.Laye
 """ALBEF's names within a cross-attention, and ours. Its key and value are joined into `key_value`."""
 
 
+PUBLISHED = {("image", 768, 12): (12, "ViT-B's"), ("text", 768, 12): (12, "BERT-base's")}
+"""Heads, and whose they are, by encoder, width and layers: ALBEF's published checkpoints are a ViT-B/16 and a BERT-base."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Numbers of attention heads, which no tensor's shape shows. None: not stated."""
+
+    image: int | None = None
+    """Of the image encoder."""
+    text: int | None = None
+    """Of the text and the fusion encoder."""
+
+
 @dataclasses.dataclass
 class Albef:
     """The content of an ALBEF checkpoint, under our names."""
@@ -55,6 +69,8 @@ class Albef:
     """Tokens of its tokenizer."""
     unused: list[str]
     """Names of the tensors that were not read."""
+    heads: str
+    """Attention heads of both encoders and where their numbers come from, for the report."""
 
 
 def import_albef(
@@ -65,7 +81,7 @@ def import_albef(
     image_size: int | None = None,
     caption_tokens: int = 30,
     training: str = "pretrained",
-    image_heads: int | None = None,
+    heads: Heads | None = None,
 ) -> list[str]:
     """Write an ALBEF checkpoint as a checkpoint folder of ours.
 
@@ -74,22 +90,22 @@ def import_albef(
         out: the folder to write; it must not exist.
         tokenizer: folder or Hugging Face name of the tokenizer it was trained with.
         bert_config: ALBEF's `config_bert.json`, for the number of text heads. Default: the file of that name beside
-            `checkpoint`, else one head for each 64 of width.
+            `checkpoint`, if there is one.
         image_size: pixels a side to interpolate position embeddings to. Default: the checkpoint's own.
         caption_tokens: tokens that a caption is cut to.
         training: what score records say of the model, `pretrained` or `fine-tuned-on X`.
-        image_heads: heads of the image encoder. Default: heads as wide as the text's.
+        heads: attention heads. What is not stated here or in `bert_config` is known for the published sizes alone.
 
     Returns:
         Lines that report what was and was not used.
 
     Raises:
-        CheckpointError: the file is no ALBEF checkpoint, does not fit the tokenizer or the configuration, or is fine-tuned
-            although `training` says `pretrained`.
+        CheckpointError: the file is no ALBEF checkpoint, lacks tensors, does not fit the tokenizer or the configuration, has
+            sizes that leave its heads unknown, or is fine-tuned although `training` says `pretrained`.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists; choose another folder, or remove it")
-    albef = read_albef(checkpoint, bert_config, image_heads)
+    albef = read_albef(checkpoint, bert_config, heads)
     if caption_tokens > albef.config.text.positions:
         raise CheckpointError(
             f"--caption-tokens {caption_tokens} is more than the {albef.config.text.positions} positions of {checkpoint}"
@@ -114,27 +130,27 @@ def import_albef(
         f"{len(albef.student)} tensors and the temperature {albef.temperature:.4f} from {checkpoint}; with them: {', '.join(extras) or 'no teacher, no queue'}",
         f"random, because it has none: {', '.join(random) or 'nothing'}",
         f"not used of it: {', '.join(albef.unused) or 'nothing'}",
-        f"{out}: image {albef.config.image.image_size} px, {albef.config.image.heads} heads, text {albef.config.text.layers} + {albef.config.fusion.layers} layers, {caption_tokens} tokens a caption",
+        f"{out}: image {albef.config.image.image_size} px, text {albef.config.text.layers} + {albef.config.fusion.layers} layers, {caption_tokens} tokens a caption; heads: {albef.heads}",
     ]
 
 
-def read_albef(checkpoint: Path, bert_config: Path | None = None, image_heads: int | None = None) -> Albef:
+def read_albef(checkpoint: Path, bert_config: Path | None = None, heads: Heads | None = None) -> Albef:
     """Read an ALBEF file, and find the model's sizes from its tensors' shapes. No code in the file is run.
 
     Args:
         checkpoint: ALBEF's `.pth` file.
         bert_config: see `import_albef`.
-        image_heads: see `import_albef`.
+        heads: see `import_albef`.
 
     Raises:
-        CheckpointError: the file is no ALBEF checkpoint.
+        CheckpointError: the file is no ALBEF checkpoint, does not fit `bert_config`, or leaves its heads unknown.
     """
     theirs = _load(checkpoint)
     # DDP leaves a `module.` prefix. Retrieval checkpoints have `text_encoder.encoder`, others `text_encoder.bert.encoder`.
     theirs = {_plain_name(name): tensor for name, tensor in theirs.items()}
     beside = Path(checkpoint).with_name("config_bert.json")
     bert = read_json(bert_config or beside) if bert_config or beside.is_file() else {}
-    config = _find_sizes(theirs, bert, image_heads, checkpoint)
+    config, heads_told = _find_sizes(theirs, bert, heads or Heads(), checkpoint)
     student, unused = translate_names(
         {name: tensor for name, tensor in theirs.items() if not _of_teacher(name)}, config.text.layers
     )
@@ -153,7 +169,7 @@ def read_albef(checkpoint: Path, bert_config: Path | None = None, image_heads: i
         }
     # ALBEF clamps the temperature before a step, not after it, and in fine-tuning never. Its last value may lie beyond a
     # bound, where our parameter, a sigmoid between the bounds, has no value.
-    stored = float(theirs["temp"]) if "temp" in theirs else 0.07
+    stored = float(theirs["temp"])
     temperature = min(max(stored, 1.001 * Temperature.low), Temperature.high / 1.001)
     return Albef(
         config,
@@ -163,6 +179,7 @@ def read_albef(checkpoint: Path, bert_config: Path | None = None, image_heads: i
         temperature,
         len(student["text_encoder.words.weight"]),
         sorted(unused),
+        heads_told,
     )
 
 
@@ -220,7 +237,10 @@ def resize(albef: Albef, image_size: int) -> None:
 
 
 def build_model(albef: Albef) -> tuple[AlignmentModel, list[str]]:
-    """Return the student, and the names of its parameters that the checkpoint does not have and that stay random."""
+    """Return the student, and the names of its parameters that the checkpoint does not have and that stay random.
+
+    Only the head for masked words may be missing, as it is in checkpoints fine-tuned for retrieval.
+    """
     albef.config.temperature = albef.temperature
     model = AlignmentModel(albef.config, albef.vocabulary)
     own = dict(model.named_parameters())
@@ -229,7 +249,13 @@ def build_model(albef: Albef) -> tuple[AlignmentModel, list[str]]:
             expected = f"the model has {tuple(own[name].shape)}" if name in own else "the model has no such part"
             raise CheckpointError(f"an ALBEF tensor does not fit: {name} is {tuple(weight.shape)}, {expected}")
         own[name].data.copy_(weight)
-    return model, [name for name in own if name not in albef.student and name != "temperature.logit"]
+    random = [name for name in own if name not in albef.student and name != "temperature.logit"]
+    if missing := [name for name in random if not name.startswith("masked_language_head.")]:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise CheckpointError(
+            f"the ALBEF checkpoint lacks the tensors of {missing[0]}{more}, which would be random; give a complete one"
+        )
+    return model, random
 
 
 def write(out: Path, model: AlignmentModel, albef: Albef, tokenizer: CaptionTokenizer, training: str) -> None:
@@ -267,11 +293,18 @@ def _of_teacher(name: str) -> bool:
 
 
 def _find_sizes(
-    theirs: dict[str, Tensor], bert: dict[str, Any], image_heads: int | None, checkpoint: Path
-) -> ModelConfig:
-    """Return the model's sizes, from the shapes of its tensors.
+    theirs: dict[str, Tensor], bert: dict[str, Any], stated: Heads, checkpoint: Path
+) -> tuple[ModelConfig, str]:
+    """Return the model's sizes, from the shapes of its tensors, and where its numbers of heads come from.
 
-    No shape shows the number of heads. BERT's configuration has it; without one there is a head for each 64 of width.
+    Args:
+        theirs: the checkpoint's tensors.
+        bert: the content of `config_bert.json`; empty if there is none.
+        stated: attention heads that the user states.
+        checkpoint: the file, for messages.
+
+    Raises:
+        CheckpointError: a tensor is missing, `bert` is another model's, or the number of heads is unknown.
     """
     try:
         patches = theirs["visual_encoder.patch_embed.proj.weight"]
@@ -281,6 +314,7 @@ def _find_sizes(
         side = math.isqrt(theirs["visual_encoder.pos_embed"].shape[1] - 1)
         feed_forward = theirs["text_encoder.bert.encoder.layer.0.intermediate.dense.weight"].shape[0]
         feature_dim = theirs["vision_proj.weight"].shape[0]
+        theirs["temp"]
     except KeyError as error:
         raise CheckpointError(f"{checkpoint} is no ALBEF checkpoint: it has no {error.args[0]}") from None
     blocks = _count(theirs, r"visual_encoder\.blocks\.(\d+)\.")
@@ -293,12 +327,16 @@ def _find_sizes(
     ]
     first = min(cross_attention_layers, default=layers)
     text_width = words.shape[1]
-    heads = int(bert.get("num_attention_heads", max(1, text_width // 64)))
-    head_width = text_width // heads
-    image_heads = image_heads or (width // head_width if width % head_width == 0 else heads)
-    if width % image_heads:
-        raise CheckpointError(f"--image-heads {image_heads} does not divide the image encoder's width of {width}")
-    return ModelConfig(
+    for name, own in (("hidden_size", text_width), ("hidden_act", "gelu")):
+        if bert.get(name, own) != own:
+            raise CheckpointError(
+                f"{name} is {bert[name]} in config_bert.json, but {own} in {checkpoint} as it is read here"
+            )
+    image_heads, image_told = _find_heads(("image", width, blocks), stated.image, None, checkpoint)
+    text_heads, text_told = _find_heads(
+        ("text", text_width, layers), stated.text, bert.get("num_attention_heads"), checkpoint
+    )
+    config = ModelConfig(
         ImageEncoderConfig(
             architecture="vit_base_patch16_224",
             image_size=side * patch,
@@ -308,12 +346,48 @@ def _find_sizes(
             heads=image_heads,
         ),
         TextEncoderConfig(
-            text_width, first, heads, feed_forward, float(bert.get("hidden_dropout_prob", 0.1)), len(positions)
+            text_width, first, text_heads, feed_forward, float(bert.get("hidden_dropout_prob", 0.1)), len(positions)
         ),
         FusionEncoderConfig(layers=layers - first),
         feature_dim,
         codewords=0,
     )
+    return config, f"image {image_heads} ({image_told}), text {text_heads} ({text_told})"
+
+
+def _find_heads(
+    sizes: tuple[str, int, int], stated: int | None, configured: int | None, checkpoint: Path
+) -> tuple[int, str]:
+    """Return an encoder's number of attention heads, and where it comes from.
+
+    Args:
+        sizes: `image` or `text`, the encoder's width and its layers.
+        stated: the number that the user states.
+        configured: the number in the checkpoint's own configuration.
+        checkpoint: the file, for messages.
+
+    Raises:
+        CheckpointError: nothing tells the number, the two that tell it differ, or it does not divide the width.
+    """
+    encoder, width, layers = sizes
+    option = f"--{encoder}-heads"
+    if stated is not None and configured is not None and stated != configured:
+        raise CheckpointError(f"{option} is {stated}, but config_bert.json says {configured}; leave out {option}")
+    if stated is not None:
+        heads, told = stated, option
+    elif configured is not None:
+        heads, told = configured, "config_bert.json"
+    elif sizes in PUBLISHED:
+        heads, told = PUBLISHED[sizes]
+    else:
+        other = " or --bert-config FILE" if encoder == "text" else ""
+        raise CheckpointError(
+            f"{checkpoint} does not tell how many attention heads its {encoder} encoder has, and {layers} layers of width {width} are "
+            f"no published size; give {option} N{other}"
+        )
+    if heads < 1 or width % heads:
+        raise CheckpointError(f"{told}: {heads} heads do not divide the {encoder} encoder's width of {width}")
+    return heads, told
 
 
 def _count(names: dict[str, Tensor], pattern: str) -> int:

@@ -147,10 +147,22 @@ def _read_bert(config: TextEncoderConfig, key: str) -> dict[str, Tensor]:
 
     source = model_folder(config.weights, f"{key}.weights")
     try:
-        kind = AutoConfig.from_pretrained(source).model_type
+        settings = AutoConfig.from_pretrained(source)
+        kind = settings.model_type
         if kind != "bert":  # its tensors have other names, and transformers would start a random BERT in their place
             raise CheckpointError(
                 f"{key}.weights: {config.weights} is a {kind}, but the text encoder is a BERT; name a BERT, or set {key}.kind to transformers"
+            )
+        # No tensor's shape shows these, so a wrong value would give wrong features without an error.
+        if settings.num_attention_heads != config.heads:
+            raise CheckpointError(
+                f"{key}.heads is {config.heads}, but {config.weights} has {settings.num_attention_heads}; set {key}.heads to "
+                f"{settings.num_attention_heads}"
+            )
+        if settings.hidden_act != "gelu":
+            raise CheckpointError(
+                f"{key}.weights: {config.weights} computes with {settings.hidden_act}, but the text encoder with gelu; name "
+                "another BERT"
             )
         loaded: Any = BertForMaskedLM.from_pretrained(source, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

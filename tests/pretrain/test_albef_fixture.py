@@ -19,7 +19,7 @@ from pretrain.objectives.matching import draw_negatives
 from pretrain.objectives.state import Keys, MaskedText, MicroBatch, StudentState
 from pretrain.teacher import Teacher
 from pretrain.weights.albef import Albef as Read
-from pretrain.weights.albef import build_model, read_albef, translate_names
+from pretrain.weights.albef import Heads, build_model, read_albef, translate_names
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -59,7 +59,7 @@ def albef(shared) -> Albef:
     inputs, expected, gradients = (
         load_file(folder / f"{name}.safetensors") for name in ("inputs", "expected", "gradients")
     )
-    read = read_albef(folder / "checkpoint.pth")
+    read = read_albef(folder / "checkpoint.pth", heads=Heads(image=sizes["heads"]))
     assert not read.unused
     model, fresh = build_model(read)
     assert not fresh

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import timm
 import tiny
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
+from transformers import BertConfig
 
 from launch.cli import main
 from pretrain import load_model
 from pretrain.config import PretrainRecipe
 from pretrain.model.image_encoder import interpolate_positions
 from pretrain.task import PretrainTask
-from pretrain.weights.albef import import_albef, read_albef
+from pretrain.weights.albef import PUBLISHED, Heads, build_model, import_albef, read_albef
 from pretrain.weights.load import find_checkpoint
 from pretrain.weights.starting import load_starting_weights
 from runtime.checkpoint import read_tensors
 from runtime.errors import CheckpointError
 from runtime.ranks import Ranks
 from runtime.recipe import build_config
+
+HEADS = Heads(image=1, text=2)
+"""Those of `published`."""
 
 
 def published(
@@ -88,7 +94,7 @@ def published(
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("albef")
-    import_albef(published(folder), folder / "out", str(folder), caption_tokens=tiny.CAPTION_WORDS)
+    import_albef(published(folder), folder / "out", str(folder), caption_tokens=tiny.CAPTION_WORDS, heads=HEADS)
     return folder / "out"
 
 
@@ -147,7 +153,7 @@ def test_pretraining_continues_from_the_import(imported, drawn, tmp_path):
 
 def test_joined_matrices_are_albefs_side_by_side(tmp_path):
     path = published(tmp_path)
-    theirs, ours = torch.load(path, weights_only=True)["model"], read_albef(path)
+    theirs, ours = torch.load(path, weights_only=True)["model"], read_albef(path, heads=HEADS)
     layer = "text_encoder.bert.encoder.layer.3.crossattention.self"
     joined = torch.cat([theirs[f"{layer}.{name}.weight"] for name in ("key", "value")])
     assert torch.equal(ours.student["fusion_encoder.layers.0.cross_attention.key_value.weight"], joined)
@@ -163,7 +169,7 @@ def test_joined_matrices_are_albefs_side_by_side(tmp_path):
 
 def test_position_embeddings_are_interpolated_to_another_resolution(tmp_path):
     path = published(tmp_path)
-    import_albef(path, tmp_path / "out", str(tmp_path), image_size=64, caption_tokens=10)
+    import_albef(path, tmp_path / "out", str(tmp_path), image_size=64, caption_tokens=10, heads=HEADS)
     found = load_file(tmp_path / "out" / "model.safetensors")["image_encoder.vit.pos_embed"]
     theirs = torch.load(path, weights_only=True)["model"]["visual_encoder.pos_embed"]
     grid = functional.interpolate(theirs[:, 1:].view(1, 2, 2, -1).permute(0, 3, 1, 2), 4, mode="bicubic")
@@ -173,13 +179,13 @@ def test_position_embeddings_are_interpolated_to_another_resolution(tmp_path):
     assert load_model(tmp_path / "out").encode_image(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 20)
     for size in (50, 0, -64):
         with pytest.raises(CheckpointError, match="no multiple of the patch"):
-            import_albef(path, tmp_path / "other", str(tmp_path), image_size=size, caption_tokens=10)
+            import_albef(path, tmp_path / "other", str(tmp_path), image_size=size, caption_tokens=10, heads=HEADS)
 
 
 def test_import_loading_and_starting_interpolate_positions_alike(imported, tmp_path):
     """At import, where a model is loaded at another size, and where a run begins from a file of the image encoder's weights."""
     path = published(tmp_path)
-    import_albef(path, tmp_path / "out", str(tmp_path), image_size=64, caption_tokens=10)
+    import_albef(path, tmp_path / "out", str(tmp_path), image_size=64, caption_tokens=10, heads=HEADS)
     name = "image_encoder.vit.pos_embed"
     wanted = load_file(tmp_path / "out" / "model.safetensors")[name]
     loaded = load_model(imported, image_size=64).network
@@ -193,21 +199,91 @@ def test_import_loading_and_starting_interpolate_positions_alike(imported, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("stated", "asked", "heads"), [({}, None, (1, 2)), ({"num_attention_heads": 4}, None, (2, 4)), ({}, 4, (4, 2))]
+    ("asked", "configured", "told"),
+    [
+        ((4, 8), None, "image 4 (--image-heads), text 8 (--text-heads)"),
+        ((4, None), 8, "image 4 (--image-heads), text 8 (config_bert.json)"),
+        ((4, 8), 8, "image 4 (--image-heads), text 8 (--text-heads)"),
+    ],
 )
-def test_image_heads_are_as_wide_as_text_heads_unless_stated(tmp_path, stated, asked, heads):
+def test_heads_are_those_stated_and_the_report_says_by_whom(tmp_path, asked, configured, told):
     path = published(tmp_path)
-    (tmp_path / "config_bert.json").write_text(json.dumps(stated))
-    config = read_albef(path, image_heads=asked).config
-    assert (config.image.heads, config.text.heads) == heads
-    with pytest.raises(CheckpointError, match="--image-heads 5 does not divide"):
-        read_albef(path, image_heads=5)
+    if configured:
+        (tmp_path / "config_bert.json").write_text(json.dumps({"num_attention_heads": configured, "hidden_size": 128}))
+    report = import_albef(path, tmp_path / "out", str(tmp_path), caption_tokens=10, heads=Heads(*asked))
+    assert report[-1].endswith(f"heads: {told}")
+    config = load_model(tmp_path / "out").network.config
+    assert (config.image.heads, config.text.heads) == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "bert", "said"),
+    [
+        ("", {}, "image encoder has, and 2 layers of width 64 are no published size; give --image-heads N"),
+        ("--image-heads 1", {}, "text encoder has, and 4 layers of width 128 are .*; give --text-heads N or --bert-config FILE"),
+        ("--image-heads 1", {"hidden_size": 128}, "give --text-heads N"),
+        ("--text-heads 2", {"num_attention_heads": 2}, "give --image-heads N"),
+        ("--image-heads 1 --text-heads 4", {"num_attention_heads": 2}, "--text-heads is 4, but config_bert.json says 2"),
+        ("--image-heads 5 --text-heads 2", {}, "--image-heads: 5 heads do not divide the image encoder's width of 64"),
+        ("--image-heads 1 --text-heads 0", {}, "--text-heads: 0 heads do not divide"),
+        ("--image-heads 1", {"num_attention_heads": 3}, "config_bert.json: 3 heads do not divide the text encoder's width"),
+        ("--image-heads 1", {"num_attention_heads": 12, "hidden_size": 768}, "hidden_size is 768 in config_bert.json, but 128"),
+        ("--image-heads 1 --text-heads 2", {"hidden_act": "relu"}, "hidden_act is relu in config_bert.json, but gelu"),
+    ],
+)  # fmt: skip
+def test_heads_are_never_guessed(tmp_path, capsys, options, bert, said):
+    path = published(tmp_path)
+    if bert:
+        (tmp_path / "config_bert.json").write_text(json.dumps(bert))
+    arguments = [str(path), str(tmp_path / "out"), "--tokenizer", str(tmp_path), "--caption-tokens", "10"]
+    assert main(["import", "albef", *arguments, *options.split()]) == 1
+    error = capsys.readouterr().err
+    assert re.search(said, error) and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_published_sizes_are_those_of_timm_and_bert():
+    with torch.device("meta"):
+        vit = timm.create_model("vit_base_patch16_224")
+    bert = BertConfig()  # its defaults are bert-base-uncased
+    assert {
+        ("image", vit.embed_dim, len(vit.blocks)): (vit.blocks[0].attn.num_heads, "ViT-B's"),
+        ("text", bert.hidden_size, bert.num_hidden_layers): (bert.num_attention_heads, "BERT-base's"),
+    } == PUBLISHED
+
+
+def test_heads_of_a_published_size_are_known_and_the_report_names_it(tmp_path, monkeypatch):
+    path = published(tmp_path)
+    monkeypatch.setitem(PUBLISHED, ("image", 64, 2), (4, "ViT-X's"))
+    monkeypatch.setitem(PUBLISHED, ("text", 128, 4), (8, "BERT-X's"))
+    read = read_albef(path)
+    assert read.heads == "image 4 (ViT-X's), text 8 (BERT-X's)"
+    assert (read.config.image.heads, read.config.text.heads) == (4, 8)
+
+
+@pytest.mark.parametrize(
+    "name", ["visual_encoder.blocks.1.attn.proj.bias", "itm_head.weight", "text_encoder.bert.embeddings.LayerNorm.bias"]
+)
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path, name):
+    path = published(tmp_path)
+    weights = torch.load(path, weights_only=True)["model"]
+    del weights[name]
+    torch.save({"model": weights}, path)
+    with pytest.raises(CheckpointError, match="lacks the tensors of .*, which would be random"):
+        build_model(read_albef(path, heads=HEADS))
+
+
+@pytest.mark.parametrize("family", ["meter", "blip"])
+def test_fusion_models_of_other_families_are_refused_by_name(family, capsys):
+    assert main(["import", family, "a", "b"]) == 2
+    error = capsys.readouterr().err
+    assert f"{family}: its" in error and "import an ALBEF" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(("stored", "read"), [(0.0005, 0.001), (0.001, 0.001), (0.5, 0.5), (0.7, 0.5), (0.07, 0.07)])
 def test_a_temperature_at_a_bound_or_beyond_is_brought_within(tmp_path, stored, read):
     path = published(tmp_path, temp=torch.tensor(stored))
-    import_albef(path, tmp_path / "out", str(tmp_path), caption_tokens=10)
+    import_albef(path, tmp_path / "out", str(tmp_path), caption_tokens=10, heads=HEADS)
     assert float(load_model(tmp_path / "out").network.temperature()) == pytest.approx(read, rel=2e-3)
 
 
@@ -215,7 +291,7 @@ def test_captions_are_read_without_punctuation_and_fit_the_positions(imported, t
     model = load_model(imported)
     assert model.tokenizer.encode(["a red, (square)!"]) == model.tokenizer.encode(["a red square"])
     with pytest.raises(CheckpointError, match="--caption-tokens 41 is more than the 40 positions"):
-        import_albef(published(tmp_path), tmp_path / "out", str(tmp_path), caption_tokens=41)
+        import_albef(published(tmp_path), tmp_path / "out", str(tmp_path), caption_tokens=41, heads=HEADS)
 
 
 def test_a_retrieval_checkpoint_without_mlm_head_and_teacher_is_read(tmp_path):
@@ -230,8 +306,10 @@ def test_a_retrieval_checkpoint_without_mlm_head_and_teacher_is_read(tmp_path):
     with pytest.raises(
         CheckpointError, match="has no head for masked words.*say on which dataset with --fine-tuned-on"
     ):
-        import_albef(path, tmp_path / "out", str(tmp_path), caption_tokens=10)
-    report = import_albef(path, tmp_path / "out", str(tmp_path), caption_tokens=10, training="fine-tuned-on coco")
+        import_albef(path, tmp_path / "out", str(tmp_path), caption_tokens=10, heads=HEADS)
+    report = import_albef(
+        path, tmp_path / "out", str(tmp_path), caption_tokens=10, training="fine-tuned-on coco", heads=HEADS
+    )
     assert "no teacher, no queue" in report[0] and "masked_language_head.dense.weight" in report[1]
     assert load_model(tmp_path / "out").training == "fine-tuned-on coco"
     assert not (tmp_path / "out" / "teacher.safetensors").exists()
@@ -239,14 +317,12 @@ def test_a_retrieval_checkpoint_without_mlm_head_and_teacher_is_read(tmp_path):
 
 def test_stray_tensors_are_reported_and_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
     path = published(tmp_path, stray=torch.zeros(1))
-    assert read_albef(path).unused == ["stray"]
+    assert read_albef(path, heads=HEADS).unused == ["stray"]
     (tmp_path / "vocab").mkdir()
     (tmp_path / "vocab" / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one"]))
     with pytest.raises(CheckpointError, match="has 24 words and the tokenizer .* has 6"):
-        import_albef(path, tmp_path / "out", str(tmp_path / "vocab"))
+        import_albef(path, tmp_path / "out", str(tmp_path / "vocab"), heads=HEADS)
     assert not (tmp_path / "out").exists()
-    (tmp_path / "config_bert.json").write_text(json.dumps({"num_attention_heads": 8}))
-    assert read_albef(path).config.text.heads == 8
 
 
 def test_files_that_are_not_albefs_are_refused_in_one_line(tmp_path, capsys):

@@ -122,6 +122,16 @@ def test_a_bert_of_another_size_is_refused_by_its_shapes(bert_folder):
         load_starting_weights(text_model(bert_folder, positions=20))
 
 
+def test_what_no_shape_shows_of_a_bert_must_agree_with_the_recipe(bert_folder, tmp_path):
+    with pytest.raises(CheckpointError, match="model.text.heads is 2, but .* has 4; set model.text.heads to 4"):
+        load_starting_weights(text_model(bert_folder, heads=2))
+    bert = BertForMaskedLM.from_pretrained(bert_folder)
+    bert.config.hidden_act = "relu"
+    bert.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="computes with relu, but the text encoder with gelu"):
+        load_starting_weights(text_model(tmp_path))
+
+
 def image_model(weights) -> AlignmentModel:
     return tiny.model(tiny.recipe(model__image__weights=str(weights)))
 
