@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from runtime.errors import CheckpointError, LigatureError, RecipeError
 from runtime.files import read_json
 from runtime.ranks import sum_over_ranks
 from runtime.recipe import write_recipe
+from training.averages import WeightAverage
 from training.context import RunContext, hold_run
 from training.loop import TrainingLoop
 from training.resume import find_resume
@@ -181,6 +183,14 @@ class Finetuning(Stage):
 
     def __post_init__(self) -> None:
         self.validates = self.validation is not None
+        momentum = self.recipe.training.ema_momentum
+        self.average = None if momentum is None else WeightAverage(self._trained().items(), momentum)
+
+    def _trained(self) -> dict[str, Tensor]:
+        """Return the live weights that learn, by their name in a checkpoint."""
+        learning = {parameter.data_ptr() for parameter in self.learner.named.values()}
+        tensors = self.learner.task.checkpoint_tensors()
+        return {name: tensor for name, tensor in tensors.items() if tensor.data_ptr() in learning}
 
     def take_step(self, batch: dict[str, Any], epoch: float, step: int) -> dict[str, Tensor]:
         """Train on one batch; see `Stage.take_step`."""
@@ -195,6 +205,8 @@ class Finetuning(Stage):
         mean_loss = float(sum_over_ranks(figures["loss"])) / context.ranks.world
         if self.state.sick.admits(mean_loss, float(norm)):
             learner.prepared.step()
+            if self.average:
+                self.average.update(self._trained().items())
         learner.prepared.zero_grad()
         lr = torch.tensor(recipe.optimizer.lr_at(step, self.steps))
         return figures | {"lr": lr, "gradient_norm": norm} | learner.task.extra_figures()
@@ -224,7 +236,8 @@ class Finetuning(Stage):
         task, context = self.learner.task, self.context
         training = task.training
         work = Workload(context.ranks, context.device, workers=self.recipe.data.workers)
-        result = task.eval().validate(self.validation, work)
+        with self.average.in_place_of(self._trained()) if self.average else nullcontext():
+            result = task.eval().validate(self.validation, work)
         task.train(training)
         return result
 
@@ -243,6 +256,8 @@ class Finetuning(Stage):
             "model": host_copies(task.checkpoint_tensors().items(), keep=True),
             "optimizer": host_copies(moments, keep=True),
         }
+        if self.average:
+            tensors["ema"] = host_copies(self.average.weights.items(), keep=True)
         state = self.state.state_dict() | {"frozen": task.frozen}
         # A copy: training goes on and changes the state while a thread writes it.
         values = copy.deepcopy({"state": state, "model": task.describe(f"fine-tuned-on {recipe.dataset}")})
@@ -263,6 +278,8 @@ class Finetuning(Stage):
         saved = read_json(checkpoint / "state.json")
         self.state.sick.load(saved.get("sick"))
         copy_weights(task.checkpoint_tensors(), read_tensors(checkpoint, "model"), checkpoint)
+        if self.average:
+            self.average.load(read_tensors(checkpoint, "ema"))
         load_moments(self.learner.optimizer, self.learner.named, read_tensors(checkpoint, "optimizer"))
         if saved.get("frozen", task.frozen) != task.frozen:
             raise CheckpointError(

@@ -46,6 +46,7 @@ from runtime.errors import RecipeError
 from runtime.files import read_json
 from runtime.ranks import barrier, run_on_first, sum_over_ranks
 from runtime.recipe import write_recipe
+from training.averages import WeightAverage
 from training.context import RunContext, hold_run
 from training.loop import TrainingLoop
 from training.resume import find_resume
@@ -179,6 +180,8 @@ class Pretraining(Stage):
         self.validates = self.validation is not None
         model = self.task.student.model
         self.freezing = Freezing(self.task.student, model.parts(), vars(self.recipe.optimizer.freeze_until))
+        momentum = self.recipe.training.ema_momentum
+        self.average = None if momentum is None else WeightAverage(self.engine.masters(), momentum)
         self.epochs = self.steps * self.recipe.training.global_batch / len(self.state.stream)
 
     def take_step(self, batch: dict[str, Any], epoch: float, step: int) -> dict[str, Tensor]:
@@ -200,6 +203,8 @@ class Pretraining(Stage):
             norm = engine.step(partial(self._admits, losses))
         if engine.applied:
             task.finish(engine.masters())
+            if self.average:
+                self.average.update(engine.masters())
         if (step + 1) % training.log_every == 0:
             figures |= {"teacher_distance": task.teacher.distance(engine.masters())}
         figures |= {"lr": torch.tensor(lr), "gradient_norm": torch.tensor(norm)}
@@ -216,9 +221,13 @@ class Pretraining(Stage):
         recipe, context, tokenizer = self.recipe, self.context, self.task.tokenizer
         assert self.validation is not None
         model = self.task.student.model
-        if self.engine.stage == 3:  # ranks encode different numbers of batches, so each needs whole weights
+        if (
+            self.engine.stage == 3 or self.average
+        ):  # ranks encode different numbers of batches, so each needs whole weights
             model = AlignmentModel(recipe.model, tokenizer.vocabulary).to(context.device)
             self.engine.copy_weights(model)
+        for name, average in self.average.weights.items() if self.average else ():
+            model.get_parameter(name).data.copy_(average)
         encodings = encode_collection(
             model, tokenizer, self.validation, context.ranks, self.micro_batch, recipe.data.workers
         )
@@ -236,6 +245,8 @@ class Pretraining(Stage):
         }
         if task.potentials is not None:
             tensors["transport"] = host_copies([("potentials", task.potentials)], first)
+        if self.average:
+            tensors["ema"] = host_copies(self.average.weights.items(), first)
         if not first:
             return None
         description = describe_model(recipe.model, recipe.data.caption_tokens, "pretrained")
@@ -265,6 +276,8 @@ class Pretraining(Stage):
         self.engine.load(masters, read_tensors(checkpoint, "optimizer"), applied, saved.get("part_steps", {}))
         task.teacher.load(read_tensors(checkpoint, "teacher"))
         task.queue.load_state_dict(read_tensors(checkpoint, "queue"))
+        if self.average:
+            self.average.load(read_tensors(checkpoint, "ema"))
         task.potentials = None
         if (checkpoint / "transport.safetensors").exists():
             task.potentials = read_tensors(checkpoint, "transport")["potentials"].to(task.device)

@@ -180,6 +180,9 @@ class LoopConfig:
     """Seconds without progress after which a rank counts as hung and the run stops, naming it. It must exceed the longest
     validation, compilation or part of the start; taking over from a process that vanished takes a minute. A rank that died is
     noticed after three tenths of this time, or after about 30 seconds if that is sooner."""
+    ema_momentum: float | None = None
+    """Share of itself that a moving average of the trained weights keeps in each step, such as 0.999. Validation and whoever loads the
+    checkpoint then use the average. null: no average."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -196,6 +199,10 @@ class LoopConfig:
         if self.milestone_every and self.milestone_every % self.checkpoint_every:
             raise RecipeError(
                 f"training.milestone_every is {self.milestone_every}; it must be a multiple of training.checkpoint_every {self.checkpoint_every}"
+            )
+        if self.ema_momentum is not None and not 0 <= self.ema_momentum < 1:
+            raise RecipeError(
+                f"training.ema_momentum is {self.ema_momentum}; it must be at least 0 and below 1, or null for no average"
             )
         if self.rank_timeout <= 0:
             raise RecipeError(f"training.rank_timeout is {self.rank_timeout}; it must be a number of seconds above 0")

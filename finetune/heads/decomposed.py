@@ -27,8 +27,8 @@ from pretrain.model.config import ModelConfig
 from pretrain.model.fusion_encoder import FusionEncoder
 from pretrain.model.single_stream import IMAGE, TEXT, SingleStreamEncoder
 from pretrain.weights.inputs import read_images, read_texts
-from pretrain.weights.load import Images, Texts, find_checkpoint, load_model, load_weights
-from runtime.checkpoint import checkpoint_hash, read_tensors, verify_checkpoint
+from pretrain.weights.load import Images, Texts, find_checkpoint, load_model, load_weights, read_weights
+from runtime.checkpoint import checkpoint_hash, verify_checkpoint
 from runtime.errors import CheckpointError
 from runtime.files import read_json
 from runtime.progress import progress
@@ -156,7 +156,7 @@ class LoadedVLDeformer:
             self.tokenizer: CaptionTokenizer = load_tokenizer(self.folder, description["caption_tokens"])
             network = AlignmentModel(build_config(ModelConfig, description["model"]), self.tokenizer.vocabulary)
             self.model = Decomposed(network, build_config(VLDeformerConfig, description["vldeformer"]).pooling)
-            load_weights(self.model, read_tensors(self.folder, "model"), self.folder)
+            load_weights(self.model, read_weights(self.folder), self.folder)
         else:
             start = load_model(self.folder)
             require_fusion_encoder(start.network.config, self.folder)

@@ -18,8 +18,8 @@ from finetune.heads.levels import BackboneEncoders, CheckpointEncoders, LevelEnc
 from finetune.heads.stacked_attention import Comparison, context_gram, mean_scores, pair_scores
 from pretrain.model.alignment_model import AlignmentModel
 from pretrain.model.config import ModelConfig
-from pretrain.weights.load import find_checkpoint, load_weights
-from runtime.checkpoint import checkpoint_hash, read_tensors, verify_checkpoint
+from pretrain.weights.load import find_checkpoint, load_weights, read_weights
+from runtime.checkpoint import checkpoint_hash, verify_checkpoint
 from runtime.errors import CheckpointError
 from runtime.files import read_json
 from runtime.recipe import build_config
@@ -118,7 +118,7 @@ class LoadedHat:
         else:
             encoders = BackboneEncoders(config, self.tokenizer.vocabulary, start=False)
         self.model = HatModel(encoders, config)
-        load_weights(self.model, read_tensors(self.folder, "model"), self.folder)
+        load_weights(self.model, read_weights(self.folder), self.folder)
         self.model.eval().requires_grad_(False).to(device)
 
     @property

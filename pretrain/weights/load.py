@@ -153,7 +153,7 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", image_siz
         )
     tokenizer = load_tokenizer(folder, description["caption_tokens"])
     network = AlignmentModel(build_config(ModelConfig, description["model"]), tokenizer.vocabulary)
-    load_weights(network, read_tensors(folder, "model"), folder)
+    load_weights(network, read_weights(folder), folder)
     if image_size:
         network = at_resolution(network, image_size)
     return ImageTextModel(network, tokenizer, folder, description["training"], torch.device(device))
@@ -175,6 +175,12 @@ def at_resolution(network: AlignmentModel, image_size: int) -> AlignmentModel:
     network.image_encoder.set_image_size(image_size)
     resized.load_state_dict(network.state_dict())
     return resized
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the weights that a checkpoint's model is used with: averages (`training.ema_momentum`) where it holds any."""
+    averages = read_tensors(folder, "ema") if (folder / "ema.safetensors").is_file() else {}
+    return read_tensors(folder, "model") | averages
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:

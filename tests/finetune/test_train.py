@@ -293,3 +293,83 @@ def test_ranks_share_the_gradients_of_a_part_that_thaws(gloo_pool, lone_process)
             torch.testing.assert_close([one for one in mine if one is not None], [o for o in alone if o is not None])
     assert [one is None for one in expected[0]] == [True, True, False, False]
     assert not any(one is None for one in expected[1])
+
+
+def test_an_average_of_the_weights_is_what_is_validated_saved_and_loaded(pretrained, drawn, tmp_path, monkeypatch):
+    """Also where the run dies and resumes; the weights that train are those of a run without an average."""
+    every = ["--training.checkpoint_every", "1", "--training.keep_last", "9", "--optimizer.lr", "1e-3"]
+    averaged = [*every, "--training.ema_momentum", "0.5"]
+    assert tune(pretrained, drawn, tmp_path / "plain", *every) == 0
+    assert tune(pretrained, drawn, tmp_path / "whole", *averaged) == 0
+    folders = sorted((tmp_path / "whole" / "finetune" / "checkpoints").glob("step-*"))
+    expected = {name: weight.double() for name, weight in read_tensors(find_checkpoint(pretrained), "model").items()}
+    for folder in folders:
+        model, average = read_tensors(folder, "model"), read_tensors(folder, "ema")
+        assert len(average) > 60 and "masked_language_head.bias" not in average
+        for name in average:
+            expected[name] = 0.5 * expected[name] + 0.5 * model[name].double()
+            assert (average[name].double() - expected[name]).abs().max() < 1e-6, name
+        loaded = load_model(folder).network.state_dict()
+        assert all(torch.equal(loaded[name], average.get(name, model[name])) for name in loaded)
+    plain = read_tensors(tmp_path / "plain" / "finetune" / "checkpoints" / folders[-1].name, "model")
+    assert len(folders) == 6 and all(torch.equal(model[name], plain[name]) for name in plain)
+
+    import finetune.train as stage
+
+    ordinary, calls = stage.retrieval_batch, []
+
+    def dying(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("killed on purpose")
+        return ordinary(*arguments)
+
+    monkeypatch.setattr(stage, "retrieval_batch", dying)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        tune(pretrained, drawn, tmp_path / "broken", *averaged)
+    monkeypatch.setattr(stage, "retrieval_batch", ordinary)
+    assert tune(pretrained, drawn, tmp_path / "broken", *averaged) == 0
+    resumed = read_tensors(tmp_path / "broken" / "finetune" / "checkpoints" / folders[-1].name, "ema")
+    assert all(torch.equal(resumed[name], average[name]) for name in average)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_pretraining_keeps_an_average_too(precision, drawn, tmp_path, monkeypatch):
+    """Of the student, by the formula at each step, and to the bit where the run dies and resumes."""
+    from pretrain.task import PretrainTask
+
+    more = ["--training.steps", "4", "--training.ema_momentum", "0.5", "--training.precision", precision]
+    more += ["--training.checkpoint_every", "1", "--training.keep_last", "9"]
+    more += ["--data.validation", str(drawn / "validation"), "--training.validate_every", "2"]
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    folders = sorted((small.pretrain(tmp_path / "whole", drawn, *more) / "checkpoints").glob("step-*"))
+    expected = None
+    for folder in folders:
+        model, average = read_tensors(folder, "model"), read_tensors(folder, "ema")
+        assert average.keys() == model.keys()
+        for name in average if expected else ():
+            formula = 0.5 * expected[name].double() + 0.5 * model[name].double()
+            assert (average[name].double() - formula).abs().max() < 1e-6, name
+        expected = average
+        loaded = load_model(folder).network.state_dict()
+        assert all(torch.equal(loaded[name], average[name]) for name in average)
+        assert not torch.equal(loaded["codebook"], model["codebook"])
+    assert len(folders) == 4
+
+    ordinary, calls = PretrainTask.prepare, []
+
+    def dying(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("killed on purpose")
+        return ordinary(*arguments)
+
+    monkeypatch.setattr(PretrainTask, "prepare", dying)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        small.pretrain(tmp_path / "broken", drawn, *more)
+    monkeypatch.setattr(PretrainTask, "prepare", ordinary)
+    resumed = small.pretrain(tmp_path / "broken", drawn, *more) / "checkpoints" / folders[-1].name
+    for part in ("model", "ema"):
+        ours, theirs = read_tensors(resumed, part), read_tensors(folders[-1], part)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
