@@ -1,15 +1,22 @@
-"""Every parameter has its part and its depth: by hand for a ViT and a BERT, by timm's own layer decay for timm's models."""
+"""Every parameter has its part and its depth: by hand for a ViT and a BERT, by timm's own layer decay for timm's models, by
+name for those of transformers."""
 
 import math
+import re
 
 import pytest
 import tiny
 from timm.optim import param_groups_layer_decay
+from tiny_text_models import POSITIONS, write_family
 
+from data_tools.tokenizer import load_tokenizer
 from pretrain.model.alignment_model import AlignmentModel
-from pretrain.model.config import ImageEncoderConfig
-from pretrain.model.parts import Freezing, parameter_groups
+from pretrain.model.config import ImageEncoderConfig, TextEncoderConfig
+from pretrain.model.parts import Freezing, encoder_parts, parameter_groups
 from pretrain.model.timm_tower import TimmTower
+from pretrain.model.transformers_text import TransformersText
+from pretrain.model.transformers_tower import TransformersTower
+from pretrain.weights.text_tower import describe_encoder, fit_tokenizer
 from runtime.errors import RecipeError
 from training.config import FreezeConfig, OptimizerConfig, RatesConfig
 
@@ -137,3 +144,30 @@ def test_rates_that_make_no_sense_name_their_key(values, said):
 def test_a_part_cannot_be_frozen_for_a_while_and_for_good():
     with pytest.raises(RecipeError, match=r"freeze_until.image is 1, but model.image.frozen is true"):
         tiny.recipe(checkpoint="x", model__image__frozen=True, optimizer__freeze_until={"image": 1.0})
+
+
+def assert_the_layers_are_counted(part):
+    """Embeddings lie below all three layers; what follows the layers, a last norm or a pooling, is on top."""
+    depths = part.depths()
+    for name, parameter in part.module.named_parameters():
+        layer = re.search(r"\blayers?\.(\d)\.", name)
+        expected = 2 - int(layer[1]) if layer else 3 if re.search(r"embeddings|pre_layrnorm", name) else 0
+        assert depths[id(parameter)] == expected, name
+    assert set(depths.values()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("architecture", ["clip_vision_model", "siglip_vision_model", "dinov2", "vit"])
+def test_layers_of_a_transformers_vision_model_are_counted(architecture):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    config = ImageEncoderConfig(kind="transformers", architecture=architecture, image_size=32, arguments=sizes)
+    tower = TransformersTower(config)
+    assert_the_layers_are_counted(encoder_parts(tower, tiny.model().text_encoder)["image"])
+
+
+@pytest.mark.parametrize("family", ["DistilBERT", "ModernBERT", "SigLIP"])
+def test_layers_of_a_transformers_text_model_are_counted(family, tmp_path):
+    folder = write_family(family, tmp_path)
+    config = describe_encoder(TextEncoderConfig(kind="transformers", weights=str(folder)))
+    tokenizer = load_tokenizer(folder, POSITIONS)
+    encoder = TransformersText(fit_tokenizer(config, tokenizer), tokenizer.vocabulary)
+    assert_the_layers_are_counted(encoder_parts(tiny.model().image_encoder, encoder)["text"])
