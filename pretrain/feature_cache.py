@@ -103,6 +103,10 @@ def _cached(
             "data.features caches what the image tower gives, but the tower learns; freeze it (model.image.frozen), or set "
             "data.features.kind to live"
         )
+    if features.kind == "pooled" and model.config.image.pooling == "query":
+        raise RecipeError(
+            "data.features.kind is pooled, but model.image.pooling is query, and the query learns; set the kind to tokens"
+        )
     rule = {
         "version": VERSION,
         "shards": [manifest.fingerprint for manifest in reader.manifests],

@@ -221,9 +221,8 @@ class Pretraining(Stage):
         recipe, context, tokenizer = self.recipe, self.context, self.task.tokenizer
         assert self.validation is not None
         model = self.task.student.model
-        if (
-            self.engine.stage == 3 or self.average
-        ):  # ranks encode different numbers of batches, so each needs whole weights
+        # At stage 3 ranks encode different numbers of batches, so each needs whole weights. An average needs a model to lie in.
+        if self.engine.stage == 3 or self.average:
             model = AlignmentModel(recipe.model, tokenizer.vocabulary).to(context.device)
             self.engine.copy_weights(model)
         for name, average in self.average.weights.items() if self.average else ():

@@ -46,9 +46,8 @@ def describe_encoder(config: TextEncoderConfig) -> TextEncoderConfig:
         source = find_folder(config.weights)
         try:
             stored = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        except (
-            Exception
-        ) as error:  # missing files, no network, unknown models: each layer of the library raises other kinds
+        except Exception as error:
+            # Missing files, no network, unknown models: each layer of the library raises other kinds.
             raise CheckpointError(
                 f"model.text.weights: cannot read the configuration of `{config.weights}` ({_line(error)}); without network, give a folder"
             ) from error

@@ -30,14 +30,8 @@ def tune(pretrained, drawn, runs, *more):
     return main(small.finetune(pretrained, drawn, runs, *more))
 
 
-def weights(folder):
-    return dict(load_model(folder).network.named_parameters())
-
-
-@pytest.mark.parametrize("more", [[], ["--training.micro_batch", "3"]], ids=["whole", "micro-batches"])
-def test_stopped_and_resumed_fine_tuning_equals_an_uninterrupted_run(more, pretrained, drawn, tmp_path, monkeypatch):
-    assert tune(pretrained, drawn, tmp_path / "whole", *more) == 0
-    # The first attempt dies at the fourth step, after the checkpoint of the second.
+def tune_in_two(monkeypatch, pretrained, drawn, runs, *more):
+    """The first attempt dies at the fourth step, after the checkpoint of the second; another resumes."""
     import finetune.train as stage
 
     ordinary, calls = stage.retrieval_batch, []
@@ -50,9 +44,19 @@ def test_stopped_and_resumed_fine_tuning_equals_an_uninterrupted_run(more, pretr
 
     monkeypatch.setattr(stage, "retrieval_batch", dying)
     with pytest.raises(RuntimeError, match="on purpose"):
-        tune(pretrained, drawn, tmp_path / "broken", *more)
+        tune(pretrained, drawn, runs, *more)
     monkeypatch.setattr(stage, "retrieval_batch", ordinary)
-    assert tune(pretrained, drawn, tmp_path / "broken", *more) == 0
+    assert tune(pretrained, drawn, runs, *more) == 0
+
+
+def weights(folder):
+    return dict(load_model(folder).network.named_parameters())
+
+
+@pytest.mark.parametrize("more", [[], ["--training.micro_batch", "3"]], ids=["whole", "micro-batches"])
+def test_stopped_and_resumed_fine_tuning_equals_an_uninterrupted_run(more, pretrained, drawn, tmp_path, monkeypatch):
+    assert tune(pretrained, drawn, tmp_path / "whole", *more) == 0
+    tune_in_two(monkeypatch, pretrained, drawn, tmp_path / "broken", *more)
     losses = [
         [line["train/loss"] for line in read_metrics(tmp_path / name / "finetune") if "train/loss" in line]
         for name in ("whole", "broken")
@@ -314,21 +318,7 @@ def test_an_average_of_the_weights_is_what_is_validated_saved_and_loaded(pretrai
     plain = read_tensors(tmp_path / "plain" / "finetune" / "checkpoints" / folders[-1].name, "model")
     assert len(folders) == 6 and all(torch.equal(model[name], plain[name]) for name in plain)
 
-    import finetune.train as stage
-
-    ordinary, calls = stage.retrieval_batch, []
-
-    def dying(*arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            raise RuntimeError("killed on purpose")
-        return ordinary(*arguments)
-
-    monkeypatch.setattr(stage, "retrieval_batch", dying)
-    with pytest.raises(RuntimeError, match="on purpose"):
-        tune(pretrained, drawn, tmp_path / "broken", *averaged)
-    monkeypatch.setattr(stage, "retrieval_batch", ordinary)
-    assert tune(pretrained, drawn, tmp_path / "broken", *averaged) == 0
+    tune_in_two(monkeypatch, pretrained, drawn, tmp_path / "broken", *averaged)
     resumed = read_tensors(tmp_path / "broken" / "finetune" / "checkpoints" / folders[-1].name, "ema")
     assert all(torch.equal(resumed[name], average[name]) for name in average)
 

@@ -20,6 +20,7 @@ from data_tools.shards.reader import ShardReader
 from launch.cli import main
 from pretrain import feature_cache
 from runtime.checkpoint import resolve_pointer
+from runtime.errors import RecipeError
 from runtime.metrics import read_metrics
 
 RECIPE = """
@@ -180,3 +181,12 @@ def test_a_cache_without_room_is_refused_with_its_size(data, monkeypatch):
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda folder: usage(10, 9, 1000))
     with pytest.raises(Exception, match=r"64 images x 1 views need 0.0 GB at .* lower data.features.views"):
         feature_jobs.cache(str(data / "train"))
+
+
+def test_pooled_states_of_a_query_that_learns_are_refused(data, monkeypatch):
+    """A fine-tuning learns of its checkpoint's query only here; a recipe of pretraining says it at once."""
+    model = feature_jobs.model()
+    model.config.image.pooling = "query"
+    monkeypatch.setattr(feature_jobs, "model", lambda seed: model)
+    with pytest.raises(RecipeError, match="model.image.pooling is query, and the query learns; set the kind to tokens"):
+        feature_jobs.cache(str(data / "train"), kind="pooled")
