@@ -90,18 +90,25 @@ class CodebookConfig:
 
     weight: float = 1.0
     """Factor of this loss in the total. 0: off."""
-    temperature: float = 0.1
-    """Temperature of the codeword prediction."""
+    temperature: float | None = 0.1
+    """Temperature of the codeword prediction. null: the learned one of the contrastive losses (the slides' single gamma)."""
     pairing: Literal["cross", "self"] = "cross"
     """`cross`: the text predicts the image's plan, and the image the text's (Eq. 2). `self`: each predicts its own (the slides' last sum)."""
     features: Literal["teacher", "student"] = "teacher"
     """Whose features the plan is solved from (the slides' ablation)."""
     frozen: bool = False
     """Keep the codewords at their random start. This ablation shows what learning them is worth."""
+    from_epoch: float = 0.0
+    """Epoch from which this loss counts. With `model.codebook_update: average` the codewords start there from features of the plan."""
+    average_momentum: float = 0.9
+    """Of `model.codebook_update: average`: share of a codeword that stays in each step."""
+    center_momentum: float = 0.99
+    """Of `model.codebook_centered`: share of the running means that stays in each step."""
 
     def __post_init__(self) -> None:
-        check_range(self, "objectives.codebook.", 0, None, "weight")
-        if self.temperature <= 0:
+        check_range(self, "objectives.codebook.", 0, None, "weight", "from_epoch")
+        check_range(self, "objectives.codebook.", 0, 1, "average_momentum", "center_momentum")
+        if self.temperature is not None and self.temperature <= 0:
             raise RecipeError(f"objectives.codebook.temperature is {self.temperature}; it must be above 0")
 
 
@@ -170,8 +177,13 @@ class TransportConfig:
     samples: Literal["batch", "batch+queue"] = "batch"
     """Features the plan is solved over: the global batch's, or the queue's as well. A target is at most samples / codewords, so more
     samples give sharper targets."""
+    queue_samples: int | None = None
+    """Of `samples: batch+queue`: the newest so many pairs of the queue. null: all of it."""
+    queue_from_epoch: float | None = None
+    """Of `samples: batch+queue`: epoch from which the queue joins the plan. null: as `teacher.queue_from_epoch`."""
 
     def __post_init__(self) -> None:
+        check_range(self, "transport.", 0, None, "queue_samples", "queue_from_epoch")
         for name in ("beta", "tolerance", "regularisation"):
             if not getattr(self, name) > 0:
                 raise RecipeError(f"transport.{name} is {getattr(self, name)}; it must be above 0")

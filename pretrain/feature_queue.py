@@ -50,6 +50,12 @@ class FeatureQueue:
         # A ring fills from slot 0 on, so the filled slots are always the first.
         return self.image[: self.filled], self.text[: self.filled], self.image_ids[: self.filled]
 
+    def newest(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return image and text features of the last `count` pairs, or of all if there are fewer, the oldest first."""
+        count = min(count, self.filled)
+        slots = (self.pointer - count + torch.arange(count, device=self.image.device)) % max(1, self.length)
+        return self.image[slots], self.text[slots]
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint; `counters` holds pointer and fill."""
         counters = torch.tensor([self.pointer, self.filled], dtype=torch.int64)

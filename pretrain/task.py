@@ -25,7 +25,8 @@ from data_tools.tokenizer import CaptionTokenizer
 from pretrain.config import PretrainRecipe
 from pretrain.feature_queue import FeatureQueue
 from pretrain.model.activations import checkpoint_activations
-from pretrain.model.alignment_model import AlignmentModel, TextBatch
+from pretrain.model.alignment_model import IMAGE, TEXT, AlignmentModel, TextBatch
+from pretrain.moving_codebook import MovingCodebook
 from pretrain.objectives.codebook import CodebookUsage, solve_plans
 from pretrain.objectives.levels import gather_level_keys
 from pretrain.objectives.masked_language import mask_captions, word_logits
@@ -38,7 +39,7 @@ from runtime.ranks import Ranks, gather_rows
 from training.profile import profiled
 
 # What the random numbers of one sample are for. Each purpose has its own stream of numbers.
-NEGATIVES, MASKS = 1, 2
+NEGATIVES, MASKS, CODEWORDS = 1, 2, 3
 
 
 class Student(nn.Module):
@@ -97,6 +98,7 @@ class PretrainTask:
             checkpoint_activations(model.layers())
         self.constants = {name: tensor.cpu().clone() for name, tensor in model.constants().items()}
         """Frozen weights and batch norm statistics in float32, for checkpoints: the engine casts its own copy."""
+        self.codebook = MovingCodebook(model, recipe.objectives.codebook, device)
         self.queue = FeatureQueue(recipe.teacher.queue, recipe.model.feature_dim, device)
         self.potentials: Tensor | None = None
         """(2, codewords): the potentials of the last step's plans, from which the next step starts with `transport.warm_start`."""
@@ -107,9 +109,14 @@ class PretrainTask:
         )
         """Makes parameters whole that are read outside the student's forward. The engine sets its own, for ZeRO stage 3."""
         self._usage = CodebookUsage(recipe.model.codewords, recipe.training.global_batch)
-        # From `prepare`, for `finish`: the global batch's teacher features and image ids, and its plans' potentials.
+        # From `prepare`, for `finish`: the global batch's teacher features and image ids, its plans' potentials, its codewords' averages.
         self._gathered_batch: tuple[Tensor, Tensor, Tensor] | None = None
         self._new_potentials: Tensor | None = None
+        self._averages: Tensor | None = None
+
+    def saved_constants(self) -> dict[str, Tensor]:
+        """Return what a checkpoint holds of the model beside its trained parameters."""
+        return self.constants | self.codebook.tensors()
 
     @torch.no_grad()
     def prepare(
@@ -163,7 +170,7 @@ class PretrainTask:
             words = TextBatch(batch["ids"], batch["mask"])
             masked = self._mask(words, text.mask, batch["positions"], tokens, parts, distill_weight)
         with profiled("transport"):
-            plans, figures = self._plan(views[0], text, parts, keys, len(gathered[2]))
+            plans, figures = self._plan(views[0], text, parts, gathered, epoch)
         micro_batches = [
             MicroBatch(
                 images=views[0, part],
@@ -196,10 +203,12 @@ class PretrainTask:
         assert self._gathered_batch is not None, "prepare comes before finish"
         with profiled("EMA"):
             self.teacher.update(masters)
+        with profiled("transport"):
+            self.codebook.move(*self._gathered_batch[:2], self._averages)
         with profiled("queue"):
             self.queue.enqueue(*self._gathered_batch)
         self.potentials = self._new_potentials
-        self._gathered_batch = self._new_potentials = None
+        self._gathered_batch = self._new_potentials = self._averages = None
 
     def _seed(self, purpose: int) -> int:
         return derived_seed(self.recipe.training.seed, purpose)
@@ -237,29 +246,50 @@ class PretrainTask:
         return masked_parts
 
     def _plan(
-        self, images: Tensor, text: TextBatch, parts: list[slice], keys: Keys, samples: int
+        self,
+        images: Tensor,
+        text: TextBatch,
+        parts: list[slice],
+        gathered: tuple[Tensor, Tensor, Tensor],
+        epoch: float,
     ) -> tuple[Plans | None, dict[str, Tensor]]:
-        """Solve the plans of the global batch, `samples` of them, and measure the codebook's usage."""
-        config = self.recipe.objectives.codebook
-        if not config.weight:
+        """Solve the plans of the global batch, and measure the codebook's usage.
+
+        Args:
+            images: (samples, …), this rank's, as the student sees them.
+            text: this rank's captions.
+            parts: the rows of each micro-batch.
+            gathered: the teacher's features of the global batch, and image ids.
+            epoch: epochs consumed so far.
+        """
+        config, transport, model = self.recipe.objectives.codebook, self.recipe.transport, self.student.model
+        self.codebook.begin_centres(*gathered[:2])
+        self.codebook.publish(model)
+        if not config.weight or epoch < config.from_epoch:
             return None, {}
-        image_features, text_features = keys.image, keys.text
-        if config.features == "student":
-            own_image, own_text = self._student_features(images, text, parts)
-            image_features = torch.cat([gather_rows(own_image), keys.image[samples:]])
-            text_features = torch.cat([gather_rows(own_text), keys.text[samples:]])
-        if self.recipe.transport.samples == "batch":
-            image_features, text_features = image_features[:samples], text_features[:samples]
-        model = self.student.model
+        features = self._student_features(images, text, parts) if config.features == "student" else None
+        own = tuple(gather_rows(side) for side in features) if features else gathered[:2]
+        samples, sides = len(gathered[2]), list(own)
+        from_epoch = transport.queue_from_epoch
+        if from_epoch is None:
+            from_epoch = self.recipe.teacher.queue_from_epoch
+        if transport.samples == "batch+queue" and epoch >= from_epoch:
+            count = transport.queue_samples
+            past = self.queue.keys()[:2] if count is None else self.queue.newest(count)
+            sides = [torch.cat(pair) for pair in zip(own, past, strict=True)]
+        image_nd, text_nd = (model.codebook_features(side, way) for side, way in zip(sides, (IMAGE, TEXT), strict=True))
+        if self.codebook.starts:
+            self.codebook.start_codewords(image_nd, text_nd, transport, self._seed(CODEWORDS))
         assert model.codebook is not None, "a recipe whose codebook has a weight has codewords"
-        with self.gathered([model.codebook]):
+        learned = [model.codebook] if isinstance(model.codebook, nn.Parameter) else []
+        with self.gathered(learned):
             codewords = model.codewords()
-        plans, figures, potentials = solve_plans(
-            image_features, text_features, codewords, samples, self.recipe.transport, self.potentials
-        )
-        self._new_potentials = potentials if self.recipe.transport.warm_start else None
-        figures |= self._usage.update(torch.stack([image_features, text_features]), codewords, samples)
-        return plans, figures
+        averages = self.codebook.codewords is not None
+        solved = solve_plans(image_nd, text_nd, codewords, samples, transport, self.potentials, averages)
+        self._new_potentials = solved.potentials if transport.warm_start else None
+        self._averages = solved.averages
+        usage = self._usage.update(torch.stack([image_nd, text_nd]), codewords, samples)
+        return solved.plans, solved.figures | usage
 
     def _student_features(self, images: Tensor, text: TextBatch, parts: list[slice]) -> tuple[Tensor, Tensor]:
         """Return the student's features of this rank's images and captions, (samples, feature_dim) each."""

@@ -24,7 +24,7 @@ class Teacher:
 
     def __init__(self, student: AlignmentModel, momentum: float, precision: torch.dtype = torch.float32) -> None:
         model = copy.deepcopy(student).float()
-        model.codebook = None
+        model.drop_codebook()
         del model.matching_head, model.temperature
         self.momentum = momentum
         self.averages: dict[str, Tensor] = {

@@ -24,11 +24,12 @@ from data_tools.stream.order import derived_seed
 from data_tools.stream.shard_stream import open_stream
 from data_tools.stream.training_set import TrainingSet, open_training_set
 from data_tools.tokenizer import ABSENT, CaptionTokenizer, load_tokenizer, train_tokenizer
+from pretrain.codebook_health import CodebookHealth, warning
 from pretrain.config import PretrainRecipe, divide_batch
-from pretrain.encode import encode_collection
+from pretrain.encode import Encodings, encode_collection
 from pretrain.engine import Engine
 from pretrain.feature_cache import training_features, validation_features
-from pretrain.model.alignment_model import AlignmentModel
+from pretrain.model.alignment_model import IMAGE, TEXT, AlignmentModel
 from pretrain.model.config import TextEncoderConfig
 from pretrain.model.parts import Freezing
 from pretrain.step_profile import StepProfile
@@ -177,7 +178,7 @@ class Pretraining(Stage):
     """Training steps of the whole run."""
 
     def __post_init__(self) -> None:
-        self.validates = self.validation is not None
+        self.validates, self.health = self.validation is not None, CodebookHealth()
         model = self.task.student.model
         self.freezing = Freezing(self.task.student, model.parts(), vars(self.recipe.optimizer.freeze_until))
         momentum = self.recipe.training.ema_momentum
@@ -231,13 +232,31 @@ class Pretraining(Stage):
             model, tokenizer, self.validation, context.ranks, self.micro_batch, recipe.data.workers
         )
         cosines = (encodings.image @ encodings.text.T).numpy()
-        return Validation.of_recalls(recalls(cosines, self.validation.caption_image))
+        validation = Validation.of_recalls(recalls(cosines, self.validation.caption_image))
+        validation.figures |= self._codebook_figures(model, encodings)
+        return validation
+
+    def _codebook_figures(self, model: AlignmentModel, encodings: Encodings) -> dict[str, float]:
+        """Measure the codebook on held-out features, where it has a loss and has started. On the first rank alone: it takes k-means."""
+        codebook = self.recipe.objectives.codebook
+        if not self.context.ranks.first or not codebook.weight or self.task.codebook.starts:
+            return {}
+        assert self.validation is not None
+        with torch.no_grad():
+            codewords = model.codewords()
+            image = model.codebook_features(encodings.image.to(codewords.device), IMAGE).cpu()
+            text = model.codebook_features(encodings.text.to(codewords.device), TEXT).cpu()
+        caption_image = torch.from_numpy(self.validation.caption_image)
+        figures = self.health.measure(image, text, caption_image, codewords.cpu())
+        if not codebook.frozen and (line := warning(figures)):
+            print(f"ligature: {line}", file=sys.stderr)
+        return figures
 
     def save(self, improved: bool) -> Write | None:
         """Copy everything to the first rank's memory; see `Stage.save`."""
         recipe, task, engine, first = self.recipe, self.task, self.engine, self.context.ranks.first
         tensors = {
-            "model": host_copies(chain(engine.masters(), task.constants.items()), first),
+            "model": host_copies(chain(engine.masters(), task.saved_constants().items()), first),
             "optimizer": host_copies(engine.moments(), first),
             "teacher": host_copies(task.teacher.averages.items(), first),
             "queue": host_copies(task.queue.state_dict().items(), first),

@@ -76,7 +76,7 @@ class DualTask(RetrievalTask):
             if kept is not None:  # the checkpoint says it too, for the runs that begin from it
                 getattr(self.model.config, side).frozen = kept
         self.model.freeze()
-        self.model.codebook = None  # retrieval does not read it
+        self.model.drop_codebook()  # retrieval does not read it
         if not recipe.matching_weight:  # no loss reaches these, and DDP would wait for their gradients
             self.model.fusion_encoder.requires_grad_(False)
             self.model.matching_head.requires_grad_(False)

@@ -14,6 +14,7 @@ from finetune.report.page_parts import figure_html, note_html
 from finetune.report.word_map_figures import word_maps_html
 from pretrain.config import PretrainRecipe
 from pretrain.encode import encode_collection
+from pretrain.model.alignment_model import IMAGE, TEXT
 from pretrain.weights.load import ImageTextModel, load_model
 from runtime.checkpoint import resolve_pointer
 from runtime.errors import DataError
@@ -163,7 +164,8 @@ def _model_html(run: Path, data: str, limit: int) -> list[str]:
     parts = []
     if model.network.codebook is not None:
         codewords = model.network.codewords().cpu()
-        image, text = encodings.image[:images], encodings.text[:captions]
+        image = model.network.codebook_features(encodings.image[:images], IMAGE)
+        text = model.network.codebook_features(encodings.text[:captions], TEXT)
         parts += codebook_html(image, text, codewords, collection.captions[:captions], pixels, data)
     if model.network.config.fusion.layers:
         parts += ["<h2>Where the fusion encoder looks for a word</h2>", *word_maps_html(model, collection, pixels)]

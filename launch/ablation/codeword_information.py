@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data_tools.in_order.collection import Collection
 from pretrain.encode import encode_collection
+from pretrain.model.alignment_model import IMAGE
 from pretrain.weights.load import load_model
 from runtime.errors import DataError
 from runtime.ranks import Ranks
@@ -42,7 +43,8 @@ def information_of_run(run: Path | str, data: str, scenes: str) -> dict[str, flo
         return {}
     collection = Collection(data)
     encodings = encode_collection(model.network, model.tokenizer, collection, Ranks())
-    codes = (encodings.image @ model.network.codewords().cpu().T).argmax(-1)  # (images,)
+    image = model.network.codebook_features(encodings.image, IMAGE)
+    codes = (image @ model.network.codewords().cpu().T).argmax(-1)  # (images,)
     truth_of = {}
     for line in Path(scenes).read_text(encoding="utf-8").splitlines():
         truth = json.loads(line)

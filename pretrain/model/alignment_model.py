@@ -36,6 +36,10 @@ FROZEN_CHUNK = 8
 """Images that a frozen encoder takes at once on a CPU."""
 
 
+IMAGE, TEXT = 0, 1
+"""The modalities, as rows of what holds both."""
+
+
 class Temperature(nn.Module):
     """A learned temperature, bounded by a smooth function of its parameter: it needs no clamp, and its gradient never dies.
 
@@ -124,12 +128,19 @@ class AlignmentModel(nn.Module):
         )
         self.matching_head = nn.Linear(width, 2)
         self.temperature = Temperature(config.temperature)
-        self.codebook = (
-            nn.Parameter(torch.randn(config.codewords, config.feature_dim) / config.feature_dim**0.5)
-            if config.codewords
-            else None
-        )
+        self._make_codebook()
         self.freeze()
+
+    def _make_codebook(self) -> None:
+        config, centres = self.config, torch.zeros(2, self.config.feature_dim)
+        codewords = torch.randn(config.codewords, config.feature_dim) / config.feature_dim**0.5
+        self.codebook: nn.Parameter | Tensor | None
+        if config.codewords and config.codebook_update == "average":
+            self.register_buffer("codebook", torch.zeros_like(codewords))
+        else:
+            self.codebook = nn.Parameter(codewords) if config.codewords else None
+        self.feature_centres: Tensor | None
+        self.register_buffer("feature_centres", centres if config.codewords and config.codebook_centered else None)
 
     def freeze(self) -> None:
         """Let no gradient reach the encoders that `model.image.frozen` and `model.text.frozen` name."""
@@ -256,10 +267,25 @@ class AlignmentModel(nn.Module):
         """Return logits (masked words, vocabulary) from the states of masked words alone, (masked words, width)."""
         return _full(self.masked_language_head(states, self.text_encoder.words.weight))
 
+    def drop_codebook(self) -> None:
+        """Leave out the codebook, and what belongs to it alone."""
+        self.codebook = self.feature_centres = None
+
     def codewords(self) -> Tensor:
         """Return the codebook with unit-norm rows (codewords, feature_dim), float32. It is normalised here, never in place."""
         assert self.codebook is not None, "this model was made without a codebook"
         return _unit(self.codebook)
+
+    def codebook_features(self, features: Tensor, modality: int) -> Tensor:
+        """Return features as they meet the codewords: centred where the recipe says so.
+
+        Args:
+            features: unit-norm, (…, feature_dim).
+            modality: `IMAGE` or `TEXT`.
+        """
+        if self.feature_centres is None:
+            return features
+        return _unit(features - self.feature_centres[modality].to(features))
 
 
 def _full(values: Tensor) -> Tensor:

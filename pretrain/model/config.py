@@ -205,6 +205,12 @@ class ModelConfig:
     feature_dropout: float = 0.0
     """Share of the pooled image and text states that training sets to 0 before the projections. It keeps projections of strong frozen
     encoders from learning a small dataset by heart."""
+    codebook_update: Literal["gradient", "average"] = "gradient"
+    """How codewords move. `gradient`: the codebook's loss trains them (CODIS). `average`: each follows the mean of the features that the
+    transport plans assign to it, as in k-means, without a gradient; before they start they are 0."""
+    codebook_centered: bool = False
+    """Subtract each modality's running mean from features before they meet codewords, and normalise again. Features of one modality lie
+    in a cone, and so around its axis they hardly differ."""
 
     def __post_init__(self) -> None:
         check_range(self, "model.", 0, 1, "feature_dropout")

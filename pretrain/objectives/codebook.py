@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pretrain.config import CodebookConfig, TransportConfig
+from pretrain.model.alignment_model import IMAGE, TEXT
 from pretrain.objectives.contrastive import soft_cross_entropy
 from pretrain.objectives.state import Plans, StudentState
 from pretrain.transport import proximal_point, sinkhorn
@@ -31,15 +34,20 @@ class Codebook:
     def __call__(self, state: StudentState) -> dict[str, Tensor]:
         """Return `codebook` (the sum of its terms), and its two parts `transport_cost` and `codeword_prediction`."""
         batch, plans, codewords_cd = state.batch, state.batch.plans, state.model.codewords()
-        assert plans is not None, "the task solves plans where this objective is on"
+        if plans is None:  # before `from_epoch`: no loss, but every parameter keeps its place in the graph
+            nothing = 0 * (state.image.sum() + state.text.sum() + codewords_cd.sum())
+            return {"codebook": nothing, "transport_cost": nothing, "codeword_prediction": nothing}
         if self.frozen:
             codewords_cd = codewords_cd.detach()
         text_target_bc, image_target_bc = (
             (plans.image, plans.text) if self.pairing == "cross" else (plans.text, plans.image)
         )
-        prediction = soft_cross_entropy(state.text @ codewords_cd.T / self.temperature, text_target_bc)
-        prediction = prediction + soft_cross_entropy(state.image @ codewords_cd.T / self.temperature, image_target_bc)
-        teacher_image_bd, teacher_text_bd = batch.keys.image[batch.rows], batch.keys.text[batch.rows]
+        centred, temperature = state.model.codebook_features, self.temperature or state.model.temperature()
+        image_bd, text_bd = centred(state.image, IMAGE), centred(state.text, TEXT)
+        prediction = soft_cross_entropy(text_bd @ codewords_cd.T / temperature, text_target_bc)
+        prediction = prediction + soft_cross_entropy(image_bd @ codewords_cd.T / temperature, image_target_bc)
+        teacher_image_bd = centred(batch.keys.image[batch.rows], IMAGE)
+        teacher_text_bd = centred(batch.keys.text[batch.rows], TEXT)
         # No gradient through plan or teacher: the transport cost trains the codewords alone.
         cost = (plans.image * (1 - teacher_image_bd @ codewords_cd.T)).sum(-1).mean()
         cost = cost + (plans.text * (1 - teacher_text_bd @ codewords_cd.T)).sum(-1).mean()
@@ -91,6 +99,19 @@ def usage_figures(counts: Tensor) -> dict[str, Tensor]:
     }
 
 
+class Solved(NamedTuple):
+    """The plans of a step, and what came with them."""
+
+    plans: Plans
+    """Of the samples that need a target. Rows are scaled to sum to 1: a plan's own sum to 1 / n, too weak for targets."""
+    figures: dict[str, Tensor]
+    """On the plans' quality."""
+    potentials: Tensor | None
+    """(2, codewords), of the codewords; None with the solver `argmax`."""
+    averages: Tensor | None
+    """(codewords, feature_dim) unit-norm: the mean of all features that the plans give to each codeword; None if not asked for."""
+
+
 @torch.no_grad()
 def solve_plans(
     image_nd: Tensor,
@@ -99,7 +120,8 @@ def solve_plans(
     samples: int,
     config: TransportConfig,
     start: Tensor | None = None,
-) -> tuple[Plans, dict[str, Tensor], Tensor | None]:
+    averages: bool = False,
+) -> Solved:
     """Solve the plans of image and of text features with the codebook.
 
     Args:
@@ -109,12 +131,10 @@ def solve_plans(
         samples: rows that need a target.
         config: the solver and its settings.
         start: (2, codewords), potentials that an earlier call returned.
-
-    Returns:
-        The plans, with rows scaled to sum to 1 (a plan's own rows sum to 1 / n, so as targets they would be n times too weak);
-        figures on their quality; and the codewords' potentials (2, codewords), or None with the solver `argmax`.
+        averages: whether to return the codewords' averages.
     """
-    cost_mnc = 1 - torch.stack([image_nd, text_nd]) @ codewords_cd.T
+    features_mnd = torch.stack([image_nd, text_nd])
+    cost_mnc = 1 - features_mnd @ codewords_cd.T
     plan_mnc, potentials_mc, (row_error_m, column_error_m) = _solve(cost_mnc, config, start)
     targets_mnc = plan_mnc[:, :samples] / plan_mnc[:, :samples].sum(-1, keepdim=True)
     entropy_mn = -torch.special.xlogy(targets_mnc, targets_mnc).sum(-1)
@@ -123,7 +143,10 @@ def solve_plans(
         "codebook/row_error": row_error_m.mean(),
         "codebook/column_error": column_error_m.mean(),
     }
-    return Plans(*targets_mnc), figures, potentials_mc
+    means_cd = None
+    if averages:
+        means_cd = functional.normalize((plan_mnc.mT @ features_mnd.to(plan_mnc.dtype)).sum(0), dim=-1)
+    return Solved(Plans(*targets_mnc), figures, potentials_mc, means_cd)
 
 
 def _solve(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pretrain.config import MatchingConfig
-from pretrain.model.alignment_model import AlignmentModel, TextBatch
+from pretrain.model.alignment_model import IMAGE, TEXT, AlignmentModel, TextBatch
 from pretrain.model.bert_layers import PreparedImages
 from pretrain.objectives.state import GlobalInputs, StudentState
 from runtime.errors import RecipeError
@@ -128,8 +128,8 @@ class Matching:
         """Draw the negatives of a micro-batch within it."""
         batch = state.batch
         # As in ALBEF: the similarities of the contrastive loss, which are to the teacher's features.
-        wrong_image, has_image = self.draw(state, state.text, batch.keys.image[batch.rows], batch.draws[:, 0])
-        wrong_text, has_text = self.draw(state, state.image, batch.keys.text[batch.rows], batch.draws[:, 1])
+        wrong_image, has_image = self.draw(state, state.text, batch.keys.image[batch.rows], batch.draws[:, 0], IMAGE)
+        wrong_text, has_text = self.draw(state, state.image, batch.keys.text[batch.rows], batch.draws[:, 1], TEXT)
         return Negatives(wrong_image, wrong_text, has_image, has_text)
 
     def _from_micro_batch(self, state: StudentState) -> Triples:
@@ -148,8 +148,8 @@ class Matching:
     def _from_all_ranks(self, state: StudentState) -> Triples:
         """Draw among the global batch, and encode the images and texts that were drawn with the student, once more."""
         batch, model = state.batch, state.model
-        wrong_image, has_image = self.draw_from_all(state, state.text, batch.keys.image, batch.draws[:, 0])
-        wrong_text, has_text = self.draw_from_all(state, state.image, batch.keys.text, batch.draws[:, 1])
+        wrong_image, has_image = self.draw_from_all(state, state.text, batch.keys.image, batch.draws[:, 0], IMAGE)
+        wrong_text, has_text = self.draw_from_all(state, state.image, batch.keys.text, batch.draws[:, 1], TEXT)
         assert batch.global_inputs is not None
         drawn_images = model.fusion_encoder.prepare_images(model.image_tokens(batch.global_inputs.images[wrong_image]))
         images: PreparedImages = [
@@ -172,7 +172,9 @@ class Matching:
             has_text=has_text,
         )
 
-    def draw(self, state: StudentState, queries: Tensor, candidates: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, state: StudentState, queries: Tensor, candidates: Tensor, draws: Tensor, modality: int = IMAGE
+    ) -> tuple[Tensor, Tensor]:
         """Draw a wrong candidate for each query among its pool of neighbours.
 
         Args:
@@ -180,6 +182,7 @@ class Matching:
             queries: (batch, feature_dim) of one modality, the student's.
             candidates: (batch, feature_dim) of the other modality.
             draws: (batch,) uniform in [0, 1).
+            modality: of the candidates.
 
         Returns:
             (batch,) int64, rows of the micro-batch, and (batch,) bool, whether there is any candidate.
@@ -199,14 +202,16 @@ class Matching:
             similarity_qc = similarities(state, queries.view(pools, pool, -1), grouped)
             same_qc = ids.view(pools, pool, 1) == ids.view(pools, 1, pool)
             if self.same_codeword:
-                codes = nearest_codeword(grouped, state)
+                codes = nearest_codeword(grouped, state, modality)
                 same_qc = exclude_others(same_qc, codes[..., :, None] == codes[..., None, :])
             column_q, exists_q = draw_negatives(similarity_qc, same_qc, draws.view(pools, pool))
             first_row = torch.arange(0, len(ids), pool, device=ids.device)[:, None]
         return (first_row + column_q).flatten(), exists_q.flatten()
 
     @torch.no_grad()
-    def draw_from_all(self, state: StudentState, queries: Tensor, keys: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    def draw_from_all(
+        self, state: StudentState, queries: Tensor, keys: Tensor, draws: Tensor, modality: int = IMAGE
+    ) -> tuple[Tensor, Tensor]:
         """Draw a wrong candidate for each query among the global batch.
 
         Arguments and results are those of `draw`, except for the candidates. `keys`, (keys, feature_dim), begin with the global
@@ -224,7 +229,7 @@ class Matching:
         similarity_qc = similarities(state, queries, candidates)
         same_qc = state.batch.image_ids[:, None] == state.batch.keys.image_ids[None, :samples]
         if self.same_codeword:
-            codes = nearest_codeword(candidates, state)
+            codes = nearest_codeword(candidates, state, modality)
             same_qc = exclude_others(same_qc, codes[state.batch.rows][:, None] == codes[None])
         return draw_negatives(similarity_qc, same_qc, draws)
 
@@ -255,14 +260,14 @@ def similarities(state: StudentState, queries: Tensor, candidates: Tensor) -> Te
     return similarity_qc if state.model.config.text.layers else torch.zeros_like(similarity_qc)
 
 
-def nearest_codeword(features: Tensor, state: StudentState) -> Tensor:
-    """Return the codeword nearest to each feature: (…, samples, feature_dim) -> (…, samples) int64."""
+def nearest_codeword(features: Tensor, state: StudentState, modality: int) -> Tensor:
+    """Return the codeword nearest to each feature of a modality: (…, samples, feature_dim) -> (…, samples) int64."""
     if state.model.codebook is None:
         raise RecipeError(
             "matching.same_codeword needs a model with a codebook, and fine-tuning drops it; set same_codeword to false"
         )
     codewords = state.model.codewords()
-    return (features.to(codewords.dtype) @ codewords.T).argmax(-1)
+    return (state.model.codebook_features(features.to(codewords.dtype), modality) @ codewords.T).argmax(-1)
 
 
 def exclude_others(same_qc: Tensor, eligible_qc: Tensor) -> Tensor:

@@ -42,3 +42,15 @@ def gradients(changes: dict[str, Any]) -> Told:
     }
     plans = torch.cat([torch.cat([part.plans.image, part.plans.text], -1) for part in inputs if part.plans])
     return mean, found, plans, task.queue.image_ids.clone()
+
+
+def moving_codebook(changes: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """-> codewords and centres after three steps."""
+    recipe, ranks = tiny.recipe(**changes), ranks_from_environment()
+    micro_batch, accumulation = divide_batch(recipe.training.global_batch, recipe.training.micro_batch, ranks.world)
+    local = micro_batch * accumulation
+    task, rows = tiny.task(recipe, ranks), slice(ranks.rank * local, (ranks.rank + 1) * local)
+    for step in range(3):
+        task.prepare(tiny.batch(recipe.training.global_batch, step, rows), 1.0, micro_batch)
+        task.finish((name, parameter.data) for name, parameter in task.student.model.named_parameters())
+    return task.codebook.codewords, task.codebook.centres

@@ -34,3 +34,13 @@ def test_two_ranks_compute_the_same_as_one_process_with_the_whole_batch(gloo_poo
             # A bias of the keys shifts all logits of a query alike: its gradient is zero but for rounding.
             assert (found[name] - gradient).abs().max() <= 1e-5 * scale + 1e-9, name
     assert sum(bool(gradient.any()) for gradient in gradients.values()) == len(gradients)
+
+
+def test_two_ranks_move_codewords_and_centres_as_one_process_does(gloo_pool, lone_process):
+    changes = {"model__codebook_update": "average", "model__codebook_centered": True, "model__codewords": 4}
+    changes |= {"transport__samples": "batch+queue"}
+    first, second = gloo_pool.run(across_ranks_jobs.moving_codebook, changes)
+    (alone,) = lone_process.run(across_ranks_jobs.moving_codebook, changes | {"training__micro_batch": 16})
+    for mine, other, single in zip(first, second, alone, strict=True):
+        assert torch.equal(mine, other)
+        torch.testing.assert_close(mine, single, rtol=0, atol=1e-4)

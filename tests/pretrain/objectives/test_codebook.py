@@ -20,6 +20,7 @@ def state_of(image, text, codewords, plans: Plans, keys: Keys, rows) -> StudentS
     """A student with these features, whose codebook is normalised as the model's is."""
     model = SimpleNamespace(
         codewords=lambda: torch.nn.functional.normalize(codewords, dim=-1),
+        codebook_features=lambda features, modality: features,
         image_features=lambda tokens: tokens[:, 0],
         text_features=lambda states, mask: states[:, 0],
     )
@@ -76,7 +77,7 @@ def test_the_pairings_differ():
 def test_the_loss_of_a_batch_is_the_mean_of_its_parts():
     image, text, codewords = tiny.unit(6, 8, seed=1), tiny.unit(6, 8, seed=2), tiny.unit(5, 8, seed=3)
     keys = Keys(tiny.unit(6, 8, seed=4), tiny.unit(6, 8, seed=5), torch.arange(6))
-    plans, _, _ = solve_plans(keys.image, keys.text, codewords, 6, TransportConfig())
+    plans, *_ = solve_plans(keys.image, keys.text, codewords, 6, TransportConfig())
     objective = Codebook(CodebookConfig())
     whole = objective(state_of(image, text, codewords, plans, keys, list(range(6))))
     parts = []
@@ -89,7 +90,7 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_parts():
 
 def test_targets_sum_to_1_and_are_the_plans_rows():
     image, text, codewords = tiny.unit(12, 8, seed=1), tiny.unit(12, 8, seed=2), tiny.unit(7, 8, seed=3)
-    plans, figures, _ = solve_plans(image, text, codewords, 12, TransportConfig())
+    plans, figures, *_ = solve_plans(image, text, codewords, 12, TransportConfig())
     for features, target in ((image, plans.image), (text, plans.text)):
         torch.testing.assert_close(target.sum(-1), torch.ones(12))
         torch.testing.assert_close(target, 12 * proximal_point(1 - features @ codewords.T).plan, atol=1e-6, rtol=1e-4)
@@ -99,8 +100,8 @@ def test_targets_sum_to_1_and_are_the_plans_rows():
 
 def test_queue_features_sharpen_the_targets_of_the_batch():
     image, text, codewords = tiny.unit(64, 8, seed=1), tiny.unit(64, 8, seed=2), tiny.unit(16, 8, seed=3)
-    alone, flat, _ = solve_plans(image[:8], text[:8], codewords, 8, TransportConfig())
-    joined, sharp, _ = solve_plans(image, text, codewords, 8, TransportConfig())
+    alone, flat, *_ = solve_plans(image[:8], text[:8], codewords, 8, TransportConfig())
+    joined, sharp, *_ = solve_plans(image, text, codewords, 8, TransportConfig())
     assert joined.image.shape == alone.image.shape == (8, 16)
     torch.testing.assert_close(joined.image.sum(-1), torch.ones(8))
     assert sharp["codebook/effective_codes"] < flat["codebook/effective_codes"]
@@ -134,7 +135,7 @@ def test_the_transport_cost_teaches_the_codebook_alone_and_pulls_it_to_the_teach
     image, text = tiny.unit(6, 8, seed=1).requires_grad_(), tiny.unit(6, 8, seed=2).requires_grad_()
     codewords = tiny.unit(5, 8, seed=3).requires_grad_()
     keys = Keys(tiny.unit(6, 8, seed=4).requires_grad_(), tiny.unit(6, 8, seed=5).requires_grad_(), torch.arange(6))
-    plans, _, _ = solve_plans(keys.image, keys.text, codewords, 6, TransportConfig())
+    plans, *_ = solve_plans(keys.image, keys.text, codewords, 6, TransportConfig())
     assert not plans.image.requires_grad and not plans.text.requires_grad
     losses = Codebook(CodebookConfig())(
         state_of(
@@ -162,7 +163,7 @@ def test_the_transport_cost_teaches_the_codebook_alone_and_pulls_it_to_the_teach
 @pytest.mark.parametrize("solver", ["ipot", "sinkhorn", "argmax"])
 def test_every_solver_gives_targets_and_reports_its_column_error(solver):
     image, text, codewords = tiny.unit(12, 8, seed=1), tiny.unit(12, 8, seed=2), tiny.unit(5, 8, seed=3)
-    plans, figures, _ = solve_plans(image, text, codewords, 12, TransportConfig(solver=solver))
+    plans, figures, *_ = solve_plans(image, text, codewords, 12, TransportConfig(solver=solver))
     torch.testing.assert_close(plans.image.sum(-1), torch.ones(12))
     if solver == "argmax":
         assert torch.equal(plans.text, torch.nn.functional.one_hot((text @ codewords.T).argmax(-1), 5).float())
@@ -178,7 +179,7 @@ def test_every_solver_gives_targets_and_reports_its_column_error(solver):
 def test_frozen_codewords_take_no_gradient_and_still_teach_the_student():
     image, codewords = tiny.unit(6, 8, seed=1).requires_grad_(), tiny.unit(5, 8, seed=3).requires_grad_()
     keys = Keys(tiny.unit(6, 8, seed=4), tiny.unit(6, 8, seed=5), torch.arange(6))
-    plans, _, _ = solve_plans(keys.image, keys.text, codewords.detach(), 6, TransportConfig())
+    plans, *_ = solve_plans(keys.image, keys.text, codewords.detach(), 6, TransportConfig())
     losses = Codebook(CodebookConfig(frozen=True))(state_of(image, image, codewords, plans, keys, list(range(6))))
     of_image, of_codewords = torch.autograd.grad(losses["codebook"], (image, codewords), allow_unused=True)
     assert of_image.any() and of_codewords is None
