@@ -41,7 +41,7 @@ COMMANDS = {
     "search": Command("launch.commands.search", '"WORDS" or IMAGE: list the images of an index most like it'),
     "export": Command("launch.commands.export", "CHECKPOINT OUT --format F: write the model alone, for Ligature or other libraries"),
     "heatmap": Command("launch.commands.heatmap", "CHECKPOINT IMAGE CAPTION --out FILE: draw where HAT's words look"),
-    "report": Command("launch.commands.report", "RUN: write one HTML page of a run: curves, codebook, word maps"),
+    "report": Command("launch.commands.report", "RUN…: write one HTML page of a run (curves, scores, recipe, word maps), or compare runs"),
     "ablate": Command("launch.commands.ablate", "--config RECIPE: run arms with the same seeds and compare them in pairs"),
     "plot": Command("launch.commands.plot", "RUN… --out FILE: draw the curves of runs as a picture"),
     "launch": Command("launch.commands.launch", "local|hosts|slurm … STAGE …: run a stage on several processes or machines"),

@@ -9,8 +9,6 @@ Nothing is imported before the first figure, because matplotlib takes about a se
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ def pyplot() -> Any:
 
 
 def new_figure(rows: int = 1, columns: int = 1, **settings: Any) -> tuple[Any, Any]:
-    """Make an empty figure. `save_figure` or `figure_data_url` writes it and closes it.
+    """Make an empty figure. `save_figure` writes it and closes it.
 
     Args:
         rows: rows of panels.
@@ -52,11 +50,3 @@ def save_figure(figure: Any, path: Path, dpi: int = 110) -> None:
             figure.savefig(temporary, dpi=dpi, format="png")
     finally:
         pyplot().close(figure)
-
-
-def figure_data_url(figure: Any, dpi: int = 110) -> str:
-    """Return a figure as a `data:` URL (PNG) for the `src` of an `<img>`, and close it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=dpi, format="png")
-    pyplot().close(figure)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

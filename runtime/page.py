@@ -21,11 +21,11 @@ from typing import Any
 
 from runtime.files import write_text
 
-# `min(100%, …)` lets a column shrink to a screen that is narrower than a cell. A table that is too wide scrolls by itself.
+# Dark colours are for the screen alone: paper is white. `min(100%, …)` lets a column shrink to a screen that is narrower than a cell. A table that is too wide scrolls by itself.
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #667085; --line: #e3e7ee; --card: #fff; --page: #f6f7f9;
   --mark: #3b6fd4; --note: #fff6d6; --cell: 200px }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #2c3442; --card: #171c25; --page: #0f131a; --mark: #6f9cf0; --note: #3a3216 } }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 1240px; padding: 28px 24px 60px; background: var(--page); color: var(--ink);
@@ -42,7 +42,9 @@ tr:first-child > * { border-top: 0 } th { color: var(--soft) } td.number { text-
 .soft { color: var(--soft); font-size: 13px; overflow-wrap: anywhere }
 .note { background: var(--note); padding: 10px 14px; border-radius: 8px }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--cell)), 1fr)); gap: 14px }
+pre { padding: 10px 14px; overflow-x: auto; font-size: 12px }
 @media (max-width: 640px) { body { padding: 16px 12px 40px } td, th { padding: 6px 8px } }
+@media print { :root { --page: #fff } body { max-width: none; padding: 0; font-size: 11pt } h1, h2 { break-after: avoid } figure, .card, tr { break-inside: avoid } }
 """
 
 

@@ -14,15 +14,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetune.report.page_parts import figure_html, image_url
-from runtime.figures import new_figure
+from finetune.report.page_parts import image_url
 from runtime.page import escape
 
 WORD = re.compile(r"\w+")
 SHOWN, NEAREST_IMAGES, WORDS = 12, 6, 8
 """Codewords shown at most; images and words shown of each at most."""
+BARS = 320
+"""Bars of the plot at most; of a larger codebook each is the mean of neighbours."""
 LEAST_LIFT = 1.2
 """A codeword's word is this many times as frequent in its own captions as in all, or more."""
+STYLE = """
+.usage { padding: 10px 12px } .usage figcaption { font-size: 13px; font-weight: 600; margin-bottom: 6px }
+.usage svg { display: block; width: 100%; min-height: 120px } .usage text { fill: var(--soft); font: 12px system-ui, sans-serif }
+.usage .rule { stroke: var(--soft) } .usage g:hover { opacity: .6 }
+.codewords { --cell: 340px } .codeword { padding: 10px 12px; overflow-wrap: anywhere; break-inside: avoid }
+.thumb { width: calc((100% - 24px) / 6); margin: 4px 4px 4px 0; border-radius: 4px }
+"""
+"""CSS of the sections, besides that of `finetune.report.svg_chart`."""
 
 
 @dataclass
@@ -75,14 +84,7 @@ def usage_html(nearest_i: Tensor, nearest_t: Tensor, codewords: int, place: str)
     counts = torch.stack([torch.bincount(nearest, minlength=codewords) for nearest in (nearest_i, nearest_t)])
     total_k = counts.sum(0)
     order = total_k.argsort(descending=True)
-    image_percent, text_percent = counts[0][order] / len(nearest_i) * 100, counts[1][order] / len(nearest_t) * 100
-    figure, ((axis,),) = new_figure(figsize=(10.4, 2.6))
-    axis.bar(range(codewords), image_percent, width=1.0, label="images", alpha=0.75)
-    axis.bar(range(codewords), -text_percent, width=1.0, label="captions (downward)", alpha=0.75)
-    axis.axhline(0, color="black", linewidth=0.6)
-    axis.set_xlabel("codewords, the most used first")
-    axis.set_ylabel("% nearest to it")
-    axis.legend(fontsize=8, frameon=False)
+    percents = [100 * row[order] / len(nearest) for row, nearest in zip(counts, (nearest_i, nearest_t), strict=True)]
     share_k = total_k / total_k.sum()
     perplexity = float((-torch.special.xlogy(share_k, share_k).sum()).exp())
     dead = int((total_k == 0).sum())
@@ -90,7 +92,39 @@ def usage_html(nearest_i: Tensor, nearest_t: Tensor, codewords: int, place: str)
         f"{codewords:,} codewords on {len(nearest_i):,} images and {len(nearest_t):,} captions: "
         f"perplexity {perplexity:.1f}, {dead} dead"
     )
-    return figure_html(figure, title, "wide") + f"<p class=soft>{escape(place)}</p>"
+    return (
+        f"<figure class=usage><figcaption>{escape(title)}</figcaption>{_draw_usage(percents)}<div class=keys>"
+        "<span style='--c:var(--c0)'><i></i>images, upward</span><span style='--c:var(--c1)'><i></i>captions, downward</span>"
+        f"</div></figure><p class=soft>Codewords from left to right, the most used first; % of images and of captions nearest to "
+        f"each. {escape(place)}</p>"
+    )
+
+
+def _draw_usage(percents: list[Tensor]) -> str:
+    """Return the bars of images (upward) and of captions (downward) as SVG. `percents`: two of (codewords,), in order."""
+    width, height, left = 1000, 180, 46
+    each = -(-len(percents[0]) // BARS)  # codewords a bar, whose length is their mean
+    tallest = max(float(percent.max()) for percent in percents) or 1.0
+    bars = [torch.stack([part.mean() for part in percent.split(each)]).tolist() for percent in percents]
+    wide = (width - left) / len(bars[0])
+    shapes = []
+    for number, (images, captions) in enumerate(zip(*bars, strict=True)):
+        first, last = number * each + 1, min((number + 1) * each, len(percents[0]))
+        ranks = f"place {first:,}" if first == last else f"places {first:,} to {last:,}, mean"
+        up, down = (80 * value / tallest for value in (images, captions))
+        shapes.append(
+            f"<g><title>{ranks}: {images:.2f} % of images, {captions:.2f} % of captions</title>"
+            f"<rect x={left + number * wide:.1f} y={90 - up:.1f} width={wide * 0.9:.2f} height={up:.1f} fill='var(--c0)' />"
+            f"<rect x={left + number * wide:.1f} y=90 width={wide * 0.9:.2f} height={down:.1f} fill='var(--c1)' /></g>"
+        )
+    ticks = "".join(
+        f"<text x={left - 6} y={y} text-anchor=end>{text}</text>"
+        for y, text in ((16, f"{tallest:.3g} %"), (94, "0"), (174, f"{tallest:.3g} %"))
+    )
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="use of the codewords">{ticks}{"".join(shapes)}'
+        f"<line class=rule x1={left} x2={width} y1=90 y2=90 /></svg>"
+    )
 
 
 def find_most_used(similarity_ik: Tensor, similarity_tk: Tensor, captions: list[str]) -> list[Codeword]:

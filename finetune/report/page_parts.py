@@ -1,30 +1,18 @@
-"""Pieces of a run's page: plots and images as HTML that holds them, so that the page fetches nothing.
+"""Pieces of a run's page: images that the page holds, so that it fetches nothing, and notes.
 
 Tested in tests/finetune/report/test_run_page.py.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from PIL import Image
 from torch import Tensor
 
 from data_tools.pixels.decode import data_url
-from runtime.figures import figure_data_url
 from runtime.page import escape
 
 SMALLEST, LARGEST = 96, 160
 """Pixels a side: smaller images are enlarged, larger ones reduced."""
-
-
-def figure_html(figure: Any, title: str, kind: str = "panel") -> str:
-    """Return a matplotlib figure as HTML with its title above it, and close the figure. `kind` is its CSS class."""
-    figure.tight_layout()
-    return (
-        f"<figure class={kind}><figcaption>{escape(title)}</figcaption>"
-        f"<img src='{figure_data_url(figure)}' alt='{escape(title)}'></figure>"
-    )
 
 
 def image_url(pixels: Tensor) -> str:

@@ -18,12 +18,10 @@ from runtime.files import read_json
 from runtime.lease import living_holder
 from runtime.metrics import read_metrics
 from runtime.progress import format_duration
+from runtime.run_logs import last_error, read_events
 
 RECENT = 20
 """Number of logged steps whose median rate is shown."""
-ERROR = re.compile(r"^(ligature[^:]*: |srun: error: |[A-Za-z_.]*(Error|Exception)(:|$))")
-NO_ERROR = re.compile(r"stopped at step \d+|received; stopping")
-"""Lines that look like errors, but come from a run that stopped on request."""
 
 
 def read_status(folder: Path) -> dict[str, str]:
@@ -43,7 +41,7 @@ def read_status(folder: Path) -> dict[str, str]:
         lines |= progress_lines(folder)
     if error := last_error(folder):
         lines["last error"] = error
-    if events := _events(folder):
+    if events := read_events(folder):
         lines["last event"] = events[-1]
     return lines
 
@@ -186,28 +184,3 @@ def total_steps(training: dict[str, Any], metrics: list[dict[str, float]]) -> in
     step, epoch = epochs[-1]
     samples = round(step * training["global_batch"] / epoch)
     return LoopConfig(epochs=training["epochs"], global_batch=training["global_batch"]).total_steps(samples)
-
-
-def last_error(folder: Path) -> str:
-    """Return the last line that looks like an error in the newest log that has one, with the log's name; else ""."""
-    logs = sorted((folder / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime)
-    for log in reversed(logs):
-        lines = _last_lines(log)
-        # A log holds all starts of a job; only the last one counts.
-        started = max((number for number, line in enumerate(lines) if line.startswith("=== ")), default=0)
-        errors = [line for line in lines[started:] if ERROR.match(line) and not NO_ERROR.search(line)]
-        if errors:
-            return f"{errors[-1]} ({log.name})"
-    return ""
-
-
-def _last_lines(log: Path, size: int = 1 << 18) -> list[str]:
-    with open(log, "rb") as file:
-        file.seek(max(0, log.stat().st_size - size))
-        # The cut may fall into the middle of a character.
-        return file.read().decode("utf-8", "replace").splitlines()
-
-
-def _events(folder: Path) -> list[str]:
-    path = folder / "launch" / "events.log"
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import subprocess
 import sys
 
@@ -11,7 +9,7 @@ import pytest
 from PIL import Image
 
 from runtime.errors import LigatureError
-from runtime.figures import figure_data_url, new_figure, pyplot, save_figure
+from runtime.figures import new_figure, pyplot, save_figure
 
 
 def test_figures_need_no_screen(monkeypatch):
@@ -44,16 +42,6 @@ def test_a_figure_that_cannot_be_written_gives_a_one_line_error(tmp_path):
     figure, _ = new_figure(figsize=(1, 1))
     with pytest.raises(LigatureError, match="curve.png"):
         save_figure(figure, tmp_path / "curve.png")
-    assert not pyplot().fignum_exists(figure.number)
-
-
-def test_a_figure_fits_into_a_page():
-    figure, _ = new_figure(figsize=(2, 1))
-    url = figure_data_url(figure, dpi=50)
-    kind, data = url.split(",", 1)
-    assert kind == "data:image/png;base64"
-    with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
-        assert picture.size == (100, 50)
     assert not pyplot().fignum_exists(figure.number)
 
 

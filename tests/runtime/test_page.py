@@ -53,7 +53,11 @@ def test_a_page_fetches_nothing():
 def test_a_page_follows_dark_mode_and_narrow_screens():
     document = Document(render_page("title", [], ".own { padding: 1px }"))
     style = document.texts["style"]
-    assert "@media (prefers-color-scheme: dark)" in style and "color-scheme: light dark" in style
+    assert (
+        "@media screen and (prefers-color-scheme: dark)" in style
+        and "@media print" in style
+        and "color-scheme: light dark" in style
+    )
     assert "@media (max-width:" in style
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in document.tags
     assert style.index(".own { padding: 1px }") > style.index("@media (max-width:"), (
