@@ -7,6 +7,7 @@ import torch
 from benchmarks.campaigns import vldeformer_scenes as campaign
 from data_tools.shapes.scenes import SHAPES, scenes
 from finetune.heads.decomposed import LoadedVLDeformer
+from runtime.figures import pyplot
 
 
 class BagOfWords:
@@ -88,3 +89,21 @@ def test_a_small_campaign_runs_from_drawing_to_plot_and_keeps_its_results(tmp_pa
     assert campaign.main(arguments) == 0, "results that exist are kept"
     assert table.splitlines()[2:6] == capfd.readouterr().out.split("\n2 seeds, 12 pairs")[1].splitlines()[2:6]
     assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_every_mark_of_the_plot_stands_at_its_value(monkeypatch, tmp_path):
+    """Two arms of equal speed are told apart by their rows; nothing is moved to make room."""
+    drawn = []
+    monkeypatch.setattr(campaign, "save_figure", lambda figure, out, dpi: drawn.append(figure))
+    figures = {
+        "slow": [{"relation": 90.0, "milliseconds": 120.0}, {"relation": 94.0, "milliseconds": 122.0}],
+        "quick": [{"relation": 60.0, "milliseconds": 1.76}, {"relation": 70.0, "milliseconds": 1.76}],
+        "twin": [{"relation": 50.0, "milliseconds": 1.76}, {"relation": 52.0, "milliseconds": 1.76}],
+    }
+    campaign.plot(figures, 500, tmp_path / "plot.png")
+    accuracy, speed = drawn[0].axes
+    assert [label.get_text() for label in accuracy.get_yticklabels()] == ["quick", "twin", "slow"]
+    assert [tuple(line.get_xydata()[0]) for line in speed.lines] == [(1.76, 0), (1.76, 1), (121.0, 2)]
+    seeds = [tuple(map(tuple, dots.get_offsets())) for dots in accuracy.collections if len(dots.get_offsets()) == 2]
+    assert seeds == [((60, 0), (70, 0)), ((50, 1), (52, 1)), ((90, 2), (94, 2))]
+    pyplot().close(drawn[0])
