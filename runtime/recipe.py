@@ -152,6 +152,17 @@ def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
     return lines
 
 
+def flatten_values(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by dotted key. A group of the user's own names, which may be empty, is flattened too."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten_values(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
 def free(default: Any = dataclasses.MISSING, **settings: Any) -> Any:
     """Return a dataclass field that may change between two starts of one run: a free recipe key.
 

@@ -5,6 +5,7 @@ Tested in tests/pretrain/test_albef_recipe.py.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -183,6 +184,11 @@ class LoopConfig:
     ema_momentum: float | None = None
     """Share of itself that a moving average of the trained weights keeps in each step, such as 0.999. Validation and whoever loads the
     checkpoint then use the average. null: no average."""
+    trackers: list[Literal["wandb", "trackio", "mlflow"]] = free(default_factory=list)
+    """Experiment trackers that get the figures of the run and its recipe, such as `[wandb]`. Each needs its package, and takes its
+    server and its keys from its own environment variables. Tensorboard's events are always in the run's folder."""
+    tracker_project: str = free("ligature")
+    """The trackers' project, or mlflow's experiment, that the run belongs to."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -204,12 +210,28 @@ class LoopConfig:
             raise RecipeError(
                 f"training.ema_momentum is {self.ema_momentum}; it must be at least 0 and below 1, or null for no average"
             )
+        if unknown := set(self.trackers) - {"wandb", "trackio", "mlflow"}:
+            raise RecipeError(
+                f"training.trackers has {', '.join(sorted(unknown))}; it takes wandb, trackio and mlflow (tensorboard's events are always written)"
+            )
         if self.rank_timeout <= 0:
             raise RecipeError(f"training.rank_timeout is {self.rank_timeout}; it must be a number of seconds above 0")
         if self.epochs <= 0 or self.seed < 0:
             raise RecipeError(
                 f"training.epochs is {self.epochs}, training.seed {self.seed}; epochs must be above 0 and the seed 0 or more"
             )
+
+    def check_trackers(self) -> None:
+        """Refuse trackers whose packages are missing, before a run begins. A recipe may be read without them.
+
+        Raises:
+            RecipeError: a package is not installed; the message names it.
+        """
+        for name in self.trackers:
+            if importlib.util.find_spec(name) is None:
+                raise RecipeError(
+                    f"training.trackers has {name}, which is not installed; `pip install {name}`, or leave it out"
+                )
 
     def total_steps(self, samples: int) -> int:
         """Return the training steps of the whole run over a dataset of `samples` samples."""

@@ -45,6 +45,7 @@ def hold_run(recipe: Any, train: Callable[[Any, RunContext], None]) -> Path:
     folder = RunFolder(recipe)
     # Checked before the ranks meet, so that a wrong recipe fails at once.
     folder.check(recipe)
+    recipe.training.check_trackers()
     if not folder.finished():
         ranks, device = join(recipe.training.device, recipe.training.rank_timeout)
         try:

@@ -28,6 +28,7 @@ from training.context import RunContext
 from training.profile import profiled
 from training.resume import find_healthy
 from training.stage import LoopState, Stage
+from training.trackers import Trackers, open_trackers
 
 
 class TrainingLoop:
@@ -36,6 +37,7 @@ class TrainingLoop:
     writer: CheckpointWriter
     interrupts: Interrupts
     bar: Progress
+    trackers: Trackers
 
     def __init__(self, context: RunContext, config: LoopConfig, stage: Stage, state: LoopState) -> None:
         self.context, self.config, self.stage, self.state = context, config, stage, state
@@ -60,7 +62,12 @@ class TrainingLoop:
         """
         state, first = self.state, self.context.ranks.first
         bar = progress(self.context.folder.path.name, self.steps, "steps", state.step, silent=not first)
-        with CheckpointWriter() as self.writer, watch_interrupts() as self.interrupts, bar as self.bar:
+        with (
+            open_trackers(self.context, self.config) as self.trackers,
+            CheckpointWriter() as self.writer,
+            watch_interrupts() as self.interrupts,
+            bar as self.bar,
+        ):
             if self.interrupts.received_on_any_rank():
                 raise Interrupted(
                     f"stopped at step {state.step} of {self.steps}, before a step was taken; the same command goes on"
@@ -139,8 +146,13 @@ class TrainingLoop:
         means |= {"checkpoint_stall": self._stalled, "quarantined": float(state.stream.count_bad())}
         self._stalled = 0.0
         self.bar.note = f"loss {means['loss']:.3f}  {means['samples_per_second']:.0f} samples/s"
+        self.write({f"train/{name}": value for name, value in means.items()})
+
+    def write(self, figures: dict[str, float]) -> None:
+        """Log figures of the present step, on the first rank."""
         if self.log:
-            self.log.write(state.step, {f"train/{name}": value for name, value in means.items()})
+            self.log.write(self.state.step, figures)
+            self.trackers.write(self.state.step, figures)
 
     def validate(self) -> float | None:
         """Validate and log the scores. A collective.
@@ -154,8 +166,7 @@ class TrainingLoop:
         self.context.watchdog.enter_phase("validating", state.step)
         validation = self.stage.validate()
         self.bar.note = f"validation {validation.summary}"
-        if self.log:
-            self.log.write(state.step, {f"validation/{name}": value for name, value in validation.figures.items()})
+        self.write({f"validation/{name}": value for name, value in validation.figures.items()})
         value = validation.figures[validation.best_by]
         return value if value > state.best_rsum else None
 

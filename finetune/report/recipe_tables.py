@@ -18,7 +18,7 @@ from finetune.config import FinetuneRecipe
 from pretrain.config import PretrainRecipe
 from runtime.files import read_json
 from runtime.page import escape
-from runtime.recipe import find_recipe, load_recipe
+from runtime.recipe import find_recipe, flatten_values, load_recipe
 
 STYLE = """
 .recipe td, .recipe th { overflow-wrap: anywhere; padding: 3px 14px; font-size: 13px } .recipe mark { background: var(--note); color: inherit; padding: 1px 4px; border-radius: 3px }
@@ -52,14 +52,14 @@ def read_recipe_of(run: Path) -> Recipe:
 
 def find_base(run: Path, kind: type[Recipe]) -> Base:
     """Return the recipe that the run's last start named with --config, or the defaults where that file cannot be read here."""
-    values = flatten(default_values(kind))
+    values = flatten_values(default_values(kind))
     command = read_json(run / "environment.json")["command"] if (run / "environment.json").is_file() else []
     words = [part for word in command for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" not in words[:-1]:
         return Base("the defaults", values)
     name = words[words.index("--config") + 1]
     try:
-        return Base(name, values | flatten(yaml.safe_load(find_recipe(name).read_text(encoding="utf-8")) or {}))
+        return Base(name, values | flatten_values(yaml.safe_load(find_recipe(name).read_text(encoding="utf-8")) or {}))
     except (
         OSError,
         UnicodeDecodeError,
@@ -78,20 +78,9 @@ def default_values(kind: type) -> dict[str, Any]:
     return defaults
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested values by dotted key. A group of the user's own names, which may be empty, is flattened too."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def recipe_html(run: Path, recipe: Recipe) -> list[str]:
     """Return what a run's recipe changes, and below it, folded, the whole recipe with those keys highlighted."""
-    base, values = find_base(run, type(recipe)), flatten(dataclasses.asdict(recipe))
+    base, values = find_base(run, type(recipe)), flatten_values(dataclasses.asdict(recipe))
     changed = [key for key in values if values[key] != base.values.get(key)]
     parts = [
         f"<h2>Recipe</h2><p class=soft>Compared with {escape(base.name)}: {len(changed)} of {len(values)} keys differ.</p>"
@@ -115,7 +104,7 @@ def compared_recipes_html(recipes: dict[str, Recipe]) -> list[str]:
 
     Recipes of pretraining and of fine-tuning are compared in the keys that both have.
     """
-    flat = {run: flatten(dataclasses.asdict(recipe)) for run, recipe in recipes.items()}
+    flat = {run: flatten_values(dataclasses.asdict(recipe)) for run, recipe in recipes.items()}
     first, *others = flat.values()
     keys = [key for key in first if all(key in values for values in others)]
     differing = [key for key in keys if any(values[key] != first[key] for values in others)]

@@ -93,6 +93,8 @@ FREE_IN_BOTH = {
     "training.checkpoint_activations",
     "training.micro_batch",
     "training.rank_timeout",
+    "training.trackers",
+    "training.tracker_project",
 }
 FREE_IN_PRETRAINING = {
     "profile",
