@@ -25,7 +25,7 @@ STYLE = """
 .numbers { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 18px }
 .numbers .card { padding: 10px 18px; min-width: 120px }
 .numbers b { display: block; font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums }
-.charts { --cell: 360px } .samples { --cell: 190px }
+.charts { --cell: 360px; align-items: start } .samples { --cell: 190px }
 figure { padding: 12px 14px 8px }
 figcaption { font-weight: 600; margin-bottom: 6px }
 svg { display: block; width: 100%; height: auto }
@@ -60,10 +60,12 @@ def _blocks(name: str, manifest: Manifest, description: dict[str, Any], measured
     """Return the body of the page as pieces of HTML."""
     import numpy as np
 
+    small = manifest.bytes < 1e8
+    size = ("megabytes", f"{manifest.bytes / 1e6:,.3g}") if small else ("gigabytes", f"{manifest.bytes / 1e9:,.3f}")
     numbers = [
         ("samples", f"{manifest.samples:,}"), ("captions", f"{manifest.captions:,}"),
         ("captions per image", f"{manifest.captions / max(1, manifest.samples):.2f}"),
-        ("shards", f"{len(manifest.shards):,}"), ("gigabytes", f"{manifest.bytes / 1e9:,.3f}"),
+        ("shards", f"{len(manifest.shards):,}"), size,
         *((image_format, f"{count:,}") for image_format, count in description["image_formats"].items()),
     ]  # fmt: skip
     shorter = np.minimum(measured.width, measured.height)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from finetune.report.svg_chart import Points, Series, chart_html
 from runtime.page import escape
 
+CODEBOOK = "Codebook figures"
 PANELS = {
     "Losses and scores": {
         "Loss": ["loss"],
@@ -25,7 +26,7 @@ PANELS = {
         "Teacher and student: |student - teacher| / |student|": ["teacher_distance"],
         "Weight of the teacher's targets": ["distill_weight"],
     },
-    "Codebook figures": {
+    CODEBOOK: {
         "Codebook perplexity, and effective codes a sample": ["codebook/perplexity", "codebook/effective_codes"],
         "Dead codewords": ["codebook/dead"],
         "Churn, and largest share": ["codebook/churn", "codebook/largest_share"],
@@ -62,7 +63,7 @@ def run_curves_html(metrics: list[dict[str, float]], sick_steps: dict[int, str])
     """
     curves = read_curves(metrics)
     parts = []
-    for heading, panels in [*PANELS.items(), (OTHERS, other_panels(set(curves)))]:
+    for heading, panels in all_panels(set(curves)).items():
         charts = []
         for title, names in panels.items():
             series = [
@@ -86,7 +87,7 @@ def compared_curves_html(runs: dict[str, list[dict[str, float]]]) -> list[str]:
     curves = {run: read_curves(metrics) for run, metrics in runs.items()}
     logged = {key for of_run in curves.values() for key in of_run}
     parts = []
-    for heading, panels in [*PANELS.items(), (OTHERS, other_panels(logged))]:
+    for heading, panels in all_panels(logged).items():
         charts = []
         for title, names in panels.items():
             for name in names:
@@ -116,10 +117,19 @@ def read_curves(metrics: list[dict[str, float]]) -> dict[str, Points]:
     return curves
 
 
-def other_panels(logged: set[str]) -> dict[str, list[str]]:
-    """Return a panel for each figure that no panel names. `logged`: names in metrics.jsonl."""
+def all_panels(logged: set[str]) -> dict[str, dict[str, list[str]]]:
+    """Return PANELS, and a panel for each figure that they do not name: the codebook's beside its kin, the rest under OTHERS.
+
+    Args:
+        logged: names in metrics.jsonl.
+    """
     named = {_key(name) for panels in PANELS.values() for names in panels.values() for name in names}
-    return {_label(key): [key.removeprefix("train/")] for key in sorted(logged - named)}
+    all_of_them = {heading: dict(panels) for heading, panels in PANELS.items()} | {OTHERS: {}}
+    for key in sorted(logged - named):
+        heading = CODEBOOK if key.startswith(("train/codebook/", "validation/codebook_")) else OTHERS
+        place = "validation: " if key.startswith("validation/") else ""
+        all_of_them[heading][place + _label(key)] = [key.removeprefix("train/")]
+    return all_of_them
 
 
 def _is_used(points: Points) -> bool:

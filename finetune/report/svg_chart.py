@@ -34,9 +34,9 @@ STYLE = """
   --c4: #dcc04a; --c5: #4cc4d6; --c6: #f57d9c; --c7: #a3abb8; --bad: #ff6b6b } }
 .charts { --cell: 360px } .chart { padding: 10px 12px 8px; break-inside: avoid; min-width: 0 }
 .chart figcaption { display: flex; justify-content: space-between; gap: 10px; font-size: 13px; font-weight: 600; margin-bottom: 4px }
-.chart figcaption > * { min-width: 0; overflow-wrap: anywhere } .chart output { margin-left: auto; white-space: nowrap }
+.chart figcaption > * { min-width: 0; overflow-wrap: anywhere } .chart output { margin-left: auto }
 .chart output, .chart label { font-weight: 400; color: var(--soft); font-variant-numeric: tabular-nums }
-.chart label { white-space: nowrap } .chart input { margin: 0 2px 0 0; vertical-align: -2px }
+.chart label, .chart output { flex: none; white-space: nowrap } .chart input { margin: 0 2px 0 0; vertical-align: -2px }
 .chart svg { display: block; width: 100%; height: auto; touch-action: pan-y; cursor: crosshair }
 .chart text { fill: var(--soft); font: 11px system-ui, sans-serif } .chart .rule { stroke: var(--line) }
 .chart polyline { fill: none; stroke: var(--c); stroke-width: 1.6; stroke-linejoin: round } .chart .dashed { stroke-dasharray: 5 3 }
@@ -260,10 +260,12 @@ def round_numbers(low: float, high: float, count: int) -> list[float]:
 
 
 def round_powers(low: float, high: float) -> list[float]:
-    """Return the ticks of a logarithmic axis: powers of ten, with their 2 and 5 folds where those alone would be few."""
+    """Return the ticks of a logarithmic axis: powers of ten, with multiples of them where those alone would be few."""
+    if high < 3 * low:
+        return round_numbers(low, high, 5)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     every = max(1, len(powers) // 6)
-    for factors in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
+    for factors in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7)):
         ticks = [factor * 10.0**power for power in powers[::every] for factor in factors]
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) > 2:

@@ -14,6 +14,7 @@ from data_tools.in_order.collection import Collection
 from finetune.report import model_sections, word_map_figures
 from finetune.report.codewords import find_most_used
 from finetune.report.comparison_page import name_runs
+from finetune.report.curve_panels import run_curves_html
 from finetune.report.word_map_figures import colours_of, overlay_heat
 from launch.cli import main
 from runtime.errors import RecipeError
@@ -64,6 +65,14 @@ def test_the_page_holds_everything_and_fetches_nothing(reported, capsys):
     assert logged[-1]["train/teacher_distance"] > 0
     values = " ".join(f"{line['train/loss']:.5g}" for line in logged)
     assert f"data-steps='1 2 3 4 5' data-values='{values}'" in text, "the loss can be read off at each step"
+
+
+def test_figures_that_no_panel_names_are_shown_where_they_are_used():
+    lines = [{"step": step, "train/mine": step, "train/codebook/new": 1.0, "train/quarantined": 0.0} for step in (1, 2)]
+    text = "".join(run_curves_html([*lines, {"step": 2, "validation/codebook_cone": 0.5}], {}))
+    headings = [(title, text.index(f"<h2>{title}")) for title in ("Codebook figures", "Other figures")]
+    assert headings[0][1] < text.index("<span>new</span>") < headings[1][1] < text.index("<span>mine</span>")
+    assert "<span>validation: codebook cone</span>" in text and "quarantined" not in text
 
 
 def test_the_recipe_shows_what_differs_from_the_one_it_was_started_from(copied):
