@@ -10,8 +10,10 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -21,6 +23,8 @@ from typing import Any
 
 import pytest
 
+PATIENCE = 120
+"""Seconds without a word from Chromium after which a test fails."""
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WIDEST = """
 [document.documentElement.scrollWidth - document.documentElement.clientWidth,
@@ -57,22 +61,25 @@ class Browser:
 
     def __init__(self) -> None:
         self.profile = tempfile.TemporaryDirectory(prefix="chromium-")
-        to_browser, self._out = os.pipe()
-        self._in, from_browser = os.pipe()
-
-        def use_pipes() -> None:  # Chromium reads its commands from descriptor 3 and answers on 4
-            high = [os.dup(descriptor) for descriptor in (to_browser, from_browser)]  # they may be 3 and 4 themselves
-            for number, descriptor in zip((3, 4), high, strict=True):
-                os.dup2(descriptor, number)
-
+        commands, self._out = os.pipe()
+        self._in, answers = os.pipe()
+        # Chromium reads its commands from descriptor 3 and answers on 4. The copies' numbers are above both.
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (commands, answers)]
+        os.close(commands)
+        os.close(answers)
         command = [require_chromium(), "--headless", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu"]
         command += [f"--user-data-dir={self.profile.name}", "--disable-dev-shm-usage", "--hide-scrollbars"]
         command += ["--no-sandbox"] * (os.geteuid() == 0)  # root has no sandbox; the pages are our own
+        as_3_and_4 = f'exec "$0" "$@" 3<&{ends[0]} 4>&{ends[1]} {ends[0]}<&- {ends[1]}>&-'
         self.process = subprocess.Popen(
-            command, preexec_fn=use_pipes, close_fds=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )  # fmt: skip
-        os.close(to_browser)
-        os.close(from_browser)
+            ["bash", "-c", as_3_and_4, *command],
+            pass_fds=ends,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for end in ends:
+            os.close(end)
         self._number, self._buffer, self.events = 0, b"", []  # type: int, bytes, list[dict[str, Any]]
         self._session = ""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -93,6 +100,7 @@ class Browser:
     def _read(self) -> dict[str, Any]:
         """Return the next message: the answer to a call, or an event."""
         while b"\0" not in self._buffer:
+            assert select.select([self._in], [], [], PATIENCE)[0], f"Chromium has said nothing for {PATIENCE} s"
             part = os.read(self._in, 1 << 20)
             assert part, "Chromium ended"
             self._buffer += part
@@ -142,7 +150,8 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self.events.clear()
         address = page.resolve().as_uri()
-        self.call("Page.navigate", url=address)
+        answer = self.call("Page.navigate", url=address)
+        assert "errorText" not in answer, f"{page}: {answer['errorText']}"
         self.wait_for("Page.loadEventFired")
         sight = Sight(background=self.evaluate("getComputedStyle(document.body).backgroundColor"))
         # One turn of the event loop, so that messages of the page's own scripts are here before the verdict.

@@ -29,7 +29,7 @@ IMAGE_SHARE = 0.4
 MID_GREY = 128.0
 """Mean brightness of the image under the colours, and brightness under the legend's."""
 GRAD_CAM = "Grad-CAM: cross-attention times the gradient of the matching logit, mean over heads."
-HAT = "HAT's attention between words and regions, at each of its levels; a model without relations looks everywhere alike."
+HAT = "HAT's attention between words and regions, a row for each of its levels."
 STYLE = """
 .maps { display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: 4px } .maps figure { width: 98px; overflow: hidden; break-inside: avoid }
 .map { display: block; width: 96px; height: 96px } .maps figcaption { text-align: center; font-size: 12px; margin: 2px 0 4px; overflow-wrap: anywhere }

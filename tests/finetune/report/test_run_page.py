@@ -178,6 +178,42 @@ def test_a_fine_tuned_run_has_its_own_page_and_an_unreadable_recipe_says_what_is
     assert "unknown key oldest" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("head", "shown"),
+    [
+        (["hat", "--hat.levels", "[[1,1]]"], "text 1, image 1"),
+        (["hat", "--hat.levels", "[[1,1]]", "--hat.attention", "mean"], "it has no attention to show"),
+        (["vldeformer"], "A vldeformer head compares one vector"),
+    ],
+)
+def test_each_head_has_its_word_maps_or_says_why_not(reported, drawn, tmp_path, head, shown):
+    data = ["--data.train", str(drawn / "train"), "--data.validation", str(drawn / "validation")]
+    short = [
+        "--training.global_batch",
+        "8",
+        "--training.steps",
+        "1",
+        "--training.log_every",
+        "1",
+        "--training.device",
+        "cpu",
+    ]
+    start = [
+        "--config",
+        "finetune/demo.yaml",
+        "--checkpoint",
+        str(reported),
+        "--runs",
+        str(tmp_path),
+        "--name",
+        "tuned",
+    ]
+    assert main(["finetune", *start, *data, *short, "--head", *head]) == 0
+    text = report(tmp_path / "tuned", "--limit", "8")
+    assert shown in text and f"fine-tuning of the {head[0]} head" in text
+    assert ("<h2>Where HAT's words look" in text) == (shown == "text 1, image 1")
+
+
 def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 1
     assert "holds no run (no config.yaml)" in capsys.readouterr().err
