@@ -33,7 +33,7 @@ def write_comparison(runs: list[Path], out: Path) -> Path:
     scores = {name: find_scores(run) for name, run in names.items()}
     title = " and ".join(names) if len(names) == 2 else f"{len(names)} runs"
     rows = "".join(
-        f"<tr><th><span class=run style='--c:var(--c{number % COLOURS})'></span></th><td>{escape(name)}</td>"
+        f"<tr><th><span class='run{' dashed' * (number >= COLOURS)}' style='--c:var(--c{number % COLOURS})'></span></th><td>{escape(name)}</td>"
         f"<td>{escape(describe_kind(recipes[name]))}</td>"
         f"<td class=number>step {int(max(line['step'] for line in metrics[name])):,}</td>"
         f"<td>{'finished' if (run / 'finished.json').is_file() else 'not finished'}</td></tr>"
@@ -47,7 +47,10 @@ def write_comparison(runs: list[Path], out: Path) -> Path:
         *compared_recipes_html(recipes),
         f"<script>{SCRIPT}</script>",
     ]
-    style = ".run { display: inline-block; width: 16px; border-top: 3px solid var(--c); vertical-align: middle }"
+    style = (
+        ".run { display: inline-block; width: 16px; border-top: 3px solid var(--c); vertical-align: middle } "
+        ".run.dashed { border-top-style: dotted }"
+    )
     write_page(out, title, parts, STYLE + style)
     return out
 

@@ -5,7 +5,7 @@ Tested in tests/finetune/report/test_run_page.py.
 
 from __future__ import annotations
 
-from finetune.report.svg_chart import Points, Series, chart_html
+from finetune.report.svg_chart import COLOURS, Points, Series, chart_html
 from runtime.page import escape
 
 CODEBOOK = "Codebook figures"
@@ -92,7 +92,7 @@ def compared_curves_html(runs: dict[str, list[dict[str, float]]]) -> list[str]:
         for title, names in panels.items():
             for name in names:
                 series = [
-                    Series(run, of_run[_key(name)], number)
+                    Series(run, of_run[_key(name)], number, dashed=number >= COLOURS)
                     for number, (run, of_run) in enumerate(curves.items())
                     if _key(name) in of_run
                 ]

@@ -18,10 +18,10 @@ Points = list[tuple[float, float]]
 """(step, value) in the order of steps."""
 
 WIDTH, HEIGHT = 400, 200
-LEFT, RIGHT, TOP, BOTTOM = 54, 10, 8, 22
+LEFT, RIGHT, TOP, BOTTOM = 54, 16, 8, 22
 """Units of the SVG: its size, and the margins around the plotted area, which hold the axes' labels."""
 COLOURS = 8
-"""Curves that have a colour of their own; later ones use them again."""
+"""Curves that have a colour of their own."""
 SHOWN_POINTS = 300
 """A longer curve is thinned to about so many points."""
 DOTTED = 20
@@ -61,17 +61,16 @@ for (const chart of document.querySelectorAll('.chart')) {
   const nearest = (list, wanted) => list.reduce(
     (best, value, index) => Math.abs(value - wanted) < Math.abs(list[best] - wanted) ? index : best, 0)
   const read = event => {
+    if (!curves.length) return
     const box = svg.getBoundingClientRect(), wanted = (event.clientX - box.left) / box.width * svg.viewBox.baseVal.width
-    let at = null
-    const found = {}
-    for (const curve of curves) {
-      const index = nearest(curve.x, wanted), away = Math.abs(curve.x[index] - wanted)
-      if (!found[curve.key] || away < found[curve.key].away) found[curve.key] = { away, value: curve.values[index] }
-      if (!at || away < at.away) at = { away, x: curve.x[index], step: curve.steps[index] }
+    const at = curves.map(curve => curve.x[nearest(curve.x, wanted)]).sort((a, b) => Math.abs(a - wanted) - Math.abs(b - wanted))[0]
+    values.forEach(value => value.textContent = '–')
+    for (const { key, steps, values: of, x } of curves) {
+      if (at < x[0] - 1 || at > x[x.length - 1] + 1) continue
+      values[key].textContent = of[nearest(x, at)]
+      if (x[nearest(x, at)] === at) output.textContent = 'step ' + steps[nearest(x, at)].toLocaleString('en')
     }
-    for (const key in found) values[key].textContent = found[key].value
-    cursor.setAttribute('x1', at.x); cursor.setAttribute('x2', at.x); cursor.style.visibility = 'visible'
-    output.textContent = 'step ' + at.step.toLocaleString('en')
+    cursor.setAttribute('x1', at); cursor.setAttribute('x2', at); cursor.style.visibility = 'visible'
   }
   const rest = () => {
     values.forEach((value, index) => value.textContent = last[index])
@@ -81,7 +80,8 @@ for (const chart of document.querySelectorAll('.chart')) {
   svg.addEventListener('pointerleave', rest)
 }
 """
-"""Reads the charts off under the pointer: the step above a chart, and in its legend each curve's value nearest to it."""
+"""Reads the charts off under the pointer: the step above a chart, and in its legend each curve's value there, or nearest to it;
+a curve that has not begun there or has ended has none."""
 
 
 @dataclass

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from browser import Browser
 
+from finetune.report.svg_chart import SCRIPT, STYLE, Series, chart_html
 from launch.cli import main
 from runtime.page import write_page
 
@@ -81,6 +82,21 @@ def test_a_chart_is_read_off_under_the_pointer(browser, pages):
         assert browser.evaluate(reading) == [f"step {number + 1}", f"{logged[number]['train/loss']:.5g}"]
     browser.evaluate(f"{chart}.querySelector('svg').dispatchEvent(new PointerEvent('pointerleave'))")
     assert browser.evaluate(reading)[0] == ""
+
+
+def test_a_curve_that_has_ended_has_no_value_under_the_pointer(browser, tmp_path):
+    series = [Series("long", [(0, 1.0), (100, 2.0)]), Series("short", [(0, 3.0), (50, 4.0)], 1)]
+    write_page(tmp_path / "page.html", "t", [chart_html("t", series), f"<script>{SCRIPT}</script>"], STYLE)
+    assert browser.look(tmp_path / "page.html").problems == []
+    read = []
+    for share in (0.1, 0.55, 0.99):
+        move = f"new PointerEvent('pointermove', {{clientX: box.left + {share} * box.width}})"
+        browser.evaluate(
+            f"(svg => {{ const box = svg.getBoundingClientRect(); svg.dispatchEvent({move}) }})(document.querySelector('svg'))"
+        )
+        read.append(browser.evaluate("[...document.querySelectorAll('output, .keys b')].map(e => e.textContent)"))
+    # At step 50, where the short curve ends, the long one shows the nearer of its two points, or the first of two as near.
+    assert read == [["step 0", "1", "3"], ["step 50", "1", "4"], ["step 100", "2", "–"]]
 
 
 def test_a_chart_shows_one_axis_at_a_time(browser, pages):
