@@ -57,10 +57,10 @@ def require_chromium() -> str:
 
 
 class Browser:
-    """One Chromium process with one tab."""
+    """One Chromium process, with one tab at a time."""
 
     def __init__(self) -> None:
-        self.profile = tempfile.TemporaryDirectory(prefix="chromium-")
+        self.profile = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
         commands, self._out = os.pipe()
         self._in, answers = os.pipe()
         # Chromium reads its commands from descriptor 3 and answers on 4. The copies' numbers are above both.
@@ -81,11 +81,7 @@ class Browser:
         for end in ends:
             os.close(end)
         self._number, self._buffer, self.events = 0, b"", []  # type: int, bytes, list[dict[str, Any]]
-        self._session = ""
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
+        self._session = self._target = ""
 
     def __enter__(self) -> Browser:
         return self
@@ -96,6 +92,18 @@ class Browser:
         os.close(self._out)
         os.close(self._in)
         self.profile.cleanup()
+
+    def _open_tab(self) -> None:
+        """Open a new tab and close the former one, so that what a former page still has to say is not taken for this one's."""
+        former, self._session = self._target, ""
+        self._target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        session = self.call("Target.attachToTarget", targetId=self._target, flatten=True)["sessionId"]
+        if former:
+            self.call("Target.closeTarget", targetId=former)
+        self._session = session
+        self.events.clear()
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
 
     def _read(self) -> dict[str, Any]:
         """Return the next message: the answer to a call, or an event."""
@@ -121,12 +129,16 @@ class Browser:
             if answer.get("id") == self._number:
                 assert "error" not in answer, f"{method}: {answer}"
                 return answer["result"]
-            self.events.append(answer)
+            self._keep(answer)
+
+    def _keep(self, event: dict[str, Any]) -> None:
+        if event.get("sessionId") == self._session:
+            self.events.append(event)
 
     def wait_for(self, event: str) -> None:
-        """Wait until an event comes; it may have come since the events were last cleared."""
+        """Wait until an event comes; it may have come since the tab was opened."""
         while not any(seen.get("method") == event for seen in self.events):
-            self.events.append(self._read())
+            self._keep(self._read())
 
     def evaluate(self, script: str) -> Any:
         """Return the value of a JavaScript expression in the page."""
@@ -143,12 +155,12 @@ class Browser:
             dark: whether the reader prefers dark colours.
             media: `screen` or `print`.
         """
+        self._open_tab()
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
-        self.events.clear()
         address = page.resolve().as_uri()
         answer = self.call("Page.navigate", url=address)
         assert "errorText" not in answer, f"{page}: {answer['errorText']}"
