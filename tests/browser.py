@@ -108,7 +108,9 @@ class Browser:
     def _read(self) -> dict[str, Any]:
         """Return the next message: the answer to a call, or an event."""
         while b"\0" not in self._buffer:
-            assert select.select([self._in], [], [], PATIENCE)[0], f"Chromium has said nothing for {PATIENCE} s"
+            poll = select.poll()  # select.select knows no descriptor above 1,023, and a long test session has them
+            poll.register(self._in, select.POLLIN)
+            assert poll.poll(1000 * PATIENCE), f"Chromium has said nothing for {PATIENCE} s"
             part = os.read(self._in, 1 << 20)
             assert part, "Chromium ended"
             self._buffer += part
