@@ -177,7 +177,7 @@ class Budget:
             "projections": (image + 1) * d + (w + 1) * d + len(self.model.levels) * level,
             "language head": w * w + w + 2 * w + self.vocabulary,
             "matching head and temperature": 2 * w + 2 + 1,
-            "codebook": self.model.codewords * d,
+            "codebook": self.model.codewords * d * (self.model.codebook_update == "gradient"),
         }
 
     @property

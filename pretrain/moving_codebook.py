@@ -92,13 +92,13 @@ class MovingCodebook:
         Args:
             image: the global batch's teacher features (samples, feature_dim).
             text: likewise.
-            averages: (codewords, feature_dim) unit-norm; None where no plan was solved.
+            averages: (codewords, feature_dim) unit-norm; None where no plan was solved, or the codewords stay.
         """
         if self.centres is not None:
             means = torch.stack([image.float().mean(0), text.float().mean(0)])
             self.centres.lerp_(means, 1 - self.config.center_momentum)
             self._agree(self.centres)
-        if self.codewords is not None and averages is not None and not self.config.frozen:
+        if self.codewords is not None and averages is not None:
             moved = self.codewords.lerp(averages, 1 - self.config.average_momentum)
             self.codewords.copy_(functional.normalize(moved, dim=-1))
             self._agree(self.codewords)

@@ -284,7 +284,7 @@ class PretrainTask:
         learned = [model.codebook] if isinstance(model.codebook, nn.Parameter) else []
         with self.gathered(learned):
             codewords = model.codewords()
-        averages = self.codebook.codewords is not None
+        averages = self.codebook.codewords is not None and not config.frozen
         solved = solve_plans(image_nd, text_nd, codewords, samples, transport, self.potentials, averages)
         self._new_potentials = solved.potentials if transport.warm_start else None
         self._averages = solved.averages

@@ -1,6 +1,6 @@
 """Flickr8k from published encoders, several seeds: the tables of docs/flickr8k.md.
 
-    python -m benchmarks.campaigns.flickr8k_real [--seeds 0 1 2] [--arms real clean shuffled] [--out docs/flickr8k]
+    python -m benchmarks.campaigns.flickr8k_real [--seeds 0 1 2] [--arms real maps clean] [--out docs/flickr8k]
 
 It takes the shards that `make flickr8k` writes, and leaves runs in `runs/`. Each seed of an arm is pretrained, fine-tuned and scored on
 Flickr8k's dev images; the checkpoint is chosen by images held out of train. The same command resumes.
@@ -24,11 +24,10 @@ from random import Random
 from statistics import mean
 
 from retrieval.compare import compare_records
+from retrieval.protocols import DIRECTIONS, RECALLS
 from retrieval.records import read_record
 
 DATA = Path("runs/data/flickr8k")
-RECALLS = ("R@1", "R@5", "R@10")
-WAYS = ("image_to_text", "text_to_image")
 
 
 def ligature(*arguments: object) -> None:
@@ -91,7 +90,7 @@ def shard_shuffled(source: Path) -> Path:
     moved = [f"{receiver[image]}#{rest}" for image, _, rest in lines if image in receiver]
     captions.write_text("\n".join(moved) + "\n")
     images = next(path for pattern in ("Flicker8k_Dataset", "*.tar") for path in source.glob(pattern))
-    ligature("shard", captions, "--images", images, "--resize_shorter", 224, "--out", out)
+    ligature("shard", captions, "--images", images, "--resize_shorter", 256, "--out", out)
     return out
 
 
@@ -131,20 +130,16 @@ def run(arm: str, seed: int, source: Path) -> dict[str, Path]:
     return {"real": run_real, "clean": run_clean, "maps": run_maps}[arm](seed)
 
 
-def rsum(record: dict) -> float:
-    """Return the sum of the six recalls."""
-    return sum(record[way][recall] for way in WAYS for recall in RECALLS)
-
-
 def summarize(name: str, paths: list[Path]) -> str:
-    """Return a row of markdown: each measure's mean over seeds, and the first seed's interval over images."""
+    """Return a row of markdown: of one seed, each measure with its interval over images; of several, means and the seeds' range."""
     records = [read_record(path) for path in paths]
     cells = []
-    for way in WAYS:
+    for direction in DIRECTIONS:
         for recall in RECALLS:
-            low, high = records[0][way]["interval"][recall]
-            cells.append(f"{mean(record[way][recall] for record in records):.1f} [{low:.1f}, {high:.1f}]")
-    sums = [rsum(record) for record in records]
+            values = [record[direction][recall] for record in records]
+            low, high = (min(values), max(values)) if len(values) > 1 else records[0][direction]["interval"][recall]
+            cells.append(f"{mean(values):.1f} [{low:.1f}, {high:.1f}]")
+    sums = [record["rsum"] for record in records]
     return f"| {name} | " + " | ".join(cells) + f" | {mean(sums):.1f} ({', '.join(f'{one:.1f}' for one in sums)}) |"
 
 

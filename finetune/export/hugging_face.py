@@ -27,6 +27,7 @@ CODE = (modeling_ligature, processing_ligature)
 """The modules that are copied into the folder."""
 TRAINING_ONLY = {
     "codebook": "codebook",
+    "feature_centres": "the codebook's centres",
     "masked_language_head": "word head",
     "level_projections": "projections of levels",
 }

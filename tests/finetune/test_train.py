@@ -9,6 +9,7 @@ import pytest
 import small
 import torch
 from adamw import Formula
+from killing import die_at_call
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.checkpoint import checkpoint
 
@@ -30,22 +31,11 @@ def tune(pretrained, drawn, runs, *more):
     return main(small.finetune(pretrained, drawn, runs, *more))
 
 
-def tune_in_two(monkeypatch, pretrained, drawn, runs, *more):
+def tune_in_two(pretrained, drawn, runs, *more):
     """The first attempt dies at the fourth step, after the checkpoint of the second; another resumes."""
     import finetune.train as stage
 
-    ordinary, calls = stage.retrieval_batch, []
-
-    def dying(*arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            raise RuntimeError("killed on purpose")
-        return ordinary(*arguments)
-
-    monkeypatch.setattr(stage, "retrieval_batch", dying)
-    with pytest.raises(RuntimeError, match="on purpose"):
-        tune(pretrained, drawn, runs, *more)
-    monkeypatch.setattr(stage, "retrieval_batch", ordinary)
+    die_at_call(stage, "retrieval_batch", 4, lambda: tune(pretrained, drawn, runs, *more))
     assert tune(pretrained, drawn, runs, *more) == 0
 
 
@@ -54,9 +44,9 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("more", [[], ["--training.micro_batch", "3"]], ids=["whole", "micro-batches"])
-def test_stopped_and_resumed_fine_tuning_equals_an_uninterrupted_run(more, pretrained, drawn, tmp_path, monkeypatch):
+def test_stopped_and_resumed_fine_tuning_equals_an_uninterrupted_run(more, pretrained, drawn, tmp_path):
     assert tune(pretrained, drawn, tmp_path / "whole", *more) == 0
-    tune_in_two(monkeypatch, pretrained, drawn, tmp_path / "broken", *more)
+    tune_in_two(pretrained, drawn, tmp_path / "broken", *more)
     losses = [
         [line["train/loss"] for line in read_metrics(tmp_path / name / "finetune") if "train/loss" in line]
         for name in ("whole", "broken")
@@ -216,7 +206,7 @@ PARTS = ["--optimizer.rates.text", "0.1", "--optimizer.rates.new", "2", "--optim
 PARTS += ["--optimizer.freeze_until.text", "0.15", "--optimizer.weight_decay", "0.1", "--optimizer.lr", "1e-3"]
 
 
-def test_parts_learn_at_their_rates_from_their_epoch_on_and_resume_to_the_bit(pretrained, drawn, tmp_path, monkeypatch):
+def test_parts_learn_at_their_rates_from_their_epoch_on_and_resume_to_the_bit(pretrained, drawn, tmp_path):
     """Every weight against AdamW's formula, on the gradients that the optimizer got."""
     followed, start = {}, weights(pretrained)
 
@@ -242,21 +232,10 @@ def test_parts_learn_at_their_rates_from_their_epoch_on_and_resume_to_the_bit(pr
 
     import finetune.train as stage
 
-    ordinary, calls = stage.retrieval_batch, []
-
-    def dying(*arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            raise RuntimeError("killed on purpose")
-        return ordinary(*arguments)
-
-    monkeypatch.setattr(stage, "retrieval_batch", dying)
-    with pytest.raises(RuntimeError, match="on purpose"):
-        tune(pretrained, drawn, tmp_path / "broken", *PARTS)
+    die_at_call(stage, "retrieval_batch", 4, lambda: tune(pretrained, drawn, tmp_path / "broken", *PARTS))
     early = weights(tmp_path / "broken" / "finetune")
     frozen = [torch.equal(early[name], start[name]) for name in early if name.startswith("text_encoder.")]
     assert all(frozen) and len(frozen) > 20, "the checkpoint of the second step is from before the thaw"
-    monkeypatch.setattr(stage, "retrieval_batch", ordinary)
     assert tune(pretrained, drawn, tmp_path / "broken", *PARTS) == 0
     one, other = weights(tmp_path / "whole" / "finetune"), weights(tmp_path / "broken" / "finetune")
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -299,7 +278,7 @@ def test_ranks_share_the_gradients_of_a_part_that_thaws(gloo_pool, lone_process)
     assert not any(one is None for one in expected[1])
 
 
-def test_an_average_of_the_weights_is_what_is_validated_saved_and_loaded(pretrained, drawn, tmp_path, monkeypatch):
+def test_an_average_of_the_weights_is_what_is_validated_saved_and_loaded(pretrained, drawn, tmp_path):
     """Also where the run dies and resumes; the weights that train are those of a run without an average."""
     every = ["--training.checkpoint_every", "1", "--training.keep_last", "9", "--optimizer.lr", "1e-3"]
     averaged = [*every, "--training.ema_momentum", "0.5"]
@@ -318,13 +297,13 @@ def test_an_average_of_the_weights_is_what_is_validated_saved_and_loaded(pretrai
     plain = read_tensors(tmp_path / "plain" / "finetune" / "checkpoints" / folders[-1].name, "model")
     assert len(folders) == 6 and all(torch.equal(model[name], plain[name]) for name in plain)
 
-    tune_in_two(monkeypatch, pretrained, drawn, tmp_path / "broken", *averaged)
+    tune_in_two(pretrained, drawn, tmp_path / "broken", *averaged)
     resumed = read_tensors(tmp_path / "broken" / "finetune" / "checkpoints" / folders[-1].name, "ema")
     assert all(torch.equal(resumed[name], average[name]) for name in average)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_pretraining_keeps_an_average_too(precision, drawn, tmp_path, monkeypatch):
+def test_pretraining_keeps_an_average_too(precision, drawn, tmp_path):
     """Of the student, by the formula at each step, and to the bit where the run dies and resumes."""
     from pretrain.task import PretrainTask
 
@@ -347,18 +326,7 @@ def test_pretraining_keeps_an_average_too(precision, drawn, tmp_path, monkeypatc
         assert not torch.equal(loaded["codebook"], model["codebook"])
     assert len(folders) == 4
 
-    ordinary, calls = PretrainTask.prepare, []
-
-    def dying(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise RuntimeError("killed on purpose")
-        return ordinary(*arguments)
-
-    monkeypatch.setattr(PretrainTask, "prepare", dying)
-    with pytest.raises(RuntimeError, match="on purpose"):
-        small.pretrain(tmp_path / "broken", drawn, *more)
-    monkeypatch.setattr(PretrainTask, "prepare", ordinary)
+    die_at_call(PretrainTask, "prepare", 3, lambda: small.pretrain(tmp_path / "broken", drawn, *more))
     resumed = small.pretrain(tmp_path / "broken", drawn, *more) / "checkpoints" / folders[-1].name
     for part in ("model", "ema"):
         ours, theirs = read_tensors(resumed, part), read_tensors(folders[-1], part)

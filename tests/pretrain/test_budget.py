@@ -12,6 +12,7 @@ from pretrain.budget import Budget, vocabulary_size
 SHAPES = [
     {},
     {"objectives__codebook__weight": 0.0, "model__codewords": 0, "objectives__contrastive__intra_modal": False},
+    {"model__codebook_update": "average", "model__codebook_centered": True},
     {"objectives__masked_language__weight": 0.0, "transport__samples": "batch+queue", "model__text__layers": 3},
     {"teacher__distill_weight": 0.0, "model__fusion__layers": 3, "model__image__depth": 3, "model__image__width": 48},
     {"model__fusion": {"kind": "single_stream", "layers": 2}, "model__image__width": 48},

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from killing import die_at_call
+from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 from launch.cli import main
@@ -128,7 +130,7 @@ training: {global_batch: 8, micro_batch: 8, steps: 4, device: cpu, checkpoint_ev
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_killed_run_ends_with_the_same_codewords_and_loads(precision, drawn, tmp_path, monkeypatch):
+def test_a_killed_run_ends_with_the_same_codewords_and_loads(precision, drawn, tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     data = ["--data.train", str(drawn / "train"), "--data.validation", str(drawn / "validation")]
     data += ["--training.precision", precision]
@@ -137,18 +139,7 @@ def test_a_killed_run_ends_with_the_same_codewords_and_loads(precision, drawn, t
         return ["pretrain", "--config", str(tmp_path / "recipe.yaml"), "--runs", str(tmp_path / runs), *data]
 
     assert main(command("whole")) == 0
-    ordinary, calls = PretrainTask.prepare, []
-
-    def dying(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise RuntimeError("killed on purpose")
-        return ordinary(*arguments)
-
-    monkeypatch.setattr(PretrainTask, "prepare", dying)
-    with pytest.raises(RuntimeError, match="on purpose"):
-        main(command("broken"))
-    monkeypatch.setattr(PretrainTask, "prepare", ordinary)
+    die_at_call(PretrainTask, "prepare", 3, lambda: main(command("broken")))
     assert main(command("broken")) == 0
     folders = [tmp_path / runs / "moving" for runs in ("whole", "broken")]
     tensors = [read_tensors(sorted((folder / "checkpoints").glob("step-*"))[-1], "model") for folder in folders]
@@ -158,3 +149,25 @@ def test_a_killed_run_ends_with_the_same_codewords_and_loads(precision, drawn, t
     model = load_model(folders[0]).network
     torch.testing.assert_close(model.codewords().norm(dim=-1), torch.ones(4))
     assert "validation/codebook_nearest" in (folders[0] / "metrics.jsonl").read_text()
+
+
+def test_a_centred_codebook_stays_behind_where_retrieval_goes_on(drawn, tmp_path):
+    """Fine-tuning, scoring and export take such a run, and a run without centres begins from it."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    shared = ["--runs", str(tmp_path), "--data.train", str(drawn / "train"), "--training.device", "cpu"]
+    shared += ["--training.precision", "fp32", "--training.global_batch", "8"]
+    plain = ["--model.codebook_update", "gradient", "--model.codebook_centered", "false"]
+    assert main(["pretrain", "--config", str(tmp_path / "recipe.yaml"), *shared]) == 0
+    source = str(tmp_path / "moving")
+    begun = ["--name", "begun", "--checkpoint", source, "--training.steps", "1", *plain]
+    assert main(["pretrain", "--config", str(tmp_path / "recipe.yaml"), *shared, *begun]) == 0
+    about = ["--data", str(drawn / "test"), "--dataset", "shapes", "--split", "test", "--device", "cpu"]
+    for head in ("dual", "hat", "vldeformer"):
+        tune = ["--head", head, "--name", head, "--checkpoint", source, "--dataset", "shapes", "--data.workers", "0"]
+        tune += ["--training.steps", "1"] + (["--hat.levels", "[[1,1]]"] if head == "hat" else [])
+        assert main(["finetune", *tune, *shared]) == 0
+        scored = ["--checkpoint", str(tmp_path / head), "--out", str(tmp_path / f"{head}.json"), "--workers", "0"]
+        assert main(["evaluate", *scored, *about]) == 0
+    assert main(["export", source, str(tmp_path / "exported"), "--format", "hf"]) == 0
+    names = load_file(tmp_path / "exported" / "model.safetensors")
+    assert "feature_centres" not in names and "codebook" not in names and "image_projection.weight" in names

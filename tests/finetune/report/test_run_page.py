@@ -144,31 +144,19 @@ def test_before_the_first_checkpoint_there_are_curves(copied):
     assert "There is no checkpoint yet" in text and "<h2>Throughput" in text and "<h2>Codebook<" not in text
 
 
+def tune(checkpoint, drawn, runs, steps, *more):
+    """Fine-tune for a few steps; the run is `tuned`."""
+    data = ["--data.train", str(drawn / "train"), "--data.validation", str(drawn / "validation")]
+    start = ["--config", "finetune/demo.yaml", "--checkpoint", str(checkpoint), "--runs", str(runs), "--name", "tuned"]
+    short = {"global_batch": "8", "steps": str(steps), "log_every": "1", "device": "cpu"}
+    settings = [word for key, value in short.items() for word in (f"--training.{key}", value)]
+    assert main(["finetune", *start, *data, *settings, *more]) == 0
+
+
 def test_a_fine_tuned_run_has_its_own_page_and_an_unreadable_recipe_says_what_is_wrong(
     reported, drawn, tmp_path, capsys
 ):
-    data = ["--data.train", str(drawn / "train"), "--data.validation", str(drawn / "validation")]
-    short = [
-        "--training.global_batch",
-        "8",
-        "--training.steps",
-        "2",
-        "--training.log_every",
-        "1",
-        "--training.device",
-        "cpu",
-    ]
-    start = [
-        "--config",
-        "finetune/demo.yaml",
-        "--checkpoint",
-        str(reported),
-        "--runs",
-        str(tmp_path),
-        "--name",
-        "tuned",
-    ]
-    assert main(["finetune", *start, *data, *short]) == 0
+    tune(reported, drawn, tmp_path, 2)
     text = report(tmp_path / "tuned", "--limit", "8")
     assert "fine-tuning of the dual head on shapes" in text and "<h2>Where the fusion encoder looks" in text
     assert "<h2>Codebook<" not in text and "data-steps='1 2'" in text
@@ -187,28 +175,7 @@ def test_a_fine_tuned_run_has_its_own_page_and_an_unreadable_recipe_says_what_is
     ],
 )
 def test_each_head_has_its_word_maps_or_says_why_not(reported, drawn, tmp_path, head, shown):
-    data = ["--data.train", str(drawn / "train"), "--data.validation", str(drawn / "validation")]
-    short = [
-        "--training.global_batch",
-        "8",
-        "--training.steps",
-        "1",
-        "--training.log_every",
-        "1",
-        "--training.device",
-        "cpu",
-    ]
-    start = [
-        "--config",
-        "finetune/demo.yaml",
-        "--checkpoint",
-        str(reported),
-        "--runs",
-        str(tmp_path),
-        "--name",
-        "tuned",
-    ]
-    assert main(["finetune", *start, *data, *short, "--head", *head]) == 0
+    tune(reported, drawn, tmp_path, 1, "--head", *head)
     text = report(tmp_path / "tuned", "--limit", "8")
     assert shown in text and f"fine-tuning of the {head[0]} head" in text
     assert ("<h2>Where HAT's words look" in text) == (shown == "text 1, image 1")
